@@ -177,13 +177,29 @@ impl Real for f64 {
     fn round_to(self, dtype: DType) -> Self {
         match dtype {
             DType::F32 => f64::from(self as f32),
-            DType::F16 => f16::from_f64(self).to_f64(),
-            DType::BF16 => bf16::from_f64(self).to_f64(),
+            DType::F16 => f16::from_f32(round_to_odd(self)).to_f64(),
+            DType::BF16 => bf16::from_f32(round_to_odd(self)).to_f64(),
             _ => self,
         }
     }
     fn kernels(backend: &dyn Backend) -> &dyn Kernels<Self> {
         backend
+    }
+}
+
+/// f64 → f32 so that a second rounding to a half type equals rounding once: what is inexact becomes odd
+/// (half's own `from_f64` drops the low 32 bits before it rounds).
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let back = f64::from(nearest);
+    if back == value || !nearest.is_finite() || nearest.to_bits() & 1 == 1 {
+        return nearest;
+    }
+    // The odd neighbour on the other side of the value.
+    if (back < value) == (value > 0.0) {
+        f32::from_bits(nearest.to_bits() + 1)
+    } else {
+        f32::from_bits(nearest.to_bits() - 1)
     }
 }
 
@@ -217,8 +233,8 @@ pub fn narrow<'a, T: Real>(dtype: DType, values: impl IntoIterator<Item = &'a T>
     Ok(match dtype {
         DType::F64 => values.flat_map(f64::to_le_bytes).collect(),
         DType::F32 => values.flat_map(|v| (v as f32).to_le_bytes()).collect(),
-        DType::F16 => values.flat_map(|v| f16::from_f64(v).to_le_bytes()).collect(),
-        DType::BF16 => values.flat_map(|v| bf16::from_f64(v).to_le_bytes()).collect(),
+        DType::F16 => values.flat_map(|v| f16::from_f32(round_to_odd(v)).to_le_bytes()).collect(),
+        DType::BF16 => values.flat_map(|v| bf16::from_f32(round_to_odd(v)).to_le_bytes()).collect(),
         dtype => return Err(Error::UnsupportedDType { dtype }),
     })
 }

@@ -1,0 +1,520 @@
+//! Weighted low rank: SVD, FWSVD, ASVD and SVD-LLM are this one method under different metrics.
+//!
+//! Minimise tr(B·(W−Ŵ)·A·(W−Ŵ)ᵀ) over rank(Ŵ) ≤ r, with D = B^½ diagonal. The optimum is
+//!
+//! > Ŵ = D⁻¹·U·Uᵀ·D·W,  U = top-r eigenvectors of C = D·W·A·Wᵀ·D  (m×m),
+//! > error² = Σ_{i>r} λᵢ(C)
+//!
+//! (Eckart–Young for D·W·A^½; Swift-SVD, 2026, Thm 3.1 in transposed form). Nothing of A is inverted,
+//! so it may be singular: no Cholesky factor, no damping. One eigendecomposition serves every rank.
+//! For tall W the same U comes from the n×n side: K = SᵀWᵀB·W·S with A = S·Sᵀ, U = D·W·S·V·Λ^{−½}.
+//!
+//! Squares are formed in f64: in f32 a Gram matrix loses what lies below 3·10⁻⁴ of its largest singular
+//! value. Above a short side of 2048 an f32 product is tried first and kept only if a check of the
+//! energy that it captured holds.
+//!
+//! Cost: one symmetric eigendecomposition of min(m, n) and a few products. Fails where W is NaN.
+//! Directions in which the metric is zero (a singular A) are filled with plain SVD directions.
+
+use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
+use serde::{Deserialize, Serialize};
+
+use super::pivot::interpolate;
+use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
+use crate::budget::Budget;
+use crate::error::{Error, Result};
+use crate::linalg::Backend;
+use crate::metric::{MetricSpec, Weighting};
+use crate::operator::{Dense, IndexSet, Interpolative, Operator, Side};
+use crate::scalar::Real;
+
+/// Truncated SVD under the problem's metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Svd {
+    /// How the result is stored.
+    pub form: Form,
+    /// How it is computed.
+    pub route: Route,
+    /// What the weights of a group share; a lone weight needs none.
+    pub share: Option<Share>,
+}
+
+/// The stored form of a rank-r matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// Pivot rows (or columns) and interpolation coefficients: r(m+n−r) numbers and the pivots.
+    #[default]
+    Pivot,
+    /// Two factors: r(m+n) numbers; what other tools call a low-rank pair.
+    Factors,
+}
+
+/// The way to the singular subspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// A full eigendecomposition of the short side.
+    #[default]
+    Exact,
+}
+
+/// Which factor a group has in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Share {
+    /// The right factor (the projection of the inputs): weights are stacked. Exact if they see the same
+    /// inputs; otherwise their Gram matrices are averaged, as in Basis Sharing (ICLR 2025).
+    Input,
+    /// The left factor (the basis of the outputs): weights stand side by side, each with its own Gram
+    /// matrix, exactly.
+    Output,
+}
+
+impl Svd {
+    /// Bytes of rank r for a joint matrix of M×N in a dtype.
+    fn bytes(&self, (m, n): (usize, usize), rank: usize, outline: &Outline) -> u64 {
+        let (numbers, indices) = match (self.form, self.side((m, n))) {
+            (Form::Factors, _) => (rank * (m + n), 0),
+            (Form::Pivot, Side::Left) => (rank * (m + n - rank), IndexSet::bytes_of(m, rank)),
+            (Form::Pivot, Side::Right) => (rank * (m + n - rank), IndexSet::bytes_of(n, rank)),
+        };
+        outline.dtype.bytes(numbers) as u64 + indices
+    }
+
+    /// The interpolated side: the one that is shared, else the shorter one (cheaper pivots).
+    fn side(&self, (m, n): (usize, usize)) -> Side {
+        match self.share {
+            Some(Share::Input) => Side::Right,
+            Some(Share::Output) => Side::Left,
+            None if m <= n => Side::Left,
+            None => Side::Right,
+        }
+    }
+
+    /// Shape of the joint matrix of a group.
+    fn joint_shape(&self, shapes: &[(usize, usize)]) -> Result<(usize, usize)> {
+        let Some(&first) = shapes.first() else {
+            return Err(Error::shape("a group of at least one weight", 0));
+        };
+        match self.share {
+            _ if shapes.len() == 1 => Ok(first),
+            None => Err(Error::Unsupported(format!(
+                "svd of a group of {} weights needs `share = \"input\"` or `share = \"output\"`",
+                shapes.len()
+            ))),
+            Some(Share::Input) => match shapes.iter().find(|s| s.1 != first.1) {
+                Some(other) => Err(Error::shape(format!("{} inputs in the whole group", first.1), other)),
+                None => Ok((shapes.iter().map(|s| s.0).sum(), first.1)),
+            },
+            Some(Share::Output) => match shapes.iter().find(|s| s.0 != first.0) {
+                Some(other) => Err(Error::shape(format!("{} outputs in the whole group", first.0), other)),
+                None => Ok((first.0, shapes.iter().map(|s| s.1).sum())),
+            },
+        }
+    }
+}
+
+/// A group as one matrix D·W, with the input metric of each block of columns.
+struct Joint<T: Real> {
+    weight: Array2<T>,
+    /// D's diagonal.
+    scale: Option<Array1<f64>>,
+    /// (columns, input weighting) from left to right.
+    blocks: Vec<(usize, Weighting)>,
+}
+
+impl<T: Real> Joint<T> {
+    fn new(method: &Svd, group: &[Problem<'_, T>]) -> Result<Self> {
+        let shapes: Vec<_> = group.iter().map(Problem::shape).collect();
+        method.joint_shape(&shapes)?;
+        let views: Vec<_> = group.iter().map(|p| p.weight).collect();
+        let stacked = method.share != Some(Share::Output);
+        let mut weight = concatenate(Axis(if stacked { 0 } else { 1 }), &views)
+            .map_err(|e| Error::shape("weights that fit together", e.to_string()))?;
+        let scale = output_scale(group, stacked)?;
+        if let Some(d) = &scale {
+            for (mut row, &d) in weight.rows_mut().into_iter().zip(d) {
+                row.mapv_inplace(|w| w * T::from_f64(d));
+            }
+        }
+        let blocks = if stacked {
+            vec![(weight.ncols(), mean_input(group)?)]
+        } else {
+            group.iter().map(|p| (p.shape().1, p.metric.input.clone())).collect()
+        };
+        Ok(Joint { weight, scale, blocks })
+    }
+}
+
+/// D for the joint rows: each weight's own if stacked; if side by side they must agree, so the first
+/// counts only when all are the identity or the same.
+fn output_scale<T: Real>(group: &[Problem<'_, T>], stacked: bool) -> Result<Option<Array1<f64>>> {
+    let scales: Vec<_> = group.iter().map(|p| p.metric.output_scale()).collect();
+    if scales.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    if stacked {
+        let parts = group.iter().zip(scales).map(|(p, scale)| scale.unwrap_or_else(|| Array1::ones(p.shape().0)));
+        return Ok(Some(parts.flat_map(|part| part.to_vec()).collect()));
+    }
+    if scales.windows(2).any(|pair| pair[0] != pair[1]) {
+        return Err(Error::Unsupported(
+            "a shared output basis has one weighting of the outputs: use a metric without an output side".into(),
+        ));
+    }
+    Ok(scales.into_iter().next().flatten())
+}
+
+/// The input metric of stacked weights: theirs if they agree, else the mean.
+fn mean_input<T: Real>(group: &[Problem<'_, T>]) -> Result<Weighting> {
+    use std::sync::Arc;
+    let first = &group[0].metric.input;
+    let same = |other: &Weighting| match (first, other) {
+        (Weighting::Identity, Weighting::Identity) => true,
+        (Weighting::Diagonal(a), Weighting::Diagonal(b)) => Arc::ptr_eq(a, b) || a == b,
+        (Weighting::Gram(a), Weighting::Gram(b)) => Arc::ptr_eq(a, b) || a.matrix() == b.matrix(),
+        _ => false,
+    };
+    if group.iter().all(|p| same(&p.metric.input)) {
+        return Ok(first.clone());
+    }
+    let n = group[0].shape().1;
+    let mut sum = Array2::<f64>::zeros((n, n));
+    for problem in group {
+        match &problem.metric.input {
+            Weighting::Identity => sum.diag_mut().mapv_inplace(|v| v + 1.0),
+            Weighting::Diagonal(d) => sum.diag_mut().zip_mut_with(&**d, |v, d| *v += d),
+            Weighting::Gram(gram) => sum += &gram.matrix(),
+        }
+    }
+    sum /= group.len() as f64;
+    Ok(Weighting::Gram(Arc::new(crate::stats::Gram::new("group mean", sum)?)))
+}
+
+/// Eigenvalues λ of C, largest first, and the matching orthonormal U (M×k), k the numerical rank of W.
+struct Spectrum<T> {
+    values: Vec<f64>,
+    vectors: Array2<T>,
+}
+
+/// A short side up to this is squared in f64 at once.
+const SQUARE_IN_F64: usize = 2048;
+
+fn spectrum<T: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.weight.dim();
+    if m.min(n) > SQUARE_IN_F64 {
+        let quick = metric_spectrum::<T, f32>(joint, backend)?;
+        if trusted(&quick.values, m.min(n)) {
+            return fill(joint, quick, backend);
+        }
+    }
+    fill(joint, metric_spectrum::<T, f64>(joint, backend)?, backend)
+}
+
+/// Whether eigenvalues from an f32 product can be trusted: its error, about k·ε·λ₁ in all, must be a
+/// thousandth of the tail beyond three quarters of the spectrum at most.
+fn trusted(values: &[f64], k: usize) -> bool {
+    let tail: f64 = values.iter().skip(k * 3 / 4).map(|v| v.max(0.0)).sum();
+    let first = values.first().copied().unwrap_or(0.0);
+    k as f64 * f64::from(f32::EPSILON) / 2.0 * first <= 1e-3 * tail
+}
+
+/// The eigenpairs of C with λ above rounding, by the cheaper side, computed in P.
+fn metric_spectrum<T: Real, P: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let kernels = P::kernels(backend);
+    let (m, n) = joint.weight.dim();
+    let gram = joint.blocks.iter().any(|(_, input)| matches!(input, Weighting::Gram(_)));
+    // With a Gram metric the n×n side needs the square root of A first, hence the handicap.
+    let tall = joint.blocks.len() == 1 && if gram { 2 * m > 3 * n } else { m > n };
+    let mut y = P::cast(joint.weight.view()).into_owned();
+    if !tall {
+        let mut c = Array2::<P>::zeros((m, m));
+        let mut at = 0;
+        for (columns, input) in &joint.blocks {
+            let mut block = y.slice_mut(s![.., at..at + columns]);
+            at += columns;
+            match input {
+                Weighting::Gram(gram) => {
+                    let product = kernels.matmul(block.view(), P::cast(gram.matrix()).view());
+                    kernels.gemm(P::one(), product.view(), block.t(), P::one(), c.view_mut());
+                }
+                weighting => {
+                    scale_columns(&mut block, weighting);
+                    c += &kernels.gram(block.view());
+                }
+            }
+        }
+        let found = kernels.eigh(c.view())?;
+        let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
+        let k = count_above(&values, 1e-13).min(n);
+        return Ok(Spectrum {
+            vectors: T::cast(found.vectors.slice(s![.., ..k])).into_owned(),
+            values: values[..k].to_vec(),
+        });
+    }
+    match &joint.blocks[0].1 {
+        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::cast(gram.sqrt(backend)?.view()).view()),
+        weighting => scale_columns(&mut y.view_mut(), weighting),
+    }
+    let found = kernels.eigh(kernels.gram(y.t()).view())?;
+    let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
+    // U = Y·V·Λ^{−½} is orthonormal to ε·λ₁/λᵢ, so that in f64 it needs no further care down to here.
+    let k = count_above(&values, 1e-12);
+    let mut u = kernels.matmul(y.view(), found.vectors.slice(s![.., ..k]));
+    for (mut column, value) in u.columns_mut().into_iter().zip(&values) {
+        column.mapv_inplace(|v| v / P::from_f64(value.sqrt()));
+    }
+    Ok(Spectrum { values: values[..k].to_vec(), vectors: T::cast(u.view()).into_owned() })
+}
+
+fn count_above(values: &[f64], relative: f64) -> usize {
+    let floor = values.first().map_or(0.0, |first| first.max(0.0) * relative).max(f64::MIN_POSITIVE);
+    values.iter().take_while(|&&v| v > floor).count()
+}
+
+fn scale_columns<P: Real>(block: &mut ndarray::ArrayViewMut2<'_, P>, weighting: &Weighting) {
+    if let Weighting::Diagonal(a) = weighting {
+        for (mut column, &a) in block.columns_mut().into_iter().zip(a.iter()) {
+            column.mapv_inplace(|v| v * P::from_f64(a.sqrt()));
+        }
+    }
+}
+
+/// Adds the plain singular directions of what the metric does not see, so that ranks beyond those that
+/// lower the metric error are spent on W itself rather than on rounding noise.
+fn fill<T: Real>(joint: &Joint<T>, found: Spectrum<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.weight.dim();
+    let missing = m.min(n) - found.values.len();
+    let plain = joint.blocks.iter().all(|(_, input)| matches!(input, Weighting::Identity));
+    if missing == 0 || plain {
+        return Ok(found);
+    }
+    let kernels = T::kernels(backend);
+    let inside = kernels.matmul(found.vectors.t(), joint.weight.view());
+    let mut rest = joint.weight.clone();
+    kernels.gemm(-T::one(), found.vectors.view(), inside.view(), T::one(), rest.view_mut());
+    let norm = |a: ArrayView2<'_, T>| a.iter().map(|v| v.wide().powi(2)).sum::<f64>();
+    if norm(rest.view()) <= 1e-10 * norm(joint.weight.view()) {
+        return Ok(found);
+    }
+    let rest = Joint { weight: rest, scale: None, blocks: vec![(n, Weighting::Identity)] };
+    let extra = metric_spectrum::<T, f64>(&rest, backend)?;
+    let count = missing.min(count_above(&extra.values, 1e-8));
+    let vectors = concatenate(Axis(1), &[found.vectors.view(), extra.vectors.slice(s![.., ..count])])
+        .map_err(|e| Error::shape("columns of one length", e.to_string()))?;
+    let mut values = found.values;
+    values.resize(vectors.ncols(), 0.0);
+    Ok(Spectrum { values, vectors })
+}
+
+impl<T: Real> Factorize<T> for Svd {
+    fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+        match self.decompose(group)? {
+            Some(decomposition) => self.assemble(group, &decomposition),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
+        let (outline, backend) = self.start(group)?;
+        let joint = Joint::new(self, group)?;
+        let found = spectrum(&joint, backend)?;
+        let shape = joint.weight.dim();
+        let total: f64 = found.values.iter().sum();
+        let mut tail = total;
+        let mut curve = vec![Point { bytes: 0, error: total }];
+        for (index, value) in found.values.iter().enumerate() {
+            tail -= value;
+            curve.push(Point { bytes: self.bytes(shape, index + 1, &outline), error: tail.max(0.0) });
+        }
+        curve.push(Point { bytes: group.iter().map(Problem::bytes).sum(), error: 0.0 });
+        Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors] }))
+    }
+
+    fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
+        let (outline, backend) = self.start(group)?;
+        let before = group.iter().map(Problem::bytes).sum();
+        let choice = decomposition.choose(&group[0].budget, before)?;
+        let [vectors] = decomposition.state.as_slice() else {
+            return Err(Error::shape("one matrix of singular vectors", decomposition.state.len()));
+        };
+        if choice > vectors.ncols() {
+            let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
+            return group.iter().map(dense).collect();
+        }
+        let joint = Joint::new(self, group)?;
+        self.cut(group, &joint, vectors.slice(s![.., ..choice]), &outline, backend)
+    }
+
+    fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
+        let _ = metric; // All are minimised exactly.
+        budget.check()?;
+        let shapes: Vec<_> = group.iter().map(|o| o.shape).collect();
+        let (m, n) = self.joint_shape(&shapes)?;
+        let (k, outline) = (m.min(n), group[0]);
+        let before: u64 = group.iter().map(Outline::bytes).sum();
+        let side = k as u64;
+        let (short, long) = (side, m.max(n) as u64);
+        // Weight in T and f64, its product with the Gram matrix, the Gram matrix and its root, the eigenproblem.
+        let memory = 8 * (4 * short * long + 2 * (n * n) as u64 + 4 * short * short);
+        let (bytes, exact) = match (*budget, budget.byte_limit(before)) {
+            (_, Some(limit)) if limit >= before => (before, true),
+            (_, Some(limit)) => {
+                let rank = (1..=k).rev().find(|&r| self.bytes((m, n), r, &outline) <= limit);
+                let least = || format!("{} bytes of {before}", self.bytes((m, n), 1, &outline));
+                let rank = rank.ok_or_else(|| Error::Budget { asked: budget.to_string(), least: least() })?;
+                (self.bytes((m, n), rank, &outline), true)
+            }
+            (Budget::Rank(rank), _) => (self.bytes((m, n), rank.min(k), &outline), true),
+            _ => (before, false),
+        };
+        Ok(Forecast { bytes, exact, memory })
+    }
+}
+
+impl Svd {
+    fn start<'a, T: Real>(&self, group: &[Problem<'a, T>]) -> Result<(Outline, &'a dyn Backend)> {
+        let Some(first) = group.first() else {
+            return Err(Error::shape("a group of at least one weight", 0));
+        };
+        group.iter().try_for_each(|p| p.check().map_err(|e| e.of_tensor(p.name)))?;
+        Ok((Outline { shape: first.shape(), dtype: first.dtype }, first.backend))
+    }
+
+    /// Ŵ = D⁻¹·U·Uᵀ·D·W for the given U, in the stored form, cut into the group's weights.
+    fn cut<T: Real>(
+        &self,
+        group: &[Problem<'_, T>],
+        joint: &Joint<T>,
+        u: ArrayView2<'_, T>,
+        outline: &Outline,
+        backend: &dyn Backend,
+    ) -> Result<Vec<Operator<T>>> {
+        let kernels = T::kernels(backend);
+        let right = kernels.matmul(u.t(), joint.weight.view());
+        let mut left = u.to_owned();
+        if let Some(d) = &joint.scale {
+            for (mut row, &d) in left.rows_mut().into_iter().zip(d) {
+                row.mapv_inplace(|v| v / T::from_f64(d));
+            }
+        }
+        let dense = |values: Array2<T>| Dense::rounded(values, outline.dtype);
+        let (left, right) = match (self.form, self.side(joint.weight.dim())) {
+            (Form::Factors, _) => (Operator::Dense(dense(left)?), Operator::Dense(dense(right)?)),
+            (Form::Pivot, Side::Left) => {
+                // An orthonormal basis of the columns of D⁻¹U keeps the coefficients accurate.
+                let basis = if joint.scale.is_some() { kernels.orthonormalize(left.view()) } else { left.clone() };
+                let (pivots, t) = interpolate(basis.t(), backend)?;
+                let chosen: Vec<usize> = pivots.chosen().collect();
+                let rows = kernels.matmul(left.select(Axis(0), &chosen).view(), right.view());
+                let x = Interpolative::new(Side::Left, pivots, dense(t.reversed_axes())?)?;
+                (Operator::Interpolative(x), Operator::Dense(dense(rows)?))
+            }
+            (Form::Pivot, Side::Right) => {
+                let basis = kernels.orthonormalize(right.t());
+                let (pivots, t) = interpolate(basis.t(), backend)?;
+                let chosen: Vec<usize> = pivots.chosen().collect();
+                let columns = kernels.matmul(left.view(), right.select(Axis(1), &chosen).view());
+                let x = Interpolative::new(Side::Right, pivots, dense(t)?)?;
+                (Operator::Dense(dense(columns)?), Operator::Interpolative(x))
+            }
+        };
+        if group.len() == 1 {
+            return Ok(vec![Operator::product_of(vec![left, right])?]);
+        }
+        share(group, self.share, left, right)
+    }
+}
+
+/// One operator for each weight: its own slice of one factor, the other factor shared.
+fn share<T: Real>(
+    group: &[Problem<'_, T>],
+    share: Option<Share>,
+    left: Operator<T>,
+    right: Operator<T>,
+) -> Result<Vec<Operator<T>>> {
+    use std::sync::Arc;
+    let stacked = share != Some(Share::Output);
+    let (own, common) = if stacked { (left, Arc::new(right)) } else { (right, Arc::new(left)) };
+    let Operator::Dense(own) = own else {
+        return Err(Error::Unsupported("the factor that a group does not share is dense".into()));
+    };
+    let mut at = 0;
+    let mut operators = Vec::with_capacity(group.len());
+    for problem in group {
+        let (m, n) = problem.shape();
+        let (range, axis) = if stacked { (at..at + m, Axis(0)) } else { (at..at + n, Axis(1)) };
+        at = range.end;
+        let part = own.values().slice_axis(axis, range.into()).to_owned();
+        let part = Operator::Dense(Dense::rounded(part, own.dtype())?);
+        let common = Operator::Shared(common.clone());
+        operators.push(Operator::product_of(if stacked { vec![part, common] } else { vec![common, part] })?);
+    }
+    Ok(operators)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::linalg::{Faer, Kernels};
+    use crate::metric::Metric;
+    use crate::operator::LinearOperator;
+    use crate::stats::Gram;
+
+    fn numbers(m: usize, n: usize, seed: usize) -> Array2<f64> {
+        Array2::from_shape_fn((m, n), |(i, j)| {
+            ((((i + 3) * (j + 7) * (seed + 11)) % 101) as f64 / 50.0 - 1.0) * 0.9f64.powi(j as i32 / 3)
+        })
+    }
+
+    /// A Gram matrix of rank `rank` over n inputs.
+    fn gram(n: usize, rank: usize) -> Arc<Gram> {
+        let x = numbers(n, rank, 5);
+        Arc::new(Gram::new("test", x.dot(&x.t())).unwrap())
+    }
+
+    #[test]
+    fn the_error_is_the_tail_of_the_whitened_spectrum() {
+        for (m, n) in [(12, 20), (30, 11), (9, 9)] {
+            let w = numbers(m, n, 1);
+            let gram = gram(n, n + 3);
+            let s = gram.sqrt(&Faer).unwrap();
+            let singular = Kernels::<f64>::svd(&Faer, w.dot(s).view()).unwrap().values;
+            for r in [1, 3, 8] {
+                let problem = Problem::new("w", w.view(), Budget::Rank(r)).metric(Metric::gram(gram.clone()));
+                for form in [Form::Pivot, Form::Factors] {
+                    let method = Svd { form, ..Svd::default() };
+                    let operator = &method.factorize(std::slice::from_ref(&problem)).unwrap()[0];
+                    let error = problem.metric.squared((&w - &operator.to_dense()).view(), &Faer);
+                    let tail: f64 = singular.iter().skip(r).map(|v| v * v).sum();
+                    let total: f64 = singular.iter().map(|v| v * v).sum();
+                    assert!((error - tail).abs() <= 1e-9 * total, "{m}x{n} r={r} {form:?}: {error} against {tail}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_singular_gram_matrix_is_no_obstacle() {
+        for (m, n) in [(10, 24), (40, 24)] {
+            let w = numbers(m, n, 2);
+            let problem = Problem::new("w", w.view(), Budget::Rank(6)).metric(Metric::gram(gram(n, 4)));
+            let operator = &Svd::default().factorize(std::slice::from_ref(&problem)).unwrap()[0];
+            let delta = &w - &operator.to_dense();
+            // Four directions carry the metric, so rank 6 loses nothing of it ...
+            let norm = problem.metric.squared(w.view(), &Faer);
+            assert!(problem.metric.squared(delta.view(), &Faer) <= 1e-12 * norm);
+            // ... and the other two go to W itself: better than rank 4 alone.
+            let four = Problem { budget: Budget::Rank(4), ..problem.clone() };
+            let operator = &Svd::default().factorize(std::slice::from_ref(&four)).unwrap()[0];
+            let plain = Metric::frobenius();
+            assert!(
+                plain.squared(delta.view(), &Faer) < 0.9 * plain.squared((&w - &operator.to_dense()).view(), &Faer)
+            );
+        }
+    }
+}

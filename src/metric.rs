@@ -1,0 +1,263 @@
+//! Which error counts: a weighted Frobenius norm of Δ = W − Ŵ.
+//!
+//! Every metric here is error² = tr(B·Δ·A·Δᵀ), with A on the side of the inputs (n×n) and B on the
+//! side of the outputs (m×m, diagonal):
+//!
+//! | name | A | B | known as |
+//! |---|---|---|---|
+//! | `frobenius` | I | I | plain SVD |
+//! | `fisher` | diag of summed squared gradients per input column | I | FWSVD (Hsu et al., ICLR 2022; its rows are inputs) |
+//! | `fisher-rows` | I | the same per output row | |
+//! | `fisher-both` | columns | rows | two-sided FWSVD |
+//! | `activation` | diag of (mean x²)^α, α = ½ | I | ASVD (Yuan et al., 2023), Wanda |
+//! | `gram` | mean of x·xᵀ | I | SVD-LLM (Wang et al., ICLR 2025), CoSpaDi |
+//! | `gram-fisher` | mean of x·xᵀ | rows | two-sided, after GFWSVD (2025) |
+//!
+//! In a recipe a name stands for its pair; `{ input = "activation", alpha = 1.0, output = "fisher" }`
+//! spells any pair out.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ndarray::{Array1, ArrayView2, Axis, Zip};
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDeserializer};
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::error::{Error, Result};
+use crate::linalg::Backend;
+use crate::scalar::Real;
+use crate::stats::{Gram, Kind, Stats};
+
+/// The quadratic form on one side of the error.
+#[derive(Debug, Clone, Default)]
+pub enum Weighting {
+    /// The identity.
+    #[default]
+    Identity,
+    /// A diagonal of positive weights (of squared errors, not of errors).
+    Diagonal(Arc<Array1<f64>>),
+    /// A symmetric positive semidefinite matrix; it may be singular.
+    Gram(Arc<Gram>),
+}
+
+/// A metric with its numbers: error² = tr(B·Δ·A·Δᵀ).
+#[derive(Debug, Clone, Default)]
+pub struct Metric {
+    /// B, m×m. Never a full Gram matrix.
+    pub output: Weighting,
+    /// A, n×n.
+    pub input: Weighting,
+}
+
+impl Metric {
+    /// The plain Frobenius norm.
+    pub fn frobenius() -> Self {
+        Metric::default()
+    }
+
+    /// The Gram metric: ‖Δ·X‖ for inputs X with mean x·xᵀ = `gram`.
+    pub fn gram(gram: Arc<Gram>) -> Self {
+        Metric { output: Weighting::Identity, input: Weighting::Gram(gram) }
+    }
+
+    /// √ of the diagonal of B, if it is not the identity.
+    pub fn output_scale(&self) -> Option<Array1<f64>> {
+        match &self.output {
+            Weighting::Diagonal(d) => Some(d.mapv(f64::sqrt)),
+            Weighting::Identity | Weighting::Gram(_) => None,
+        }
+    }
+
+    /// tr(B·Δ·A·Δᵀ), in f64: error directions are often those in which A is tiny, where an f32 product
+    /// would drown in the rounding of its large eigenvalues. 2mn² flops if A is a Gram matrix.
+    pub fn squared<T: Real>(&self, delta: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
+        let delta = f64::cast(delta);
+        let per_row = match &self.input {
+            Weighting::Identity => delta.map_axis(Axis(1), |row| row.dot(&row)),
+            Weighting::Diagonal(a) => {
+                delta.map_axis(Axis(1), |row| Zip::from(row).and(&**a).fold(0.0, |s, d, a| s + d * d * a))
+            }
+            Weighting::Gram(gram) => {
+                let product = f64::kernels(backend).matmul(delta.view(), gram.matrix());
+                Zip::from(product.rows()).and(delta.rows()).map_collect(|p, d| p.dot(&d))
+            }
+        };
+        match &self.output {
+            Weighting::Diagonal(b) => per_row.dot(&**b),
+            Weighting::Identity | Weighting::Gram(_) => per_row.sum(),
+        }
+    }
+}
+
+/// The input side of a metric, by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputMetric {
+    /// All inputs count alike.
+    #[default]
+    Identity,
+    /// Summed squared gradients per input column.
+    Fisher,
+    /// (mean x²)^α per input.
+    Activation,
+    /// The Gram matrix of the inputs.
+    Gram,
+}
+
+/// The output side of a metric, by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutputMetric {
+    /// All outputs count alike.
+    #[default]
+    Identity,
+    /// Summed squared gradients per output row.
+    Fisher,
+}
+
+/// A metric as a recipe names it, before its statistics are looked up.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MetricSpec {
+    /// The side of the inputs.
+    pub input: InputMetric,
+    /// The side of the outputs.
+    pub output: OutputMetric,
+    /// Exponent of the mean square for [`InputMetric::Activation`]; ASVD uses ½, 1 is the Gram diagonal.
+    pub alpha: f64,
+}
+
+impl Default for MetricSpec {
+    fn default() -> Self {
+        MetricSpec { input: InputMetric::Identity, output: OutputMetric::Identity, alpha: 0.5 }
+    }
+}
+
+const NAMES: [(&str, InputMetric, OutputMetric); 7] = [
+    ("frobenius", InputMetric::Identity, OutputMetric::Identity),
+    ("fisher", InputMetric::Fisher, OutputMetric::Identity),
+    ("fisher-rows", InputMetric::Identity, OutputMetric::Fisher),
+    ("fisher-both", InputMetric::Fisher, OutputMetric::Fisher),
+    ("activation", InputMetric::Activation, OutputMetric::Identity),
+    ("gram", InputMetric::Gram, OutputMetric::Identity),
+    ("gram-fisher", InputMetric::Gram, OutputMetric::Fisher),
+];
+
+impl MetricSpec {
+    /// The metric of a name of the table above.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the valid names.
+    pub fn named(name: &str) -> Result<Self> {
+        match NAMES.iter().find(|(known, ..)| *known == name) {
+            Some(&(_, input, output)) => Ok(MetricSpec { input, output, ..Self::default() }),
+            None => {
+                let names: Vec<&str> = NAMES.iter().map(|(known, ..)| *known).collect();
+                Err(Error::Unsupported(format!("unknown metric `{name}`, expected one of {}", names.join(", "))))
+            }
+        }
+    }
+
+    /// Which statistics it needs.
+    pub fn needs(&self) -> Vec<Kind> {
+        let input = match self.input {
+            InputMetric::Identity => None,
+            InputMetric::Fisher => Some(Kind::FisherCol),
+            InputMetric::Activation | InputMetric::Gram => Some(Kind::Gram),
+        };
+        let output = (self.output == OutputMetric::Fisher).then_some(Kind::FisherRow);
+        input.into_iter().chain(output).collect()
+    }
+
+    /// Looks the statistics of one weight up.
+    ///
+    /// # Errors
+    /// [`Error::MissingStats`], [`Error::Statistics`], or what reading them meets.
+    pub fn resolve(&self, weight: &str, stats: &Stats) -> Result<Metric> {
+        let input = match self.input {
+            InputMetric::Identity => Weighting::Identity,
+            InputMetric::Fisher => Weighting::Diagonal(Arc::new(floored(stats.fisher_col(weight)?))),
+            InputMetric::Activation => {
+                let mean_square = stats.gram(weight)?.diagonal();
+                Weighting::Diagonal(Arc::new(floored(mean_square.mapv(|v| v.max(0.0).powf(self.alpha)))))
+            }
+            InputMetric::Gram => Weighting::Gram(stats.gram(weight)?),
+        };
+        let output = match self.output {
+            OutputMetric::Identity => Weighting::Identity,
+            OutputMetric::Fisher => Weighting::Diagonal(Arc::new(floored(stats.fisher_row(weight)?))),
+        };
+        Ok(Metric { output, input })
+    }
+}
+
+/// Diagonal weights are divided by later, so they get a floor: √w at least a thousandth of the median √w.
+/// (An absolute floor, as the published code has it, would depend on the scale of the gradients.)
+fn floored(mut weights: Array1<f64>) -> Array1<f64> {
+    let mut sorted = weights.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(1.0);
+    let top = sorted.last().copied().unwrap_or(1.0);
+    // A median of zero (most entries dead) falls back on the largest weight.
+    let floor = 1e-6 * if median > 0.0 { median } else { top * 1e-6 };
+    weights.mapv_inplace(|w| w.max(floor).max(f64::MIN_POSITIVE));
+    weights
+}
+
+impl fmt::Display for MetricSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = NAMES.iter().find(|(_, input, output)| (*input, *output) == (self.input, self.output));
+        f.write_str(known.map_or("activation-fisher", |(name, ..)| name))?;
+        match self.input == InputMetric::Activation && self.alpha != 0.5 {
+            true => write!(f, "({})", self.alpha),
+            false => Ok(()),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Table {
+    input: InputMetric,
+    output: OutputMetric,
+    alpha: f64,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        let MetricSpec { input, output, alpha } = MetricSpec::default();
+        Table { input, output, alpha }
+    }
+}
+
+impl Serialize for MetricSpec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let known = NAMES.iter().find(|(_, input, output)| (*input, *output) == (self.input, self.output));
+        match known {
+            Some((name, ..)) if self.alpha == 0.5 => serializer.serialize_str(name),
+            _ => Table { input: self.input, output: self.output, alpha: self.alpha }.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for MetricSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = MetricSpec;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a metric, or a table with `input`, `output` and `alpha`")
+            }
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MetricSpec, E> {
+                MetricSpec::named(name).map_err(E::custom)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MetricSpec, A::Error> {
+                let Table { input, output, alpha } = Table::deserialize(MapAccessDeserializer::new(map))?;
+                if !(alpha > 0.0 && alpha <= 4.0) {
+                    return Err(A::Error::custom(format!("alpha = {alpha}: expected a number above 0, at most 4")));
+                }
+                Ok(MetricSpec { input, output, alpha })
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}

@@ -1,0 +1,134 @@
+//! The interpolation matrix of a pivoted (interpolative) low-rank form.
+//!
+//! Any m×n matrix of rank r equals X·R, where R holds r of its rows (the pivots) and X, m×r, is the
+//! identity in those rows and a coefficient matrix T in the others. Storing R and T takes
+//! r(m + n − r) numbers, against r(m + n) for two full factors (PIFA, Zhao et al., ICML 2025;
+//! interpolative decomposition, Cheng et al., SIAM J. Sci. Comput. 26, 2005).
+
+use ndarray::{Array2, ArrayView2, Axis};
+
+use super::{Dense, IndexSet, LinearOperator, matmul};
+use crate::error::{Error, Result};
+use crate::scalar::Real;
+
+/// On which side of a product the interpolation matrix stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// X is len×r: identity rows at the pivots, T of (len−r)×r in the others.
+    Left,
+    /// X is r×len: identity columns at the pivots, T of r×(len−r) in the others.
+    Right,
+}
+
+/// A matrix with an identity in its pivot rows (or columns).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Interpolative<T> {
+    side: Side,
+    pivots: IndexSet,
+    coefficients: Dense<T>,
+    rest: Vec<usize>,
+}
+
+impl<T: Real> Interpolative<T> {
+    /// Puts the parts together.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the coefficients are not (len−r)×r (left) or r×(len−r) (right).
+    pub fn new(side: Side, pivots: IndexSet, coefficients: Dense<T>) -> Result<Self> {
+        let (r, others) = (pivots.count(), pivots.len() - pivots.count());
+        let expected = if side == Side::Left { (others, r) } else { (r, others) };
+        if coefficients.shape() != expected {
+            return Err(Error::shape(expected, coefficients.shape()));
+        }
+        let rest = pivots.rest();
+        Ok(Interpolative { side, pivots, coefficients, rest })
+    }
+
+    /// The side of a product it stands on.
+    pub fn side(&self) -> Side {
+        self.side
+    }
+    /// The pivot rows (left) or columns (right).
+    pub fn pivots(&self) -> &IndexSet {
+        &self.pivots
+    }
+    /// T.
+    pub fn coefficients(&self) -> &Dense<T> {
+        &self.coefficients
+    }
+
+    /// [x ; T·x] with the rows put in their places.
+    fn spread(&self, t: ArrayView2<'_, T>, x: ArrayView2<'_, T>) -> Array2<T> {
+        let mut y = Array2::zeros((self.pivots.len(), x.ncols()));
+        let other = matmul(t, x);
+        self.pivots.chosen().zip(x.rows()).for_each(|(to, from)| y.row_mut(to).assign(&from));
+        self.rest.iter().zip(other.rows()).for_each(|(&to, from)| y.row_mut(to).assign(&from));
+        y
+    }
+
+    /// x[pivots] + T·x[rest].
+    fn gather(&self, t: ArrayView2<'_, T>, x: ArrayView2<'_, T>) -> Array2<T> {
+        let pivots: Vec<usize> = self.pivots.chosen().collect();
+        let mut y = matmul(t, x.select(Axis(0), &self.rest).view());
+        y.rows_mut().into_iter().zip(pivots).for_each(|(mut y, from)| y += &x.row(from));
+        y
+    }
+}
+
+impl<T: Real> LinearOperator<T> for Interpolative<T> {
+    fn shape(&self) -> (usize, usize) {
+        let (len, r) = (self.pivots.len(), self.pivots.count());
+        if self.side == Side::Left { (len, r) } else { (r, len) }
+    }
+    fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let t = self.coefficients.values();
+        if self.side == Side::Left { self.spread(t, x) } else { self.gather(t, x) }
+    }
+    fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let t = self.coefficients.values();
+        if self.side == Side::Left { self.gather(t.t(), x) } else { self.spread(t.t(), x) }
+    }
+    fn params(&self) -> usize {
+        self.coefficients.params()
+    }
+    fn bytes(&self) -> u64 {
+        self.coefficients.bytes() + IndexSet::bytes_of(self.pivots.len(), self.pivots.count())
+    }
+    fn flops(&self, columns: usize) -> u64 {
+        let additions = if self.side == Side::Right { self.pivots.count() * columns } else { 0 };
+        self.coefficients.flops(columns) + additions as u64
+    }
+    fn to_dense(&self) -> Array2<T> {
+        let identity = Array2::eye(self.pivots.count());
+        if self.side == Side::Left {
+            self.product(identity.view())
+        } else {
+            self.product_transposed(identity.view()).reversed_axes()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    #[test]
+    fn both_sides_multiply_like_their_dense_form() {
+        let pivots = IndexSet::new(5, vec![4, 1]).unwrap();
+        let t = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]];
+        let left = Interpolative::new(Side::Left, pivots.clone(), Dense::new(t.clone())).unwrap();
+        let dense = array![[1.0, 2.0], [1.0, 0.0], [3.0, 4.0], [5.0, 6.0], [0.0, 1.0]];
+        assert_eq!(left.to_dense(), dense);
+        let right = Interpolative::new(Side::Right, pivots.clone(), Dense::new(t.t().to_owned())).unwrap();
+        assert_eq!(right.to_dense(), dense.t());
+        let (x, y) = (array![[1.0, -1.0], [2.0, 0.5]], Array2::from_shape_fn((5, 3), |(i, j)| (i * 3 + j) as f64));
+        assert_eq!(left.product(x.view()), dense.dot(&x));
+        assert_eq!(left.product_transposed(y.view()), dense.t().dot(&y));
+        assert_eq!(right.product(y.view()), dense.t().dot(&y));
+        assert_eq!(right.product_transposed(x.view()), dense.dot(&x));
+        assert!(Interpolative::new(Side::Right, pivots, Dense::new(t)).is_err());
+    }
+}

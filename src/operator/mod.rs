@@ -1,0 +1,235 @@
+//! What a compressed weight *is*: an expression of cheap linear operators.
+//!
+//! A method writes such an expression; applying, measuring, saving and loading are written once per
+//! node here, never once per method. The set of nodes is closed because the file format is.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use ndarray::{Array2, ArrayView2};
+
+use crate::error::{Error, Result};
+use crate::linalg::matmul_into;
+use crate::scalar::Real;
+
+pub mod codec;
+mod dense;
+mod index_set;
+mod interpolative;
+
+pub use self::dense::Dense;
+pub use self::index_set::IndexSet;
+pub use self::interpolative::{Interpolative, Side};
+
+/// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
+pub trait LinearOperator<T: Real>: Debug + Send + Sync {
+    /// (m, n): outputs and inputs.
+    fn shape(&self) -> (usize, usize);
+    /// Ŵ·X for X of n×b, columns being vectors; the result is m×b.
+    ///
+    /// # Panics
+    /// If X has not n rows; [`apply`](Self::apply) returns an error instead.
+    fn product(&self, x: ArrayView2<'_, T>) -> Array2<T>;
+    /// Ŵᵀ·X for X of m×b; the result is n×b.
+    ///
+    /// # Panics
+    /// If X has not m rows; [`apply_transpose`](Self::apply_transpose) returns an error instead.
+    fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T>;
+    /// Stored numbers that carry values (indices and masks are not counted here, but in `bytes`).
+    fn params(&self) -> usize;
+    /// Bytes on disk, everything counted: values in their stored dtype, indices, masks.
+    fn bytes(&self) -> u64;
+    /// Floating-point operations of a product with `columns` vectors.
+    fn flops(&self, columns: usize) -> u64;
+    /// Ŵ as a matrix, m×n.
+    fn to_dense(&self) -> Array2<T>;
+
+    /// Ŵ·X with the shapes checked.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if X has not n rows.
+    fn apply(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        if x.nrows() != self.shape().1 {
+            return Err(Error::shape((self.shape().1, x.ncols()), x.dim()));
+        }
+        Ok(self.product(x))
+    }
+    /// Ŵᵀ·X with the shapes checked.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if X has not m rows.
+    fn apply_transpose(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        if x.nrows() != self.shape().0 {
+            return Err(Error::shape((self.shape().0, x.ncols()), x.dim()));
+        }
+        Ok(self.product_transposed(x))
+    }
+    /// X·Ŵᵀ for activations of b×n, one token a row, as a linear layer applies its weight; b×m.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if X has not n columns.
+    fn forward(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        Ok(self.apply(x.reversed_axes())?.reversed_axes())
+    }
+}
+
+/// A compressed weight: a linear-operator expression. Cloning is cheap for `Shared` parts only.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Operator<T: Real> {
+    /// A matrix.
+    Dense(Dense<T>),
+    /// A matrix of which some rows (or columns) are those of the identity.
+    Interpolative(Interpolative<T>),
+    /// A product, the first factor leftmost; inner dimensions agree.
+    Product(Vec<Operator<T>>),
+    /// A sum of operators of one shape.
+    Sum(Vec<Operator<T>>),
+    /// A part that several weights use: one copy in memory and on disk.
+    Shared(Arc<Operator<T>>),
+}
+
+impl<T: Real> Operator<T> {
+    /// A product of at least one factor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is no factor or inner dimensions differ.
+    pub fn product_of(factors: Vec<Operator<T>>) -> Result<Self> {
+        if factors.is_empty() {
+            return Err(Error::shape("at least one factor", 0));
+        }
+        for pair in factors.windows(2) {
+            let (left, right) = (pair[0].shape(), pair[1].shape());
+            if left.1 != right.0 {
+                return Err(Error::shape((left.1, right.1), right));
+            }
+        }
+        Ok(Operator::Product(factors))
+    }
+
+    /// A sum of at least one term.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is no term or shapes differ.
+    pub fn sum_of(terms: Vec<Operator<T>>) -> Result<Self> {
+        let Some(first) = terms.first().map(LinearOperator::shape) else {
+            return Err(Error::shape("at least one term", 0));
+        };
+        match terms.iter().find(|term| term.shape() != first) {
+            Some(other) => Err(Error::shape(first, other.shape())),
+            None => Ok(Operator::Sum(terms)),
+        }
+    }
+
+    /// The operator as a trait object: one `match`, so that each method below is written once.
+    fn node(&self) -> &dyn LinearOperator<T> {
+        match self {
+            Operator::Dense(node) => node,
+            Operator::Interpolative(node) => node,
+            Operator::Shared(node) => node.node(),
+            Operator::Product(_) | Operator::Sum(_) => self,
+        }
+    }
+
+    /// Bytes on disk of several operators, shared parts counted once.
+    pub fn total_bytes(all: &[Operator<T>]) -> u64 {
+        fn visit<T: Real>(operator: &Operator<T>, seen: &mut Vec<*const Operator<T>>) -> u64 {
+            match operator {
+                Operator::Product(parts) | Operator::Sum(parts) => parts.iter().map(|part| visit(part, seen)).sum(),
+                Operator::Shared(inner) if seen.contains(&Arc::as_ptr(inner)) => 0,
+                Operator::Shared(inner) => {
+                    seen.push(Arc::as_ptr(inner));
+                    visit(inner, seen)
+                }
+                leaf => leaf.bytes(),
+            }
+        }
+        let mut seen = Vec::new();
+        all.iter().map(|operator| visit(operator, &mut seen)).sum()
+    }
+}
+
+/// Sums and products are handled here; leaves forward to their own file.
+impl<T: Real> LinearOperator<T> for Operator<T> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Operator::Product(factors) => {
+                (factors.first().map_or(0, |f| f.shape().0), factors.last().map_or(0, |f| f.shape().1))
+            }
+            Operator::Sum(terms) => terms.first().map_or((0, 0), |t| t.shape()),
+            other => other.node().shape(),
+        }
+    }
+
+    fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        match self {
+            Operator::Product(factors) => match factors.split_last() {
+                Some((last, rest)) => rest.iter().rev().fold(last.product(x), |y, factor| factor.product(y.view())),
+                None => x.to_owned(),
+            },
+            Operator::Sum(terms) => sum(terms.iter().map(|term| term.product(x))),
+            other => other.node().product(x),
+        }
+    }
+
+    fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        match self {
+            Operator::Product(factors) => match factors.split_first() {
+                Some((first, rest)) => {
+                    rest.iter().fold(first.product_transposed(x), |y, factor| factor.product_transposed(y.view()))
+                }
+                None => x.to_owned(),
+            },
+            Operator::Sum(terms) => sum(terms.iter().map(|term| term.product_transposed(x))),
+            other => other.node().product_transposed(x),
+        }
+    }
+
+    fn params(&self) -> usize {
+        match self {
+            Operator::Product(parts) | Operator::Sum(parts) => parts.iter().map(LinearOperator::params).sum(),
+            other => other.node().params(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match self {
+            Operator::Product(parts) | Operator::Sum(parts) => parts.iter().map(LinearOperator::bytes).sum(),
+            other => other.node().bytes(),
+        }
+    }
+
+    fn flops(&self, columns: usize) -> u64 {
+        match self {
+            Operator::Product(parts) => parts.iter().map(|part| part.flops(columns)).sum(),
+            Operator::Sum(parts) => {
+                let (m, additions) = (self.shape().0, parts.len().saturating_sub(1));
+                parts.iter().map(|part| part.flops(columns)).sum::<u64>() + (m * columns * additions) as u64
+            }
+            other => other.node().flops(columns),
+        }
+    }
+
+    fn to_dense(&self) -> Array2<T> {
+        match self {
+            Operator::Product(factors) => match factors.split_last() {
+                Some((last, rest)) => rest.iter().rev().fold(last.to_dense(), |y, factor| factor.product(y.view())),
+                None => Array2::zeros((0, 0)),
+            },
+            Operator::Sum(terms) => sum(terms.iter().map(LinearOperator::to_dense)),
+            other => other.node().to_dense(),
+        }
+    }
+}
+
+fn sum<T: Real>(mut terms: impl Iterator<Item = Array2<T>>) -> Array2<T> {
+    let first = terms.next().unwrap_or_default();
+    terms.fold(first, |total, term| total + term)
+}
+
+/// A·B by the crate's own product; shapes are the caller's business.
+fn matmul<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+    let mut c = Array2::zeros((a.nrows(), b.ncols()));
+    matmul_into(T::one(), a, b, T::zero(), c.view_mut());
+    c
+}
