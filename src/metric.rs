@@ -20,11 +20,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use ndarray::{Array1, ArrayView2, Axis, Zip};
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor, value::MapAccessDeserializer};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::linalg::Backend;
+use crate::named::{self, Named};
 use crate::scalar::Real;
 use crate::stats::{Gram, Kind, Stats};
 
@@ -216,7 +216,7 @@ impl fmt::Display for MetricSpec {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Table {
+pub(crate) struct Table {
     input: InputMetric,
     output: OutputMetric,
     alpha: f64,
@@ -239,25 +239,22 @@ impl Serialize for MetricSpec {
     }
 }
 
+impl Named for MetricSpec {
+    const WHAT: &'static str = "a metric";
+    type Table = Table;
+    fn named(name: &str) -> Result<Self> {
+        MetricSpec::named(name)
+    }
+    fn from_table(Table { input, output, alpha }: Table) -> Result<Self> {
+        match alpha > 0.0 && alpha <= 4.0 {
+            true => Ok(MetricSpec { input, output, alpha }),
+            false => Err(Error::Unsupported(format!("alpha = {alpha}: expected a number above 0, at most 4"))),
+        }
+    }
+}
+
 impl<'de> Deserialize<'de> for MetricSpec {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = MetricSpec;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the name of a metric, or a table with `input`, `output` and `alpha`")
-            }
-            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<MetricSpec, E> {
-                MetricSpec::named(name).map_err(E::custom)
-            }
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<MetricSpec, A::Error> {
-                let Table { input, output, alpha } = Table::deserialize(MapAccessDeserializer::new(map))?;
-                if !(alpha > 0.0 && alpha <= 4.0) {
-                    return Err(A::Error::custom(format!("alpha = {alpha}: expected a number above 0, at most 4")));
-                }
-                Ok(MetricSpec { input, output, alpha })
-            }
-        }
-        deserializer.deserialize_any(Either)
+        named::deserialize(deserializer)
     }
 }

@@ -12,6 +12,7 @@ use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::linalg::{Backend, Faer};
 use crate::metric::{Metric, MetricSpec};
+use crate::named::Named;
 use crate::operator::Operator;
 use crate::scalar::{DType, Real, check_finite};
 
@@ -238,6 +239,17 @@ impl Method {
         match self {
             Method::Svd(_) => "svd",
         }
+    }
+}
+
+impl Named for Method {
+    const WHAT: &'static str = "a method";
+    type Table = Method;
+    fn named(name: &str) -> Result<Self> {
+        Method::named(name)
+    }
+    fn from_table(method: Method) -> Result<Self> {
+        Ok(method)
     }
 }
 
