@@ -1,4 +1,5 @@
 //! weightpress
+pub mod checkpoint;
 pub mod error;
 pub mod linalg;
 pub mod scalar;
