@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::reader::{MAX_HEADER, Object, Shard};
+use super::writer::write_file_atomic;
 use crate::error::{Error, Result};
 
 /// The index's name in every checkpoint that this crate writes.
@@ -45,17 +46,26 @@ impl Index {
         if text.len() as u64 > MAX_HEADER {
             return Err(damaged(format!("is larger than the {MAX_HEADER} bytes allowed")));
         }
-        let Document { metadata, weight_map: Object(mut weight_map) } =
+        let Document { metadata, weight_map: Object(weight_map) } =
             serde_json::from_slice(&text).map_err(|e| damaged(format!("cannot be read: {e}")))?;
         if weight_map.is_empty() {
             return Err(damaged("names no tensor".into()));
         }
-        for (tensor, file) in &mut weight_map {
-            *file = inside(file).ok_or_else(|| {
-                damaged(format!("tensor `{tensor}` is said to be in `{file}`, which is not a file inside the folder"))
+        Self { path, metadata: metadata.unwrap_or_default(), weight_map }.normalised()
+    }
+
+    /// Brings the files' paths into one form.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one leads out of the folder.
+    fn normalised(mut self) -> Result<Self> {
+        for (tensor, file) in &mut self.weight_map {
+            *file = inside(file).ok_or_else(|| Error::Checkpoint {
+                path: self.path.clone(),
+                detail: format!("tensor `{tensor}` is said to be in `{file}`, which is not a file inside the folder"),
             })?;
         }
-        Ok(Self { path, metadata: metadata.unwrap_or_default(), weight_map })
+        Ok(self)
     }
 
     /// The shard files, sorted by name.
@@ -129,4 +139,31 @@ fn inside(file: &str) -> Option<String> {
         }
     }
     if parts.is_empty() || file.contains('\0') { None } else { Some(parts.join("/")) }
+}
+
+/// Writes `model.safetensors.index.json` for the shards that are already in `folder`, and returns
+/// `total_size`, the bytes of all tensors, which it puts into `metadata`. Call it last: it reads
+/// the shards' headers and refuses an index that does not say what they say.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if `weight_map` and the shards disagree; [`Error::Io`].
+pub fn write_index(folder: &Path, metadata: &Map<String, Value>, weight_map: &BTreeMap<String, String>) -> Result<u64> {
+    /// Sorted explicitly: whether `Map` is sorted is up to other crates' features.
+    #[derive(Serialize)]
+    struct Sorted<'a> {
+        metadata: BTreeMap<&'a str, &'a Value>,
+        weight_map: &'a BTreeMap<String, String>,
+    }
+    let path = folder.join(INDEX_FILE);
+    let index = Index { path, metadata: Map::new(), weight_map: weight_map.clone() }.normalised()?;
+    let shards = index.open_shards(folder)?;
+    let total: u64 = shards.iter().flat_map(|shard| &shard.tensors).map(|tensor| tensor.bytes).sum();
+    let total_value = Value::from(total);
+    let mut metadata: BTreeMap<&str, &Value> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    metadata.insert("total_size", &total_value);
+    let mut text = serde_json::to_vec_pretty(&Sorted { metadata, weight_map: &index.weight_map })
+        .map_err(|e| index.damaged(format!("cannot be written: {e}")))?;
+    text.push(b'\n');
+    write_file_atomic(&index.path, &text)?;
+    Ok(total)
 }
