@@ -1,6 +1,7 @@
 //! weightpress
 pub mod allocate;
 pub mod budget;
+pub mod checkpoint;
 pub mod error;
 pub mod factorize;
 pub mod linalg;
