@@ -157,6 +157,11 @@ impl MetricSpec {
         }
     }
 
+    /// Whether it is the plain Gram metric.
+    pub fn is_gram(&self) -> bool {
+        self.input == InputMetric::Gram && self.output == OutputMetric::Identity
+    }
+
     /// Which statistics it needs.
     pub fn needs(&self) -> Vec<Kind> {
         let input = match self.input {

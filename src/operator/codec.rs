@@ -3,7 +3,7 @@
 //! A weight `w` becomes tensors `w.0`, `w.1`, … and a [`Node`] tree that says how they combine; the
 //! tree goes into the file's metadata. `docs/format.md` describes it for other programs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,36 @@ use super::{Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real, narrow};
 use crate::tensor::{Stored, Tensor};
+
+/// The metadata key under which a factored file carries its [`Header`], as JSON.
+pub const METADATA_KEY: &str = "weightpress";
+/// Version of the factored format; a change of meaning raises it.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// What a factored file says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`FORMAT_VERSION`].
+    pub format: u32,
+    /// Version of the crate that wrote it.
+    pub version: String,
+    /// blake3 of the recipe.
+    pub recipe: String,
+    /// The compressed weights of this file.
+    pub weights: BTreeMap<String, Tree>,
+}
+
+/// A compressed weight.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tree {
+    /// (m, n).
+    pub shape: (usize, usize),
+    /// The dtype of the original.
+    pub dtype: String,
+    /// The operator.
+    pub operator: Node,
+}
 
 /// A tensor ready to be written.
 #[derive(Debug, Clone, PartialEq)]

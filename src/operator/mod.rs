@@ -3,7 +3,7 @@
 //! A method writes such an expression; applying, measuring, saving and loading are written once per
 //! node here, never once per method. The set of nodes is closed because the file format is.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2};
@@ -232,4 +232,23 @@ fn matmul<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
     let mut c = Array2::zeros((a.nrows(), b.ncols()));
     matmul_into(T::one(), a, b, T::zero(), c.view_mut());
     c
+}
+
+impl<T: Real> fmt::Display for Operator<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let joined = |f: &mut fmt::Formatter<'_>, parts: &[Operator<T>], sign: &str| {
+            parts.iter().enumerate().try_for_each(|(i, part)| match i {
+                0 => write!(f, "{part}"),
+                _ => write!(f, " {sign} {part}"),
+            })
+        };
+        let (m, n) = self.shape();
+        match self {
+            Operator::Dense(_) => write!(f, "dense {m}x{n}"),
+            Operator::Interpolative(_) => write!(f, "interpolative {m}x{n}"),
+            Operator::Product(factors) => joined(f, factors, "·"),
+            Operator::Sum(terms) => joined(f, terms, "+"),
+            Operator::Shared(inner) => write!(f, "shared {inner}"),
+        }
+    }
 }

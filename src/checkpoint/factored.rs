@@ -1,0 +1,92 @@
+//! From a factored checkpoint back to operators.
+
+use std::collections::BTreeMap;
+
+use super::Checkpoint;
+use crate::error::{Error, Result};
+use crate::operator::codec::{Decoder, FORMAT_VERSION, Header, METADATA_KEY, Source, Tree};
+use crate::operator::{Dense, Operator};
+use crate::scalar::{DType, Real, check_finite};
+use crate::tensor::{Stored, Tensor};
+
+impl Source for Checkpoint {
+    fn tensor(&self, name: &str) -> Result<Stored<'_>> {
+        self.get(name)
+    }
+}
+
+impl Checkpoint {
+    /// The compressed weights of a factored checkpoint and their operator trees; empty for a dense one.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the description is damaged or of a newer format.
+    pub fn trees(&self) -> Result<BTreeMap<String, Tree>> {
+        let mut all = BTreeMap::new();
+        for shard in self.shards() {
+            let Some(text) = shard.metadata.get(METADATA_KEY) else { continue };
+            let damaged = |detail: String| Error::Checkpoint { path: shard.path().into(), detail };
+            let version: Version = serde_json::from_str(text).map_err(|e| damaged(format!("metadata: {e}")))?;
+            if version.format != FORMAT_VERSION {
+                let detail = format!("factored format {}, this version reads {FORMAT_VERSION}", version.format);
+                return Err(damaged(detail));
+            }
+            let header: Header = serde_json::from_str(text).map_err(|e| damaged(format!("metadata: {e}")))?;
+            all.extend(header.weights);
+        }
+        Ok(all)
+    }
+
+    /// Loads weights as operators; what they share is loaded once. See [`Loader`].
+    ///
+    /// # Errors
+    /// As [`trees`](Self::trees).
+    pub fn loader<T: Real>(&self) -> Result<Loader<'_, T>> {
+        Ok(Loader { checkpoint: self, trees: self.trees()?, decoder: Decoder::new(self) })
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Version {
+    format: u32,
+}
+
+/// Loads weights of a checkpoint, factored or dense, as operators.
+#[derive(Debug)]
+pub struct Loader<'c, T: Real> {
+    checkpoint: &'c Checkpoint,
+    trees: BTreeMap<String, Tree>,
+    decoder: Decoder<'c, Checkpoint, T>,
+}
+
+impl<T: Real> Loader<'_, T> {
+    /// The names of the compressed weights.
+    pub fn compressed(&self) -> impl Iterator<Item = &str> {
+        self.trees.keys().map(String::as_str)
+    }
+
+    /// A weight by its original name: its operator if it was compressed, else the matrix itself.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Shape`] if it is no matrix or the parts do not fit,
+    /// [`Error::NonFinite`].
+    pub fn operator(&mut self, name: &str) -> Result<Operator<T>> {
+        use crate::operator::LinearOperator;
+        let mut load = || match self.trees.get(name) {
+            Some(tree) => {
+                let operator = self.decoder.decode(&tree.operator)?;
+                match operator.shape() == tree.shape {
+                    true => Ok(operator),
+                    false => Err(Error::shape(tree.shape, operator.shape())),
+                }
+            }
+            None => {
+                let stored = self.checkpoint.get(name)?;
+                let values = stored.matrix::<T>()?.into_owned();
+                check_finite("weight", &values)?;
+                let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
+                Ok(Operator::Dense(Dense::rounded(values, dtype)?))
+            }
+        };
+        load().map_err(|e: Error| e.of_tensor(name))
+    }
+}

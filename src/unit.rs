@@ -1,0 +1,332 @@
+//! One job of a plan, done once and kept as a file: a run that was stopped takes it from there.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::allocate::{Errors, Global};
+use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
+use crate::error::{Error, Result};
+use crate::factorize::{Decomposition, Factorize, Point, Problem};
+use crate::linalg::Backend;
+use crate::metric::Metric;
+use crate::operator::codec::{Encoder, NamedTensor, Tree};
+use crate::operator::{LinearOperator, Operator};
+use crate::plan::{Job, Plan};
+use crate::recipe::OnError;
+use crate::report::TensorReport;
+use crate::scalar::{DType, Real, narrow};
+use crate::stats::Kind;
+use crate::tensor::Tensor;
+
+/// What a unit file says of itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Unit {
+    /// Digest of everything that the result depends on.
+    pub key: String,
+    /// The compressed weights; those kept dense are not here.
+    pub trees: BTreeMap<String, Tree>,
+    /// The outcome.
+    pub reports: Vec<TensorReport>,
+}
+
+/// The metadata key of unit files and cached curves.
+const UNIT: &str = "unit";
+
+/// A job with the folder that its files are kept in.
+pub(crate) struct Worker<'p, 'c> {
+    pub plan: &'p Plan<'c>,
+    pub backend: &'p dyn Backend,
+    pub folder: &'p Path,
+    pub factored: bool,
+    pub dense: bool,
+}
+
+/// A measured curve, kept between the two passes of a global allocation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Curve {
+    key: String,
+    pub norm_squared: f64,
+    pub points: Vec<Point>,
+    seconds: f64,
+    notes: Vec<String>,
+}
+
+impl Curve {
+    /// The points that an allocation may choose from: nothing at all only if that is no loss, dense
+    /// only if the rule has it.
+    pub fn choices(&self, global: &Global) -> Vec<Point> {
+        let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
+        let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
+        self.points[first..last].to_vec()
+    }
+
+    /// The factor that makes its errors comparable with those of others.
+    pub fn weight(&self, global: &Global) -> f64 {
+        match global.errors {
+            Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
+            Errors::Absolute => 1.0,
+        }
+    }
+}
+
+impl Worker<'_, '_> {
+    /// The file of a job's result in one of the two forms.
+    pub fn path(&self, job: usize, form: &str) -> PathBuf {
+        self.folder.join(format!("{job:05}.{form}.safetensors"))
+    }
+
+    /// Digest of a job: crate version, method, metric, budget, seed, names, weights, statistics.
+    pub fn key(&self, job: &Job) -> Result<String> {
+        let rule = &self.plan.recipe.rules[job.rule];
+        let mut hash = blake3::Hasher::new();
+        let text = serde_json::to_string(&(
+            env!("CARGO_PKG_VERSION"),
+            &rule.method,
+            &rule.metric,
+            &job.budget,
+            self.plan.recipe.seed,
+        ))
+        .map_err(|e| Error::Recipe { at: None, detail: e.to_string() })?;
+        hash.update(text.as_bytes());
+        for name in &job.names {
+            let stored = self.plan.checkpoint.get(name)?;
+            hash.update(format!("{name} {:?} {}", stored.shape, stored.dtype).as_bytes());
+            hash.update(stored.bytes);
+            hash.update(&self.plan.stats.digest(name));
+        }
+        Ok(hash.finalize().to_hex().to_string())
+    }
+
+    /// The error curve of a job, measured or read back.
+    pub fn curve(&self, index: usize) -> Result<Curve> {
+        let job = &self.plan.jobs[index];
+        let key = self.key(job)?;
+        let path = self.path(index, "curve");
+        if let Some(known) = read::<Curve>(&path, |curve: &Curve| curve.key == key)? {
+            return Ok(known);
+        }
+        match job.outlines[0].dtype {
+            DType::F64 => self.measure::<f64>(job, key, &path),
+            _ => self.measure::<f32>(job, key, &path),
+        }
+    }
+
+    fn measure<T: Real>(&self, job: &Job, key: String, path: &Path) -> Result<Curve> {
+        let start = Instant::now();
+        let method = &self.plan.recipe.rules[job.rule].method;
+        let decomposition = self.with_group::<T, _>(job, |group| method.decompose(group))?.ok_or_else(|| {
+            Error::Unsupported(format!("method `{}` has no error curve: use a uniform allocation", method.name()))
+        })?;
+        let entries = decomposition.state.iter().enumerate().map(|(i, array)| {
+            let bytes = narrow(T::DTYPE, array.iter())?;
+            let shape = vec![array.nrows(), array.ncols()];
+            Ok(Entry { name: format!("{i:03}"), dtype: T::DTYPE, shape, data: Payload::Bytes(bytes.into()) })
+        });
+        let entries = entries.collect::<Result<Vec<_>>>()?;
+        let Decomposition { norm_squared, curve: points, .. } = decomposition;
+        let curve = Curve { key, norm_squared, points, seconds: start.elapsed().as_secs_f64(), notes: Vec::new() };
+        write_shard(path, &metadata(&curve)?, entries)?;
+        Ok(curve)
+    }
+
+    /// The result of a job, computed or read back.
+    pub fn result(&self, index: usize, job: &Job) -> Result<Unit> {
+        let key = self.key(job)?;
+        let forms = [("factored", self.factored), ("dense", self.dense)];
+        let mut known = None;
+        for (form, wanted) in forms {
+            if wanted {
+                known = read::<Unit>(&self.path(index, form), |unit: &Unit| unit.key == key)?;
+                if known.is_none() {
+                    break;
+                }
+            }
+        }
+        if let Some(unit) = known {
+            return Ok(unit);
+        }
+        let unit = match job.outlines[0].dtype {
+            DType::F64 => self.compute::<f64>(index, job, key),
+            _ => self.compute::<f32>(index, job, key),
+        };
+        unit.map_err(|e| e.of_tensor(job.names.join(", ")))
+    }
+
+    fn compute<T: Real>(&self, index: usize, job: &Job, key: String) -> Result<Unit> {
+        let start = Instant::now();
+        let rule = &self.plan.recipe.rules[job.rule];
+        let mut unit = Unit { key, trees: BTreeMap::new(), reports: Vec::new() };
+        let solved = match &job.kept {
+            Some(why) => Err(Error::Unsupported(why.clone())),
+            None => self.with_group::<T, _>(job, |group| {
+                let operators = self.solve(index, job, group)?;
+                let count = group.len() as f64;
+                let before_measuring = start.elapsed().as_secs_f64() / count;
+                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, before_measuring));
+                Ok((reports.collect::<Result<Vec<_>>>()?, operators))
+            }),
+        };
+        let (mut tensors, mut dense) = (Vec::new(), Vec::new());
+        match solved {
+            Ok((reports, operators)) => {
+                unit.reports = reports;
+                let mut encoder = Encoder::new();
+                for ((name, outline), operator) in job.names.iter().zip(&job.outlines).zip(&operators) {
+                    if self.dense {
+                        let bytes = narrow(outline.dtype, operator.to_dense().iter())?;
+                        let shape = vec![outline.shape.0, outline.shape.1];
+                        dense.push(NamedTensor { name: name.clone(), dtype: outline.dtype, shape, bytes });
+                    }
+                    let kept = matches!(operator, Operator::Dense(leaf) if leaf.dtype() == outline.dtype);
+                    if self.factored && !kept {
+                        let operator = encoder.encode(name, operator)?;
+                        let tree = Tree { shape: outline.shape, dtype: outline.dtype.to_string(), operator };
+                        unit.trees.insert(name.clone(), tree);
+                    }
+                }
+                tensors = encoder.into_tensors();
+            }
+            Err(why) if rule.on_error == OnError::KeepDense && !matches!(why, Error::Io { .. } | Error::Cancelled) => {
+                let why = job.kept.clone().unwrap_or_else(|| why.to_string());
+                let each = job.names.iter().zip(&job.outlines);
+                unit.reports = each
+                    .map(|(name, outline)| TensorReport {
+                        name: name.clone(),
+                        shape: outline.shape,
+                        dtype: outline.dtype.to_string(),
+                        method: rule.method.name().into(),
+                        metric: rule.metric.to_string(),
+                        kept_dense: Some(why.clone()),
+                        structure: "dense".into(),
+                        bytes_before: outline.bytes(),
+                        bytes_after: outline.bytes(),
+                        params: outline.shape.0 * outline.shape.1,
+                        flops_ratio: 1.0,
+                        error: 0.0,
+                        metric_error: 0.0,
+                        output_error: None,
+                        seconds: start.elapsed().as_secs_f64() / job.names.len() as f64,
+                        notes: Vec::new(),
+                    })
+                    .collect();
+            }
+            Err(why) => return Err(why),
+        }
+        for (form, wanted, tensors) in [("factored", self.factored, tensors), ("dense", self.dense, dense)] {
+            if wanted {
+                let entry = |t: NamedTensor| Entry {
+                    name: t.name,
+                    dtype: t.dtype,
+                    shape: t.shape,
+                    data: Payload::Bytes(t.bytes.into()),
+                };
+                write_shard(&self.path(index, form), &metadata(&unit)?, tensors.into_iter().map(entry).collect())?;
+            }
+        }
+        Ok(unit)
+    }
+
+    /// From the cached decomposition if there is one, else from scratch.
+    fn solve<T: Real>(&self, index: usize, job: &Job, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+        let method = &self.plan.recipe.rules[job.rule].method;
+        let path = self.path(index, "curve");
+        let Some(curve) = read::<Curve>(&path, |_: &Curve| true)? else {
+            return method.factorize(group);
+        };
+        let file = Checkpoint::open(&path)?;
+        let mut names: Vec<&str> = file.tensors().map(|t| t.name.as_str()).collect();
+        names.sort_unstable();
+        let state =
+            names.iter().map(|name| Ok(file.get(name)?.matrix::<T>()?.into_owned())).collect::<Result<Vec<_>>>()?;
+        method.assemble(group, &Decomposition { norm_squared: curve.norm_squared, curve: curve.points, state })
+    }
+
+    /// Builds the problems of a job and hands them over.
+    fn with_group<T: Real, R>(&self, job: &Job, run: impl FnOnce(&[Problem<'_, T>]) -> Result<R>) -> Result<R> {
+        let rule = &self.plan.recipe.rules[job.rule];
+        let stored = job.names.iter().map(|name| self.plan.checkpoint.get(name)).collect::<Result<Vec<_>>>()?;
+        let weights = stored.iter().map(|s| s.matrix::<T>()).collect::<Result<Vec<_>>>()?;
+        let mut problems = Vec::with_capacity(weights.len());
+        for ((name, outline), weight) in job.names.iter().zip(&job.outlines).zip(&weights) {
+            problems.push(Problem {
+                name,
+                weight: weight.view(),
+                dtype: outline.dtype,
+                metric: rule.metric.resolve(name, self.plan.stats)?,
+                budget: job.budget,
+                seed: seed(self.plan.recipe.seed, &job.names[0]),
+                backend: self.backend,
+            });
+        }
+        run(&problems)
+    }
+
+    fn report<T: Real>(
+        &self,
+        job: &Job,
+        problem: &Problem<'_, T>,
+        operator: &Operator<T>,
+        seconds: f64,
+    ) -> Result<TensorReport> {
+        let rule = &self.plan.recipe.rules[job.rule];
+        let dense = operator.to_dense();
+        let delta = &problem.weight - &dense;
+        let relative = |metric: &Metric| {
+            let norm = metric.squared(problem.weight, self.backend);
+            let error = metric.squared(delta.view(), self.backend).max(0.0);
+            if error == 0.0 { 0.0 } else { (error / norm.max(f64::MIN_POSITIVE)).sqrt() }
+        };
+        let metric_error = relative(&problem.metric);
+        let output_error = match self.plan.stats.has(problem.name, Kind::Gram) {
+            true if rule.metric.is_gram() => Some(metric_error),
+            true => Some(relative(&Metric::gram(self.plan.stats.gram(problem.name)?))),
+            false => None,
+        };
+        let kept = matches!(operator, Operator::Dense(leaf) if leaf.dtype() == problem.dtype);
+        let (m, n) = problem.shape();
+        Ok(TensorReport {
+            name: problem.name.into(),
+            shape: (m, n),
+            dtype: problem.dtype.to_string(),
+            method: rule.method.name().into(),
+            metric: rule.metric.to_string(),
+            kept_dense: kept.then(|| "the budget allows it".into()),
+            structure: operator.to_string(),
+            bytes_before: problem.bytes(),
+            bytes_after: operator.bytes(),
+            params: operator.params(),
+            flops_ratio: operator.flops(1) as f64 / (2 * m * n).max(1) as f64,
+            error: relative(&Metric::frobenius()),
+            metric_error,
+            output_error,
+            seconds,
+            notes: Vec::new(),
+        })
+    }
+}
+
+/// Each group draws from its own stream, so that no group depends on the order of the others.
+fn seed(recipe: u64, name: &str) -> u64 {
+    let digest = blake3::hash(format!("{recipe} {name}").as_bytes());
+    let (first, _) = digest.as_bytes().split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));
+    u64::from_le_bytes(*first)
+}
+
+fn metadata<M: Serialize>(value: &M) -> Result<BTreeMap<String, String>> {
+    let text = serde_json::to_string(value).map_err(|e| Error::Unsupported(e.to_string()))?;
+    Ok(BTreeMap::from([(UNIT.to_owned(), text)]))
+}
+
+/// A kept file's description, if the file is there, sound and the wanted one; anything else is done anew.
+fn read<M: for<'de> Deserialize<'de>>(path: &Path, wanted: impl Fn(&M) -> bool) -> Result<Option<M>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let Ok(file) = Checkpoint::open(path) else { return Ok(None) };
+    let text = file.shards().first().and_then(|shard| shard.metadata.get(UNIT));
+    let value = text.and_then(|text| serde_json::from_str::<M>(text).ok());
+    Ok(value.filter(wanted))
+}
