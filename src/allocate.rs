@@ -5,15 +5,14 @@
 //! the Lagrange multiplier λ (minimise error + λ·bytes for each weight alone), then greedily filled
 //! with what still fits. The gap to the optimum is at most one step of one weight.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 use crate::factorize::Point;
 use crate::named::Named;
 
 /// How the budget of a rule is spread over the weights that it matches.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Allocate {
     /// Every weight (or group) gets the budget by itself.
     #[default]
@@ -47,6 +46,15 @@ pub enum Errors {
 impl Default for Global {
     fn default() -> Self {
         Global { floor: 0.25, dense: true, errors: Errors::Relative }
+    }
+}
+
+impl Serialize for Allocate {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Allocate::Uniform => serializer.serialize_str("uniform"),
+            Allocate::Global(global) => global.serialize(serializer),
+        }
     }
 }
 

@@ -90,6 +90,13 @@ impl Rule {
     }
 }
 
+impl Rule {
+    /// Whether a weight that met this error stays dense, rather than ending the run.
+    pub(crate) fn may_keep(&self, error: &Error) -> bool {
+        self.on_error == OnError::KeepDense && !matches!(error, Error::Io { .. } | Error::Cancelled)
+    }
+}
+
 impl Recipe {
     /// Reads TOML.
     ///

@@ -21,11 +21,12 @@ use crate::checkpoint::{
     Checkpoint, Entry, Payload, Shard, copy_file_atomic, write_file_atomic, write_index, write_shard,
 };
 use crate::error::{Error, Result};
+use crate::factorize::Point;
 use crate::linalg::{Backend, Faer};
 use crate::operator::codec::{FORMAT_VERSION, Header, METADATA_KEY, Tree};
 use crate::plan::{Job, Plan};
 use crate::report::{Report, TensorReport};
-use crate::unit::{Unit, Worker};
+use crate::unit::{Curve, Unit, Worker};
 
 const WORK: &str = ".weightpress";
 
@@ -136,6 +137,14 @@ struct Run<'p, 'c> {
     threads: usize,
 }
 
+/// What a job gets.
+#[derive(Debug, Serialize, Deserialize)]
+enum Share {
+    Budget(Budget),
+    /// It stays dense, for this reason.
+    Kept(String),
+}
+
 /// A finished shard's part of the report.
 #[derive(Serialize, Deserialize)]
 struct Finished {
@@ -220,11 +229,15 @@ impl Run<'_, '_> {
             factored: forms.contains(&"factored"),
             dense: forms.contains(&"dense"),
         };
-        let budgets = self.budgets(&worker)?;
+        let shares = self.shares(&worker)?;
         let shards = self.plan.checkpoint.shards();
         let by_shard = |shard: usize| {
             let jobs = self.plan.jobs.iter().enumerate().filter(move |(_, job)| job.shard == shard);
-            jobs.map(|(index, job)| (index, Job { budget: budgets[index], ..job.clone() })).collect::<Vec<_>>()
+            let share = |index: usize, job: &Job| match &shares[index] {
+                Share::Budget(budget) => Job { budget: *budget, ..job.clone() },
+                Share::Kept(why) => Job { kept: Some(why.clone()), ..job.clone() },
+            };
+            jobs.map(|(index, job)| (index, share(index, job))).collect::<Vec<_>>()
         };
         self.observer.stage("compressing", self.plan.jobs.iter().map(Job::cost).sum());
         let mut finished = Vec::new();
@@ -234,50 +247,64 @@ impl Run<'_, '_> {
         self.finish(finished)
     }
 
-    /// The budget of each job: the rule's own, or its share of a global one.
-    fn budgets(&self, worker: &Worker<'_, '_>) -> Result<Vec<Budget>> {
+    /// What each job gets: the rule's own budget, or its share of a global one.
+    fn shares(&self, worker: &Worker<'_, '_>) -> Result<Vec<Share>> {
         let jobs = &self.plan.jobs;
-        let mut budgets: Vec<Budget> = jobs.iter().map(|job| job.budget).collect();
-        let shared = |rule: usize| match self.plan.recipe.rules[rule].allocate {
+        let own = |job: &Job| job.kept.clone().map_or(Share::Budget(job.budget), Share::Kept);
+        let mut shares: Vec<Share> = jobs.iter().map(own).collect();
+        let rules = &self.plan.recipe.rules;
+        let global = |rule: usize| match rules[rule].allocate {
             Allocate::Global(global) => Some(global),
             Allocate::Uniform => None,
         };
-        let measured: Vec<usize> =
-            (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && shared(jobs[i].rule).is_some()).collect();
-        if measured.is_empty() {
-            return Ok(budgets);
+        let open: Vec<usize> = (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && global(jobs[i].rule).is_some()).collect();
+        if open.is_empty() {
+            return Ok(shares);
         }
-        let decided = self.work().join("budgets.json");
+        let decided = self.work().join("shares.json");
         if let Some(known) = fs::read(&decided).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
             return Ok(known);
         }
-        self.observer.stage("measuring", measured.iter().map(|&i| jobs[i].cost()).sum());
-        let curves = measured.par_iter().map(|&index| {
+        self.observer.stage("measuring", open.iter().map(|&i| jobs[i].cost()).sum());
+        let measured = open.par_iter().map(|&index| {
             self.check_cancelled()?;
-            let curve = worker.curve(index).map_err(|e| e.of_tensor(jobs[index].names.join(", ")))?;
+            let curve = match worker.curve(index) {
+                Err(why) if rules[jobs[index].rule].may_keep(&why) => Err(why.to_string()),
+                curve => Ok(curve.map_err(|e| e.of_tensor(jobs[index].names.join(", ")))?),
+            };
             self.observer.advance(jobs[index].cost(), &jobs[index].names[0]);
             Ok((index, curve))
         });
-        let curves = curves.collect::<Result<BTreeMap<_, _>>>()?;
-        for (rule_index, rule) in self.plan.recipe.rules.iter().enumerate() {
-            let Some(global) = shared(rule_index) else { continue };
-            let members: Vec<usize> = measured.iter().copied().filter(|&i| jobs[i].rule == rule_index).collect();
-            let before: u64 = members.iter().map(|&i| jobs[i].bytes()).sum();
-            let Some(limit) = rule.budget.byte_limit(before) else { continue };
-            let points: Vec<_> = members.iter().map(|i| curves[i].choices(&global)).collect();
-            let offers = members.iter().zip(&points).map(|(&i, curve)| Offer {
-                curve,
-                floor: (jobs[i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,
-                weight: curves[&i].weight(&global),
-            });
-            let chosen = allocate(&offers.collect::<Vec<_>>(), limit)?;
-            for ((&i, points), choice) in members.iter().zip(&points).zip(chosen) {
-                budgets[i] = Budget::Bytes(points[choice].bytes);
+        let mut curves: BTreeMap<usize, Curve> = BTreeMap::new();
+        for (index, curve) in measured.collect::<Result<Vec<_>>>()? {
+            match curve {
+                Ok(curve) => drop(curves.insert(index, curve)),
+                Err(why) => shares[index] = Share::Kept(why),
             }
         }
-        let text = serde_json::to_vec(&budgets).map_err(|e| self.refuse(e.to_string()))?;
+        for (rule_index, rule) in rules.iter().enumerate() {
+            let Some(global) = global(rule_index) else { continue };
+            // Weights that turned out to stay dense spend their bytes of the common budget.
+            let all = jobs.iter().enumerate().filter(|(_, job)| job.rule == rule_index);
+            let before: u64 = all.clone().map(|(_, job)| job.bytes()).sum();
+            let kept: u64 = all.filter(|(i, _)| !curves.contains_key(i)).map(|(_, job)| job.bytes()).sum();
+            let Some(limit) = rule.budget.byte_limit(before) else { continue };
+            let members: Vec<(usize, &Curve)> =
+                curves.iter().filter(|(i, _)| jobs[**i].rule == rule_index).map(|(i, c)| (*i, c)).collect();
+            let points: Vec<Vec<Point>> = members.iter().map(|(_, curve)| curve.choices(&global)).collect();
+            let offers = members.iter().zip(&points).map(|((i, curve), points)| Offer {
+                curve: points,
+                floor: (jobs[*i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,
+                weight: curve.weight(&global),
+            });
+            let chosen = allocate(&offers.collect::<Vec<_>>(), limit.saturating_sub(kept))?;
+            for (((i, _), points), choice) in members.iter().zip(&points).zip(chosen) {
+                shares[*i] = Share::Budget(Budget::Bytes(points[choice].bytes));
+            }
+        }
+        let text = serde_json::to_vec(&shares).map_err(|e| self.refuse(e.to_string()))?;
         write_file_atomic(&decided, &text)?;
-        Ok(budgets)
+        Ok(shares)
     }
 
     /// Does the jobs of one shard and writes it, in every form asked for.

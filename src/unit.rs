@@ -15,7 +15,6 @@ use crate::metric::Metric;
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
 use crate::operator::{LinearOperator, Operator};
 use crate::plan::{Job, Plan};
-use crate::recipe::OnError;
 use crate::report::TensorReport;
 use crate::scalar::{DType, Real, narrow};
 use crate::stats::Kind;
@@ -189,7 +188,7 @@ impl Worker<'_, '_> {
                 }
                 tensors = encoder.into_tensors();
             }
-            Err(why) if rule.on_error == OnError::KeepDense && !matches!(why, Error::Io { .. } | Error::Cancelled) => {
+            Err(why) if rule.may_keep(&why) => {
                 let why = job.kept.clone().unwrap_or_else(|| why.to_string());
                 let each = job.names.iter().zip(&job.outlines);
                 unit.reports = each

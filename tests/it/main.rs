@@ -1,3 +1,5 @@
 //! One integration binary; its modules mirror `src`.
 
 mod checkpoint;
+mod recipe;
+mod run;
