@@ -19,6 +19,7 @@ mod writer;
 
 pub use self::index::write_index;
 use self::index::{INDEX_FILE, INDEX_SUFFIX, Index};
+pub(crate) use self::reader::Object;
 pub use self::reader::{Shard, TensorInfo};
 pub use self::writer::{Entry, Payload, copy_file_atomic, write_file_atomic, write_shard};
 

@@ -101,7 +101,7 @@ impl Shard {
 }
 
 /// A JSON object whose keys are all different. (serde's maps keep the last of two without a word.)
-pub(super) struct Object<V>(pub BTreeMap<String, V>);
+pub(crate) struct Object<V>(pub BTreeMap<String, V>);
 
 impl<'de, V: Deserialize<'de>> Deserialize<'de> for Object<V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -1,3 +1,4 @@
 //! One integration binary; its modules mirror `src`.
 
 mod checkpoint;
+mod stats;
