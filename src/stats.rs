@@ -147,10 +147,10 @@ impl Stats {
         }
         // Only now is it known what is stored.
         match stats.aliases.iter().find(|(key, _)| stats.places.contains_key(*key)) {
-            Some((key, of)) => {
-                let detail = format!("is stored, and an alias of `{of}` as well");
-                Err(Error::Statistics { key: key.clone(), detail })
-            }
+            Some((key, of)) => Err(Error::Statistics {
+                key: key.clone(),
+                detail: format!("is stored, and an alias of `{of}` as well"),
+            }),
             None => Ok(stats),
         }
     }
@@ -200,9 +200,7 @@ impl Stats {
     /// # Errors
     /// [`Error::MissingStats`]; [`Error::Statistics`] as in [`Gram::new`].
     pub fn gram(&self, weight: &str) -> Result<Arc<Gram>> {
-        let Some(key) = self.gram_site(weight) else {
-            return Err(missing(Kind::Gram, weight));
-        };
+        let key = self.gram_site(weight).ok_or_else(|| missing(Kind::Gram, weight))?;
         if let Some(Given::Gram(gram)) = self.given.get(&key) {
             return Ok(Arc::clone(gram));
         }
