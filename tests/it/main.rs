@@ -3,3 +3,4 @@
 mod checkpoint;
 mod recipe;
 mod run;
+mod stats;
