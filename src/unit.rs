@@ -172,6 +172,11 @@ impl Worker<'_, '_> {
         match solved {
             Ok((reports, operators)) => {
                 unit.reports = reports;
+                for (index, report) in unit.reports.iter_mut().enumerate() {
+                    let (with, without) = (operators.get(..=index), operators.get(..index));
+                    let bytes = |part: Option<&[Operator<T>]>| part.map_or(0, Operator::total_bytes);
+                    report.bytes_after = bytes(with) - bytes(without);
+                }
                 let mut encoder = Encoder::new();
                 for ((name, outline), operator) in job.names.iter().zip(&job.outlines).zip(&operators) {
                     if self.dense {
