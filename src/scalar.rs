@@ -69,6 +69,12 @@ impl DType {
     }
 }
 
+impl fmt::Debug for Opaque {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
 impl From<Stored> for DType {
     fn from(stored: Stored) -> Self {
         match stored {

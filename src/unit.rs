@@ -56,14 +56,14 @@ pub(crate) struct Curve {
 impl Curve {
     /// The points that an allocation may choose from: nothing at all only if that is no loss, dense
     /// only if the rule has it.
-    pub fn choices(&self, global: &Global) -> Vec<Point> {
+    pub(crate) fn choices(&self, global: &Global) -> Vec<Point> {
         let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
         let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
         self.points[first..last].to_vec()
     }
 
     /// The factor that makes its errors comparable with those of others.
-    pub fn weight(&self, global: &Global) -> f64 {
+    pub(crate) fn weight(&self, global: &Global) -> f64 {
         match global.errors {
             Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
             Errors::Absolute => 1.0,

@@ -38,7 +38,7 @@ impl Index {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Checkpoint`].
-    pub fn read(path: PathBuf) -> Result<Self> {
+    pub(super) fn read(path: PathBuf) -> Result<Self> {
         let damaged = |detail: String| Error::Checkpoint { path: path.clone(), detail };
         let mut text = Vec::new();
         let file = File::open(&path).map_err(Error::io(&path))?;
@@ -69,7 +69,7 @@ impl Index {
     }
 
     /// The shard files, sorted by name.
-    pub fn files(&self) -> BTreeSet<&str> {
+    pub(super) fn files(&self) -> BTreeSet<&str> {
         self.weight_map.values().map(String::as_str).collect()
     }
 
@@ -77,7 +77,7 @@ impl Index {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Checkpoint`].
-    pub fn open_shards(&self, folder: &Path) -> Result<Vec<Shard>> {
+    pub(super) fn open_shards(&self, folder: &Path) -> Result<Vec<Shard>> {
         let mut shards = Vec::new();
         for file in self.files() {
             let path = folder.join(file);
