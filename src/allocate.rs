@@ -31,6 +31,9 @@ pub struct Global {
     pub dense: bool,
     /// What is summed over the weights.
     pub errors: Errors,
+    /// The exponent of the squared errors before they are summed: 1 minimises their sum, more spares the
+    /// weights that would be hit hardest, as the loss grows faster than the second order tells.
+    pub power: f64,
 }
 
 /// What an allocation adds up.
@@ -45,7 +48,7 @@ pub enum Errors {
 
 impl Default for Global {
     fn default() -> Self {
-        Global { floor: 0.25, dense: true, errors: Errors::Relative }
+        Global { floor: 0.25, dense: true, errors: Errors::Relative, power: 1.0 }
     }
 }
 
@@ -69,10 +72,13 @@ impl Named for Allocate {
         }
     }
     fn from_table(global: Global) -> Result<Self> {
-        match (0.0..=1.0).contains(&global.floor) {
-            true => Ok(Allocate::Global(global)),
-            false => Err(Error::Unsupported(format!("floor = {}: expected a fraction of 1", global.floor))),
+        if !(0.0..=1.0).contains(&global.floor) {
+            return Err(Error::Unsupported(format!("floor = {}: expected a fraction of 1", global.floor)));
         }
+        if !(global.power > 0.0 && global.power <= 16.0) {
+            return Err(Error::Unsupported(format!("power = {}: expected a number above 0, at most 16", global.power)));
+        }
+        Ok(Allocate::Global(global))
     }
 }
 
@@ -83,8 +89,6 @@ pub struct Offer<'a> {
     pub curve: &'a [Point],
     /// Points below this are not considered, unless none is above.
     pub floor: u64,
-    /// Factor on its errors.
-    pub weight: f64,
 }
 
 /// Chooses one point of each offer: the least summed error within `budget` bytes. Returns the number
@@ -93,6 +97,9 @@ pub struct Offer<'a> {
 /// # Errors
 /// [`Error::Budget`] if even the cheapest points exceed the budget.
 pub fn allocate(offers: &[Offer<'_>], budget: u64) -> Result<Vec<usize>> {
+    if offers.iter().any(|offer| offer.curve.is_empty()) {
+        return Err(Error::shape("at least one point for each weight", 0));
+    }
     let hulls: Vec<Vec<usize>> = offers.iter().map(lower_hull).collect();
     let bytes = |choice: &[usize]| -> u64 { offers.iter().zip(choice).map(|(offer, &i)| offer.curve[i].bytes).sum() };
     let cheapest: Vec<usize> = hulls.iter().map(|hull| hull[0]).collect();
@@ -106,7 +113,7 @@ pub fn allocate(offers: &[Offer<'_>], budget: u64) -> Result<Vec<usize>> {
     for (which, (offer, hull)) in offers.iter().zip(&hulls).enumerate() {
         for (at, pair) in hull.windows(2).enumerate() {
             let (from, to) = (offer.curve[pair[0]], offer.curve[pair[1]]);
-            steps.push((offer.weight * (from.error - to.error) / (to.bytes - from.bytes) as f64, which, at + 1));
+            steps.push(((from.error - to.error) / (to.bytes - from.bytes) as f64, which, at + 1));
         }
     }
     // Equal slopes are taken in order of the weights, so that the result is the same everywhere.
@@ -182,7 +189,7 @@ mod tests {
             curve(&[(1, 8.0), (3, 2.0), (6, 1.5), (8, 0.0)]),
             curve(&[(2, 3.0), (4, 2.9), (10, 0.0)]),
         ];
-        let offers: Vec<Offer<'_>> = curves.iter().map(|curve| Offer { curve, floor: 0, weight: 1.0 }).collect();
+        let offers: Vec<Offer<'_>> = curves.iter().map(|curve| Offer { curve, floor: 0 }).collect();
         for budget in 3..=27 {
             let choice = allocate(&offers, budget).unwrap();
             let cost: u64 = choice.iter().zip(&curves).map(|(&i, c)| c[i].bytes).sum();
@@ -208,10 +215,11 @@ mod tests {
     }
 
     #[test]
-    fn the_floor_and_the_weights_count() {
+    fn the_floor_counts() {
         let line = curve(&[(0, 10.0), (5, 5.0), (10, 0.0)]);
-        let offer = |floor, weight| Offer { curve: &line, floor, weight };
-        assert_eq!(allocate(&[offer(0, 1.0), offer(0, 2.0)], 10).unwrap(), [0, 2]);
-        assert_eq!(allocate(&[offer(5, 1.0), offer(0, 2.0)], 10).unwrap(), [1, 1]);
+        let steep = curve(&[(0, 20.0), (5, 10.0), (10, 0.0)]);
+        let offers = |floor| [Offer { curve: &line, floor }, Offer { curve: &steep, floor: 0 }];
+        assert_eq!(allocate(&offers(0), 10).unwrap(), [0, 2]);
+        assert_eq!(allocate(&offers(5), 10).unwrap(), [1, 1]);
     }
 }

@@ -7,7 +7,7 @@
 //! OUT/…index.json, config, tokenizer, recipe.toml, and last of all report.json
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,9 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Allocate, Offer, allocate};
 use crate::budget::Budget;
-use crate::checkpoint::{
-    Checkpoint, Entry, Payload, Shard, copy_file_atomic, write_file_atomic, write_index, write_shard,
-};
+use crate::checkpoint::{Checkpoint, Shard, copy_file_atomic, write_file_atomic, write_index, write_shard};
 use crate::error::{Error, Result};
 use crate::factorize::Point;
 use crate::linalg::{Backend, Faer};
@@ -150,6 +148,8 @@ enum Share {
 struct Finished {
     /// Digests of its jobs, weights and statistics included.
     keys: Vec<String>,
+    /// The weights that have a new form in this shard.
+    rewritten: Vec<String>,
     reports: Vec<TensorReport>,
     /// Tensor name → file, for the index, of each form.
     names: BTreeMap<String, Vec<String>>,
@@ -240,9 +240,13 @@ impl Run<'_, '_> {
             jobs.map(|(index, job)| (index, share(index, job))).collect::<Vec<_>>()
         };
         self.observer.stage("compressing", self.plan.jobs.iter().map(Job::cost).sum());
-        let mut finished = Vec::new();
+        let mut finished: Vec<Finished> = Vec::new();
+        // Weights that went with their group into the shard of its first weight.
+        let mut moved = HashSet::new();
         for (index, shard) in shards.iter().enumerate() {
-            finished.push(self.shard(&worker, shard, by_shard(index))?);
+            let done = self.shard(&worker, shard, by_shard(index), &moved)?;
+            moved.extend(done.rewritten.iter().cloned());
+            finished.push(done);
         }
         self.finish(finished)
     }
@@ -257,7 +261,8 @@ impl Run<'_, '_> {
             Allocate::Global(global) => Some(global),
             Allocate::Uniform => None,
         };
-        let open: Vec<usize> = (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && global(jobs[i].rule).is_some()).collect();
+        let open: Vec<usize> =
+            (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && global(jobs[i].rule).is_some()).collect();
         if open.is_empty() {
             return Ok(shares);
         }
@@ -292,10 +297,9 @@ impl Run<'_, '_> {
             let members: Vec<(usize, &Curve)> =
                 curves.iter().filter(|(i, _)| jobs[**i].rule == rule_index).map(|(i, c)| (*i, c)).collect();
             let points: Vec<Vec<Point>> = members.iter().map(|(_, curve)| curve.choices(&global)).collect();
-            let offers = members.iter().zip(&points).map(|((i, curve), points)| Offer {
+            let offers = members.iter().zip(&points).map(|((i, _), points)| Offer {
                 curve: points,
                 floor: (jobs[*i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,
-                weight: curve.weight(&global),
             });
             let chosen = allocate(&offers.collect::<Vec<_>>(), limit.saturating_sub(kept))?;
             for (((i, _), points), choice) in members.iter().zip(&points).zip(chosen) {
@@ -308,7 +312,13 @@ impl Run<'_, '_> {
     }
 
     /// Does the jobs of one shard and writes it, in every form asked for.
-    fn shard(&self, worker: &Worker<'_, '_>, shard: &Shard, jobs: Vec<(usize, Job)>) -> Result<Finished> {
+    fn shard(
+        &self,
+        worker: &Worker<'_, '_>,
+        shard: &Shard,
+        jobs: Vec<(usize, Job)>,
+        moved: &HashSet<String>,
+    ) -> Result<Finished> {
         let cost: u64 = jobs.iter().map(|(_, job)| job.cost()).sum();
         let note = self.work().join(format!("shard-{}.json", shard.file.replace('/', "_")));
         if let Ok(text) = fs::read(&note) {
@@ -328,9 +338,10 @@ impl Run<'_, '_> {
         });
         let units: BTreeMap<usize, Unit> = units.collect::<Result<_>>()?;
         let keys = units.values().map(|unit| unit.key.clone()).collect();
-        let mut finished = Finished { keys, reports: Vec::new(), names: BTreeMap::new() };
+        let rewritten = units.values().flat_map(|unit| unit.rewritten.clone()).collect();
+        let mut finished = Finished { keys, rewritten, reports: Vec::new(), names: BTreeMap::new() };
         for form in self.options.emit.forms() {
-            let names = self.write(worker, shard, &units, form)?;
+            let names = self.write(worker, shard, &units, moved, form)?;
             finished.names.insert((*form).into(), names);
         }
         finished.reports = units.values().flat_map(|unit| unit.reports.clone()).collect();
@@ -350,35 +361,21 @@ impl Run<'_, '_> {
         worker: &Worker<'_, '_>,
         shard: &Shard,
         units: &BTreeMap<usize, Unit>,
+        moved: &HashSet<String>,
         form: &str,
     ) -> Result<Vec<String>> {
-        let files =
-            units.keys().map(|&index| Checkpoint::open(worker.path(index, form))).collect::<Result<Vec<_>>>()?;
-        let mut replaced: BTreeMap<String, Tree> = BTreeMap::new();
         let mut entries = Vec::new();
-        for file in &files {
+        for &index in units.keys() {
+            let file = Checkpoint::open(worker.path(index, form))?;
             for tensor in file.tensors() {
-                let stored = file.get(&tensor.name)?;
-                let data = Payload::Bytes(stored.bytes.into());
-                entries.push(Entry {
-                    name: tensor.name.clone(),
-                    dtype: tensor.dtype,
-                    shape: tensor.shape.clone(),
-                    data,
-                });
+                entries.push(file.entry(&tensor.name)?);
             }
         }
-        let written: std::collections::HashSet<String> = entries.iter().map(|e| e.name.clone()).collect();
-        replaced.extend(units.values().flat_map(|unit| unit.trees.clone()));
-        let gone = |name: &str| match form {
-            "factored" => replaced.contains_key(name) || self.in_another_shard(name, shard),
-            _ => written.contains(name) || self.in_another_shard(name, shard),
-        };
+        let gone = |name: &String| moved.contains(name) || units.values().any(|unit| unit.rewritten.contains(name));
         for tensor in shard.tensors.iter().filter(|t| !gone(&t.name)) {
-            let stored = self.plan.checkpoint.get(&tensor.name)?;
-            let data = Payload::Bytes(stored.bytes.into());
-            entries.push(Entry { name: tensor.name.clone(), dtype: tensor.dtype, shape: tensor.shape.clone(), data });
+            entries.push(self.plan.checkpoint.entry(&tensor.name)?);
         }
+        let replaced: BTreeMap<String, Tree> = units.values().flat_map(|unit| unit.trees.clone()).collect();
         let mut metadata = shard.metadata.clone();
         if form == "factored" && !replaced.is_empty() {
             let recipe = blake3::hash(self.plan.recipe.to_toml()?.as_bytes()).to_hex().to_string();
@@ -394,12 +391,6 @@ impl Run<'_, '_> {
         }
         write_shard(&path, &metadata, entries)?;
         Ok(names)
-    }
-
-    /// Whether a weight of this shard is compressed with a group whose first weight is in another shard.
-    fn in_another_shard(&self, name: &str, shard: &Shard) -> bool {
-        let here = |job: &Job| self.plan.checkpoint.shards().get(job.shard).is_some_and(|s| s.file == shard.file);
-        self.plan.jobs.iter().any(|job| job.names.len() > 1 && !here(job) && job.names.iter().any(|n| n == name))
     }
 
     /// Index, side files, recipe, and last of all the report: its presence says that all is there.

@@ -212,6 +212,7 @@ impl Stats {
                 let unusable = |e: Error| Error::Statistics { key: key.clone(), detail: e.to_string() };
                 let stored = self.stored(&key).ok_or_else(|| missing(Kind::Gram, weight))?;
                 let gram = Arc::new(Gram::new(&key, stored.matrix().map_err(unusable)?.into_owned())?);
+                self.release(&key);
                 *slot = Arc::downgrade(&gram);
                 gram
             }
@@ -320,6 +321,13 @@ impl Stats {
         self.files.get(*self.places.get(key)?)?.get(key).ok()
     }
 
+    /// Gives back the memory of a matrix that was read.
+    fn release(&self, key: &str) {
+        if let Some(file) = self.places.get(key).and_then(|place| self.files.get(*place)) {
+            file.release(key);
+        }
+    }
+
     fn cache(&self) -> MutexGuard<'_, Cache> {
         self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -382,6 +390,7 @@ impl Stats {
             None => {
                 if let Some(Stored { shape, dtype, bytes }) = self.stored(key) {
                     hash.update(format!("{dtype}{shape:?}").as_bytes()).update(bytes);
+                    self.release(key);
                 }
             }
         }

@@ -25,7 +25,9 @@ use crate::tensor::Tensor;
 pub(crate) struct Unit {
     /// Digest of everything that the result depends on.
     pub key: String,
-    /// The compressed weights; those kept dense are not here.
+    /// The weights that have a new form in this file; the others of the job keep their bytes.
+    pub rewritten: Vec<String>,
+    /// The trees of the factored form.
     pub trees: BTreeMap<String, Tree>,
     /// The outcome.
     pub reports: Vec<TensorReport>,
@@ -54,31 +56,28 @@ pub(crate) struct Curve {
 }
 
 impl Curve {
-    /// The points that an allocation may choose from: nothing at all only if that is no loss, dense
-    /// only if the rule has it.
+    /// The points that an allocation may choose from, with errors that can be compared with those of
+    /// others: nothing at all only if that is no loss, dense only if the rule has it.
     pub(crate) fn choices(&self, global: &Global) -> Vec<Point> {
         let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
         let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
-        self.points[first..last].to_vec()
-    }
-
-    /// The factor that makes its errors comparable with those of others.
-    pub(crate) fn weight(&self, global: &Global) -> f64 {
-        match global.errors {
+        let scale = match global.errors {
             Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
             Errors::Absolute => 1.0,
-        }
+        };
+        let comparable = |p: &Point| Point { bytes: p.bytes, error: (p.error * scale).powf(global.power) };
+        self.points[first..last].iter().map(comparable).collect()
     }
 }
 
 impl Worker<'_, '_> {
     /// The file of a job's result in one of the two forms.
-    pub fn path(&self, job: usize, form: &str) -> PathBuf {
+    pub(crate) fn path(&self, job: usize, form: &str) -> PathBuf {
         self.folder.join(format!("{job:05}.{form}.safetensors"))
     }
 
     /// Digest of a job: crate version, method, metric, budget, seed, names, weights, statistics.
-    pub fn key(&self, job: &Job) -> Result<String> {
+    pub(crate) fn key(&self, job: &Job) -> Result<String> {
         let rule = &self.plan.recipe.rules[job.rule];
         let mut hash = blake3::Hasher::new();
         let text = serde_json::to_string(&(
@@ -94,13 +93,14 @@ impl Worker<'_, '_> {
             let stored = self.plan.checkpoint.get(name)?;
             hash.update(format!("{name} {:?} {}", stored.shape, stored.dtype).as_bytes());
             hash.update(stored.bytes);
+            self.plan.checkpoint.release(name);
             hash.update(&self.plan.stats.digest(name));
         }
         Ok(hash.finalize().to_hex().to_string())
     }
 
     /// The error curve of a job, measured or read back.
-    pub fn curve(&self, index: usize) -> Result<Curve> {
+    pub(crate) fn curve(&self, index: usize) -> Result<Curve> {
         let job = &self.plan.jobs[index];
         let key = self.key(job)?;
         let path = self.path(index, "curve");
@@ -132,7 +132,7 @@ impl Worker<'_, '_> {
     }
 
     /// The result of a job, computed or read back.
-    pub fn result(&self, index: usize, job: &Job) -> Result<Unit> {
+    pub(crate) fn result(&self, index: usize, job: &Job) -> Result<Unit> {
         let key = self.key(job)?;
         let forms = [("factored", self.factored), ("dense", self.dense)];
         let mut known = None;
@@ -157,7 +157,7 @@ impl Worker<'_, '_> {
     fn compute<T: Real>(&self, index: usize, job: &Job, key: String) -> Result<Unit> {
         let start = Instant::now();
         let rule = &self.plan.recipe.rules[job.rule];
-        let mut unit = Unit { key, trees: BTreeMap::new(), reports: Vec::new() };
+        let mut unit = Unit { key, rewritten: Vec::new(), trees: BTreeMap::new(), reports: Vec::new() };
         let solved = match &job.kept {
             Some(why) => Err(Error::Unsupported(why.clone())),
             None => self.with_group::<T, _>(job, |group| {
@@ -179,13 +179,16 @@ impl Worker<'_, '_> {
                 }
                 let mut encoder = Encoder::new();
                 for ((name, outline), operator) in job.names.iter().zip(&job.outlines).zip(&operators) {
+                    if matches!(operator, Operator::Dense(leaf) if leaf.dtype() == outline.dtype) {
+                        continue;
+                    }
+                    unit.rewritten.push(name.clone());
                     if self.dense {
                         let bytes = narrow(outline.dtype, operator.to_dense().iter())?;
                         let shape = vec![outline.shape.0, outline.shape.1];
                         dense.push(NamedTensor { name: name.clone(), dtype: outline.dtype, shape, bytes });
                     }
-                    let kept = matches!(operator, Operator::Dense(leaf) if leaf.dtype() == outline.dtype);
-                    if self.factored && !kept {
+                    if self.factored {
                         let operator = encoder.encode(name, operator)?;
                         let tree = Tree { shape: outline.shape, dtype: outline.dtype.to_string(), operator };
                         unit.trees.insert(name.clone(), tree);
@@ -253,6 +256,7 @@ impl Worker<'_, '_> {
         let rule = &self.plan.recipe.rules[job.rule];
         let stored = job.names.iter().map(|name| self.plan.checkpoint.get(name)).collect::<Result<Vec<_>>>()?;
         let weights = stored.iter().map(|s| s.matrix::<T>()).collect::<Result<Vec<_>>>()?;
+        job.names.iter().for_each(|name| self.plan.checkpoint.release(name));
         let mut problems = Vec::with_capacity(weights.len());
         for ((name, outline), weight) in job.names.iter().zip(&job.outlines).zip(&weights) {
             problems.push(Problem {

@@ -170,6 +170,25 @@ impl Checkpoint {
             .ok_or_else(|| Error::MissingTensor { name: name.into(), path: self.root.clone() })
     }
 
+    /// A tensor to be copied into another file, through a small buffer and not through the map.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn entry(&self, name: &str) -> Result<Entry<'static>> {
+        let found = self.info(name).and_then(|info| Some((info, self.shards.get(info.shard)?.payload(info))));
+        let (info, data) = found.ok_or_else(|| Error::MissingTensor { name: name.into(), path: self.root.clone() })?;
+        Ok(Entry { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone(), data })
+    }
+
+    /// Tells the system that a tensor's bytes are not needed for now: their memory is free for others,
+    /// and they are read again when they are looked at. A program that walks through a checkpoint
+    /// larger than its memory calls this after each tensor.
+    pub fn release(&self, name: &str) {
+        if let Some((shard, info)) = self.info(name).and_then(|info| Some((self.shards.get(info.shard)?, info))) {
+            shard.release(info);
+        }
+    }
+
     /// The index's `metadata`; empty without an index.
     pub fn index_metadata(&self) -> &Map<String, Value> {
         &self.index_metadata

@@ -14,6 +14,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use super::Payload;
 use crate::error::{Error, Result};
 use crate::scalar::DType;
 use crate::tensor::Stored;
@@ -91,6 +92,30 @@ impl Shard {
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The same bytes as a range of the file, for a copy that maps nothing.
+    pub(super) fn payload(&self, info: &TensorInfo) -> Payload<'static> {
+        Payload::File { path: self.path.clone(), offset: info.begin as u64, len: info.bytes }
+    }
+
+    /// Lets the system take back the memory of a tensor's pages; they are read again when looked at.
+    pub(super) fn release(&self, info: &TensorInfo) {
+        #[cfg(unix)]
+        if info.begin < info.end {
+            // SAFETY: the map is a shared, read-only map of a file, so that dropping its pages loses
+            // nothing: whoever looks at them again, now or later, gets the file's same bytes. The
+            // range was checked against the file when the header was read.
+            #[allow(unsafe_code)]
+            let advised = unsafe {
+                let len = info.end - info.begin;
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, info.begin, len)
+            };
+            // Advice only: a system that does not take it keeps the pages longer.
+            let _ = advised;
+        }
+        #[cfg(not(unix))]
+        let _ = info;
     }
 
     /// The bytes of one of this file's tensors; nothing is read before they are looked at.
