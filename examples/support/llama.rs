@@ -154,21 +154,17 @@ impl Llama {
     /// Gram matrices of the inputs of all linear layers over a text. Weights that see the same input
     /// (q, k, v; gate, up) share one.
     pub fn calibrate(&self, tokens: &[usize], window: usize) -> Result<Stats> {
-        let mut sites: Vec<(String, GramAccumulator)> = Vec::new();
-        for chunk in tokens.chunks(window) {
-            self.hidden(chunk, &mut |name, x| {
-                if owner(name) == name {
-                    match sites.iter_mut().find(|(site, _)| site == name) {
-                        Some((_, gram)) => gram.update(x)?,
-                        None => {
-                            let mut gram = GramAccumulator::new(x.ncols());
-                            gram.update(x)?;
-                            sites.push((name.to_owned(), gram));
-                        }
-                    }
-                }
-                Ok(())
-            })?;
+        // A fixed number of parts, merged in order: the same sums at any number of threads.
+        const PARTS: usize = 8;
+        let windows: Vec<&[usize]> = tokens.chunks(window).collect();
+        let parts: Vec<_> = windows.chunks(windows.len().div_ceil(PARTS).max(1)).collect();
+        let sums = parts.par_iter().map(|part| self.gram_sums(part)).collect::<Result<Vec<_>>>()?;
+        let mut sums = sums.into_iter();
+        let mut sites = sums.next().context("the calibration text is empty")?;
+        for part in sums {
+            for ((_, sum), (_, more)) in sites.iter_mut().zip(&part) {
+                sum.merge(more)?;
+            }
         }
         let mut stats = Stats::empty();
         for (name, gram) in sites {
@@ -181,6 +177,26 @@ impl Llama {
             }
         }
         Ok(stats)
+    }
+}
+
+impl Llama {
+    /// Sums of x·xᵀ at each input site over some windows, in the order of the layers.
+    fn gram_sums(&self, windows: &[&[usize]]) -> Result<Vec<(String, GramAccumulator)>> {
+        let mut sites: Vec<(String, GramAccumulator)> = Vec::new();
+        for window in windows {
+            self.hidden(window, &mut |name, x| {
+                if owner(name) != name {
+                    return Ok(());
+                }
+                let at = sites.iter().position(|(site, _)| site == name).unwrap_or_else(|| {
+                    sites.push((name.to_owned(), GramAccumulator::new(x.ncols())));
+                    sites.len() - 1
+                });
+                sites[at].1.update(x)
+            })?;
+        }
+        Ok(sites)
     }
 }
 
