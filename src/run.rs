@@ -257,7 +257,8 @@ impl Run<'_, '_> {
             Allocate::Global(global) => Some(global),
             Allocate::Uniform => None,
         };
-        let open: Vec<usize> = (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && global(jobs[i].rule).is_some()).collect();
+        let open: Vec<usize> =
+            (0..jobs.len()).filter(|&i| jobs[i].kept.is_none() && global(jobs[i].rule).is_some()).collect();
         if open.is_empty() {
             return Ok(shares);
         }

@@ -62,7 +62,12 @@ fn recipe(budget: &str, rest: &str) -> Recipe {
     .unwrap()
 }
 
-fn run(model: &Path, out: &Path, recipe: &Recipe, options: Options) -> weightpress::Result<weightpress::report::Report> {
+fn run(
+    model: &Path,
+    out: &Path,
+    recipe: &Recipe,
+    options: Options,
+) -> weightpress::Result<weightpress::report::Report> {
     let checkpoint = Checkpoint::open(model)?;
     recipe.plan(&checkpoint, &Stats::empty())?.run(out, &options, &Silent)
 }
@@ -103,7 +108,10 @@ fn a_run_keeps_its_budget_and_reports_what_is_on_disk() {
             assert_eq!(compressed.get(name).unwrap().bytes, original.get(name).unwrap().bytes);
         }
         assert_eq!(std::fs::read(out.join("config.json")).unwrap(), b"{}");
-        assert_eq!(Recipe::parse(&std::fs::read_to_string(out.join("recipe.toml")).unwrap()).unwrap(), recipe("keep = 0.6", allocate));
+        assert_eq!(
+            Recipe::parse(&std::fs::read_to_string(out.join("recipe.toml")).unwrap()).unwrap(),
+            recipe("keep = 0.6", allocate)
+        );
         assert_eq!(report.file_bytes_after, compressed.file_bytes());
         assert!(!out.join(".weightpress").exists());
     }
@@ -166,7 +174,8 @@ fn a_shared_basis_is_stored_once() {
             assert_eq!(report.bytes_after(), total);
             assert!(report.keep() <= 0.5 && report.keep() > 0.4, "{}", report.keep());
             let mut loader = compressed.loader::<f32>().unwrap();
-            let text: Vec<String> = (0..3).map(|i| loader.operator(&format!("layers.{i}.a.weight")).unwrap().to_string()).collect();
+            let text: Vec<String> =
+                (0..3).map(|i| loader.operator(&format!("layers.{i}.a.weight")).unwrap().to_string()).collect();
             assert!(text.iter().all(|t| t.contains("shared")), "{text:?}");
         }
     }
@@ -318,7 +327,8 @@ fn weights_that_are_not_finite_are_refused_by_name_or_kept() {
     let path = folder.path().join("one.safetensors");
     let mut bad = matrix(16, 16, 1);
     bad[(3, 5)] = f32::NAN;
-    let entries = vec![entry("layers.0.a.weight", &bad, DType::F32), entry("layers.1.a.weight", &matrix(16, 16, 2), DType::F32)];
+    let entries =
+        vec![entry("layers.0.a.weight", &bad, DType::F32), entry("layers.1.a.weight", &matrix(16, 16, 2), DType::F32)];
     write_shard(&path, &BTreeMap::new(), entries).unwrap();
     let out = folder.path().join("out");
     for allocate in ["", "allocate = \"global\""] {
