@@ -248,7 +248,10 @@ impl Worker<'_, '_> {
         names.sort_unstable();
         let state =
             names.iter().map(|name| Ok(file.get(name)?.matrix::<T>()?.into_owned())).collect::<Result<Vec<_>>>()?;
-        method.assemble(group, &Decomposition { norm_squared: curve.norm_squared, curve: curve.points, state })
+        method.assemble(
+            group,
+            &Decomposition { norm_squared: curve.norm_squared, curve: curve.points, state, notes: Vec::new() },
+        )
     }
 
     /// Builds the problems of a job and hands them over.

@@ -107,6 +107,8 @@ pub struct Decomposition<T> {
     pub curve: Vec<Point>,
     /// Whatever [`Factorize::assemble`] needs, as matrices, so that it can be kept on disk.
     pub state: Vec<Array2<T>>,
+    /// What a reader of the report should know, such as the measured quality of an approximation.
+    pub notes: Vec<String>,
 }
 
 impl<T> Decomposition<T> {

@@ -1,12 +1,11 @@
 //! The default backend: factorizations by faer, products by gemm, nothing to install.
 
 use ::faer::dyn_stack::{MemBuffer, MemStack};
-use ::faer::linalg::matmul::triangular::{self, BlockStructure};
 use ::faer::linalg::{cholesky::llt, evd, householder, qr, svd, triangular_solve};
 use ::faer::prelude::*;
 use ::faer::traits::RealField;
-use ::faer::{Accum, Conj, diag::Diag};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
+use ::faer::{Conj, diag::Diag};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
 use super::{Eigh, Kernels, PivotedR, Svd, matmul_into};
 use crate::error::{Error, Result};
@@ -35,20 +34,57 @@ fn with_view<T: Real, R>(a: ArrayView2<'_, T>, run: impl FnOnce(MatRef<'_, T>) -
     }
 }
 
-fn to_array<T: Real>(a: MatRef<'_, T>) -> Array2<T> {
-    Array2::from_shape_fn((a.nrows(), a.ncols()), |(i, j)| a[(i, j)])
+/// Elements that are moved together between row-major and column-major storage: going element by
+/// element along the other order would miss the cache at every step.
+const STRIPE: usize = 16;
+
+/// A row-major copy.
+fn to_rows<T: Real>(a: MatRef<'_, T>) -> Array2<T> {
+    let mut out = Array2::zeros(a.shape());
+    for (stripe, mut part) in out.axis_chunks_iter_mut(Axis(1), STRIPE).enumerate() {
+        let columns = (0..part.ncols()).map(|j| a.col(stripe * STRIPE + j).try_as_col_major().map(|c| c.as_slice()));
+        match columns.collect::<Option<Vec<&[T]>>>() {
+            Some(columns) => part.rows_mut().into_iter().enumerate().for_each(|(i, row)| {
+                row.into_iter().zip(&columns).for_each(|(to, column)| *to = column[i]);
+            }),
+            None => part.indexed_iter_mut().for_each(|((i, j), to)| *to = a[(i, stripe * STRIPE + j)]),
+        }
+    }
+    out
 }
 
-fn gram<T: Real + RealField>(a: MatRef<'_, T>) -> Array2<T> {
-    let m = a.nrows();
-    let mut out = Mat::<T>::zeros(m, m);
-    let (full, half) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
-    triangular::matmul(out.as_mut(), half, Accum::Replace, a, full, a.transpose(), full, T::from_f64(1.0), par());
-    Array2::from_shape_fn((m, m), |(i, j)| out[(i.max(j), i.min(j))])
+/// A column-major copy, which faer's factorizations work on in place.
+fn to_columns<T: Real + RealField>(a: MatRef<'_, T>) -> Mat<T> {
+    let (m, n) = a.shape();
+    let mut out = Mat::zeros(m, n);
+    for start in (0..m).step_by(STRIPE) {
+        let stripe = start..(start + STRIPE).min(m);
+        let rows = stripe.clone().map(|i| a.row(i).try_as_row_major().map(|row| row.as_slice()));
+        let Some(rows) = rows.collect::<Option<Vec<&[T]>>>() else {
+            return a.to_owned();
+        };
+        for j in 0..n {
+            if let Some(column) = out.col_mut(j).try_as_col_major_mut() {
+                column.as_slice_mut()[stripe.clone()].iter_mut().zip(&rows).for_each(|(to, row)| *to = row[j]);
+            }
+        }
+    }
+    out
+}
+
+/// The order of a square matrix.
+fn square<T>(kernel: &'static str, a: MatRef<'_, T>) -> Result<usize> {
+    match a.shape() {
+        (m, n) if m == n => Ok(n),
+        (m, n) => Err(Error::Numerical { kernel, detail: format!("a square matrix is needed, not {m}x{n}") }),
+    }
 }
 
 fn eigh<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Eigh<T>> {
-    let n = a.nrows();
+    let n = square("eigh", a)?;
+    if n == 0 {
+        return Ok(Eigh { values: Array1::zeros(0), vectors: Array2::zeros((0, 0)) });
+    }
     let (mut vectors, mut values) = (Mat::<T>::zeros(n, n), Diag::<T>::zeros(n));
     let scratch = evd::self_adjoint_evd_scratch::<T>(n, evd::ComputeEigenvectors::Yes, par(), default());
     let mut memory = MemBuffer::new(scratch);
@@ -58,25 +94,31 @@ fn eigh<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Eigh<T>> {
     // faer sorts ascending; we want the largest first.
     Ok(Eigh {
         values: Array1::from_shape_fn(n, |i| values[n - 1 - i]),
-        vectors: Array2::from_shape_fn((n, n), |(i, j)| vectors[(i, n - 1 - j)]),
+        vectors: to_rows(vectors.as_ref().reverse_cols()),
     })
 }
 
 fn thin_svd<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Svd<T>> {
     let (m, n) = a.shape();
     let k = m.min(n);
+    if k == 0 {
+        return Ok(Svd { u: Array2::zeros((m, 0)), values: Array1::zeros(0), vt: Array2::zeros((0, n)) });
+    }
     let (mut u, mut v, mut values) = (Mat::<T>::zeros(m, k), Mat::<T>::zeros(n, k), Diag::<T>::zeros(k));
     let thin = svd::ComputeSvdVectors::Thin;
     let mut memory = MemBuffer::new(svd::svd_scratch::<T>(m, n, thin, thin, par(), default()));
     svd::svd(a, values.as_mut(), Some(u.as_mut()), Some(v.as_mut()), par(), MemStack::new(&mut memory), default())
         .map_err(|e| Error::Numerical { kernel: "svd", detail: format!("{e:?} on {m}x{n}") })?;
     let values = values.column_vector();
-    Ok(Svd { u: to_array(u.as_ref()), values: Array1::from_shape_fn(k, |i| values[i]), vt: to_array(v.transpose()) })
+    Ok(Svd { u: to_rows(u.as_ref()), values: Array1::from_shape_fn(k, |i| values[i]), vt: to_rows(v.transpose()) })
 }
 
 fn thin_q<T: Real + RealField>(a: MatRef<'_, T>) -> Array2<T> {
-    let ((m, n), mut factors) = (a.shape(), a.to_owned());
+    let ((m, n), mut factors) = (a.shape(), to_columns(a));
     let size = m.min(n);
+    if size == 0 {
+        return Array2::zeros((m, 0));
+    }
     let block = qr::no_pivoting::factor::recommended_block_size::<T>(m, n);
     let mut coefficients = Mat::<T>::zeros(block, size);
     let scratch = qr::no_pivoting::factor::qr_in_place_scratch::<T>(m, n, block, par(), default());
@@ -99,12 +141,15 @@ fn thin_q<T: Real + RealField>(a: MatRef<'_, T>) -> Array2<T> {
         par(),
         MemStack::new(&mut memory),
     );
-    to_array(q.as_ref())
+    to_rows(q.as_ref())
 }
 
 fn pivoted_r<T: Real + RealField>(a: MatRef<'_, T>) -> PivotedR<T> {
-    let ((m, n), mut factors) = (a.shape(), a.to_owned());
+    let ((m, n), mut factors) = (a.shape(), to_columns(a));
     let size = m.min(n);
+    if size == 0 {
+        return PivotedR { r: Array2::zeros((0, n)), order: (0..n).collect() };
+    }
     let (mut order, mut inverse) = (vec![0usize; n], vec![0usize; n]);
     let block = qr::no_pivoting::factor::recommended_block_size::<T>(m, n);
     let mut coefficients = Mat::<T>::zeros(block, size);
@@ -119,19 +164,20 @@ fn pivoted_r<T: Real + RealField>(a: MatRef<'_, T>) -> PivotedR<T> {
         MemStack::new(&mut memory),
         default(),
     );
-    PivotedR {
-        r: Array2::from_shape_fn((size, n), |(i, j)| if i <= j { factors[(i, j)] } else { T::from_f64(0.0) }),
-        order,
-    }
+    let mut r = to_rows(factors.get(..size, ..));
+    r.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| row.slice_mut(s![..i]).fill(T::from_f64(0.0)));
+    PivotedR { r, order }
 }
 
 fn cholesky<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Array2<T>> {
-    let n = a.nrows();
-    let mut l = a.to_owned();
+    let n = square("cholesky", a)?;
+    let mut l = to_columns(a);
     let mut memory = MemBuffer::new(llt::factor::cholesky_in_place_scratch::<T>(n, par(), default()));
     llt::factor::cholesky_in_place(l.as_mut(), default(), par(), MemStack::new(&mut memory), default())
         .map_err(|e| Error::Numerical { kernel: "cholesky", detail: format!("{e:?} on {n}x{n}") })?;
-    Ok(Array2::from_shape_fn((n, n), |(i, j)| if i >= j { l[(i, j)] } else { T::from_f64(0.0) }))
+    let mut l = to_rows(l.as_ref());
+    l.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| row.slice_mut(s![i + 1..]).fill(T::from_f64(0.0)));
+    Ok(l)
 }
 
 fn solve<T: Real + RealField>(l: MatRef<'_, T>, upper: bool, b: &mut Array2<T>) {
@@ -162,9 +208,6 @@ macro_rules! kernels {
                 c: ArrayViewMut2<'_, $t>,
             ) {
                 matmul_into(alpha, a, b, beta, c);
-            }
-            fn gram(&self, a: ArrayView2<'_, $t>) -> Array2<$t> {
-                with_view(a, gram)
             }
             fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
                 with_view(a, eigh)

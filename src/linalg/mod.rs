@@ -6,16 +6,18 @@
 
 use std::fmt::Debug;
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
 
 use crate::error::Result;
 use crate::scalar::Real;
 
 mod faer;
+pub mod krylov;
 mod product;
 
 pub use self::faer::Faer;
 pub(crate) use self::product::matmul_into;
+use self::product::{PANEL, mirror};
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
 #[derive(Debug, Clone)]
@@ -53,8 +55,23 @@ pub trait Kernels<T: Real>: Debug + Send + Sync {
     /// # Panics
     /// If the shapes do not fit (a bug of the caller, as in ndarray).
     fn gemm(&self, alpha: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, beta: T, c: ArrayViewMut2<'_, T>);
-    /// A·Aᵀ, m×m, exactly symmetric. m²n flops.
-    fn gram(&self, a: ArrayView2<'_, T>) -> Array2<T>;
+    /// A·Bᵀ for A and B of m×n whose product is symmetric (B = A·G with a symmetric G, say): one
+    /// triangle is computed and mirrored, so that the result is exactly symmetric. m²n flops.
+    ///
+    /// # Panics
+    /// If the shapes differ (a bug of the caller, as in ndarray).
+    fn symmetric_product(&self, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
+        assert_eq!(a.dim(), b.dim(), "symmetric product of matrices of different shapes");
+        let m = a.nrows();
+        let mut c = Array2::zeros((m, m));
+        for start in (0..m).step_by(PANEL) {
+            let end = (start + PANEL).min(m);
+            let (rows, columns) = (a.slice(s![start..end, ..]), b.slice(s![..end, ..]).reversed_axes());
+            self.gemm(T::one(), rows, columns, T::zero(), c.slice_mut(s![start..end, ..end]));
+        }
+        mirror(&mut c);
+        c
+    }
     /// Eigendecomposition of a symmetric matrix; only the lower triangle is read. About 9n³ flops.
     ///
     /// # Errors
@@ -77,6 +94,10 @@ pub trait Kernels<T: Real>: Debug + Send + Sync {
     /// B ← L⁻¹·B for a lower triangular L (pass a transposed view and `upper` for the other case).
     fn solve_triangular(&self, l: ArrayView2<'_, T>, upper: bool, b: &mut Array2<T>);
 
+    /// A·Aᵀ, m×m, exactly symmetric. m²n flops.
+    fn gram(&self, a: ArrayView2<'_, T>) -> Array2<T> {
+        self.symmetric_product(a.view(), a)
+    }
     /// A·B.
     fn matmul(&self, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
         let mut c = Array2::zeros((a.nrows(), b.ncols()));

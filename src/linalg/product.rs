@@ -1,6 +1,6 @@
 //! The matrix product on ndarray views of any strides, by the `gemm` crate.
 
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use crate::scalar::Real;
 
@@ -58,11 +58,30 @@ pub(crate) fn matmul_into<T: Real>(
     }
 }
 
+/// Rows of a symmetric product that are computed at once.
+pub(super) const PANEL: usize = 128;
+
+/// Copies the lower triangle of a square matrix to the upper one, in tiles that fit the cache.
+pub(super) fn mirror<T: Real>(c: &mut Array2<T>) {
+    const TILE: usize = 32;
+    let m = c.nrows();
+    for rows in (0..m).step_by(TILE) {
+        for columns in (rows..m).step_by(TILE) {
+            for i in rows..(rows + TILE).min(m) {
+                for j in columns.max(i + 1)..(columns + TILE).min(m) {
+                    c[(i, j)] = c[(j, i)];
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use ndarray::{Array2, s};
+    use ndarray::s;
 
     use super::*;
+    use crate::linalg::{Faer, Kernels};
 
     fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
         Array2::from_shape_fn((rows, columns), |(i, j)| (((i * 31 + j * 17 + seed) % 13) as f64) - 6.0)
@@ -84,6 +103,17 @@ mod tests {
                 });
                 assert_eq!(c, naive);
             }
+        }
+    }
+
+    #[test]
+    fn a_symmetric_product_is_symmetric_to_the_bit() {
+        for (m, n) in [(0, 3), (1, 1), (31, 5), (33, 40), (128, 7), (300, 3)] {
+            let (a, g) = (numbers(m, n, 4), numbers(n, n, 5));
+            let b = a.dot(&(&g + &g.t()));
+            let c = Kernels::<f64>::symmetric_product(&Faer, a.view(), b.view());
+            assert_eq!(c, a.dot(&b.t()), "{m}x{n}");
+            assert_eq!(c, c.t());
         }
     }
 }

@@ -1,0 +1,125 @@
+//! The exact route: one symmetric eigendecomposition of the shorter side.
+
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+
+use super::Joint;
+use crate::error::{Error, Result};
+use crate::linalg::Backend;
+use crate::metric::Weighting;
+use crate::scalar::Real;
+
+/// Eigenvalues λ of C, largest first, and the matching orthonormal U (M×k), k the numerical rank of W.
+pub(super) struct Spectrum<T> {
+    pub(super) values: Vec<f64>,
+    pub(super) vectors: Array2<T>,
+}
+
+/// A short side up to this is squared in f64 at once.
+const SQUARE_IN_F64: usize = 2048;
+
+pub(super) fn spectrum<T: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.weight.dim();
+    if m.min(n) > SQUARE_IN_F64 {
+        let quick = metric_spectrum::<T, f32>(joint, backend)?;
+        if trusted(&quick.values, m.min(n)) {
+            return fill(joint, quick, backend);
+        }
+    }
+    fill(joint, metric_spectrum::<T, f64>(joint, backend)?, backend)
+}
+
+/// Whether eigenvalues from an f32 product can be trusted: its error, about k·ε·λ₁ in all, must be a
+/// thousandth of the tail beyond three quarters of the spectrum at most.
+fn trusted(values: &[f64], k: usize) -> bool {
+    let tail: f64 = values.iter().skip(k * 3 / 4).map(|v| v.max(0.0)).sum();
+    let first = values.first().copied().unwrap_or(0.0);
+    k as f64 * f64::from(f32::EPSILON) / 2.0 * first <= 1e-3 * tail
+}
+
+/// The eigenpairs of C with λ above rounding, by the cheaper side, computed in P.
+fn metric_spectrum<T: Real, P: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let kernels = P::kernels(backend);
+    let (m, n) = joint.weight.dim();
+    let gram = joint.blocks.iter().any(|(_, input)| matches!(input, Weighting::Gram(_)));
+    // With a Gram metric the n×n side needs the square root of A first, hence the handicap.
+    let tall = joint.blocks.len() == 1 && if gram { 2 * m > 3 * n } else { m > n };
+    let mut y = P::cast(joint.weight.view()).into_owned();
+    if !tall {
+        let mut c = Array2::<P>::zeros((m, m));
+        let mut at = 0;
+        for (columns, input) in &joint.blocks {
+            let mut block = y.slice_mut(s![.., at..at + columns]);
+            at += columns;
+            match input {
+                Weighting::Gram(gram) => {
+                    let product = kernels.matmul(block.view(), P::cast(gram.matrix()).view());
+                    c += &kernels.symmetric_product(product.view(), block.view());
+                }
+                weighting => {
+                    scale_columns(&mut block, weighting);
+                    c += &kernels.gram(block.view());
+                }
+            }
+        }
+        let found = kernels.eigh(c.view())?;
+        let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
+        let k = count_above(&values, 1e-13).min(n);
+        return Ok(Spectrum {
+            vectors: T::cast(found.vectors.slice(s![.., ..k])).into_owned(),
+            values: values[..k].to_vec(),
+        });
+    }
+    match &joint.blocks[0].1 {
+        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::cast(gram.sqrt(backend)?.view()).view()),
+        weighting => scale_columns(&mut y.view_mut(), weighting),
+    }
+    let found = kernels.eigh(kernels.gram(y.t()).view())?;
+    let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
+    // U = Y·V·Λ^{−½} is orthonormal to ε·λ₁/λᵢ, so that in f64 it needs no further care down to here.
+    let k = count_above(&values, 1e-12);
+    let mut u = kernels.matmul(y.view(), found.vectors.slice(s![.., ..k]));
+    for (mut column, value) in u.columns_mut().into_iter().zip(&values) {
+        column.mapv_inplace(|v| v / P::from_f64(value.sqrt()));
+    }
+    Ok(Spectrum { values: values[..k].to_vec(), vectors: T::cast(u.view()).into_owned() })
+}
+
+fn count_above(values: &[f64], relative: f64) -> usize {
+    let floor = values.first().map_or(0.0, |first| first.max(0.0) * relative).max(f64::MIN_POSITIVE);
+    values.iter().take_while(|&&v| v > floor).count()
+}
+
+pub(super) fn scale_columns<P: Real>(block: &mut ndarray::ArrayViewMut2<'_, P>, weighting: &Weighting) {
+    if let Weighting::Diagonal(a) = weighting {
+        for (mut column, &a) in block.columns_mut().into_iter().zip(a.iter()) {
+            column.mapv_inplace(|v| v * P::from_f64(a.sqrt()));
+        }
+    }
+}
+
+/// Adds the plain singular directions of what the metric does not see, so that ranks beyond those that
+/// lower the metric error are spent on W itself rather than on rounding noise.
+fn fill<T: Real>(joint: &Joint<T>, found: Spectrum<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.weight.dim();
+    let missing = m.min(n) - found.values.len();
+    let plain = joint.blocks.iter().all(|(_, input)| matches!(input, Weighting::Identity));
+    if missing == 0 || plain {
+        return Ok(found);
+    }
+    let kernels = T::kernels(backend);
+    let inside = kernels.matmul(found.vectors.t(), joint.weight.view());
+    let mut rest = joint.weight.clone();
+    kernels.gemm(-T::one(), found.vectors.view(), inside.view(), T::one(), rest.view_mut());
+    let norm = |a: ArrayView2<'_, T>| a.iter().map(|v| v.wide().powi(2)).sum::<f64>();
+    if norm(rest.view()) <= 1e-10 * norm(joint.weight.view()) {
+        return Ok(found);
+    }
+    let rest = Joint { weight: rest, scale: None, blocks: vec![(n, Weighting::Identity)] };
+    let extra = metric_spectrum::<T, f64>(&rest, backend)?;
+    let count = missing.min(count_above(&extra.values, 1e-8));
+    let vectors = concatenate(Axis(1), &[found.vectors.view(), extra.vectors.slice(s![.., ..count])])
+        .map_err(|e| Error::shape("columns of one length", e.to_string()))?;
+    let mut values = found.values;
+    values.resize(vectors.ncols(), 0.0);
+    Ok(Spectrum { values, vectors })
+}
