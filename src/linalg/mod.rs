@@ -13,9 +13,11 @@ use crate::scalar::Real;
 
 mod faer;
 mod product;
+mod transform;
 
 pub use self::faer::Faer;
 pub(crate) use self::product::matmul_into;
+pub use self::transform::Transform;
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
 #[derive(Debug, Clone)]
