@@ -125,8 +125,8 @@ impl Worker<'_, '_> {
             Ok(Entry { name: format!("{i:03}"), dtype: T::DTYPE, shape, data: Payload::Bytes(bytes.into()) })
         });
         let entries = entries.collect::<Result<Vec<_>>>()?;
-        let Decomposition { norm_squared, curve: points, .. } = decomposition;
-        let curve = Curve { key, norm_squared, points, seconds: start.elapsed().as_secs_f64(), notes: Vec::new() };
+        let Decomposition { norm_squared, curve: points, notes, .. } = decomposition;
+        let curve = Curve { key, norm_squared, points, seconds: start.elapsed().as_secs_f64(), notes };
         write_shard(path, &metadata(&curve)?, entries)?;
         Ok(curve)
     }
@@ -161,11 +161,13 @@ impl Worker<'_, '_> {
         let solved = match &job.kept {
             Some(why) => Err(Error::Unsupported(why.clone())),
             None => self.with_group::<T, _>(job, |group| {
-                let operators = self.solve(index, job, group)?;
+                let (operators, notes) = self.solve(index, job, group)?;
                 let count = group.len() as f64;
                 let before_measuring = start.elapsed().as_secs_f64() / count;
                 let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, before_measuring));
-                Ok((reports.collect::<Result<Vec<_>>>()?, operators))
+                let mut reports = reports.collect::<Result<Vec<_>>>()?;
+                reports.iter_mut().take(1).for_each(|first| first.notes = notes.clone());
+                Ok((reports, operators))
             }),
         };
         let (mut tensors, mut dense) = (Vec::new(), Vec::new());
@@ -236,22 +238,34 @@ impl Worker<'_, '_> {
         Ok(unit)
     }
 
-    /// From the cached decomposition if there is one, else from scratch.
-    fn solve<T: Real>(&self, index: usize, job: &Job, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+    /// From the cached decomposition if there is one, else from scratch; with the notes of the solution.
+    fn solve<T: Real>(
+        &self,
+        index: usize,
+        job: &Job,
+        group: &[Problem<'_, T>],
+    ) -> Result<(Vec<Operator<T>>, Vec<String>)> {
         let method = &self.plan.recipe.rules[job.rule].method;
+        let decomposition = match self.cached(index)? {
+            Some(cached) => Some(cached),
+            None => method.decompose(group)?,
+        };
+        match decomposition {
+            Some(found) => Ok((method.assemble(group, &found)?, found.notes)),
+            None => Ok((method.factorize(group)?, Vec::new())),
+        }
+    }
+
+    fn cached<T: Real>(&self, index: usize) -> Result<Option<Decomposition<T>>> {
         let path = self.path(index, "curve");
-        let Some(curve) = read::<Curve>(&path, |_: &Curve| true)? else {
-            return method.factorize(group);
+        let Some(Curve { norm_squared, points: curve, notes, .. }) = read(&path, |_: &Curve| true)? else {
+            return Ok(None);
         };
         let file = Checkpoint::open(&path)?;
         let mut names: Vec<&str> = file.tensors().map(|t| t.name.as_str()).collect();
         names.sort_unstable();
-        let state =
-            names.iter().map(|name| Ok(file.get(name)?.matrix::<T>()?.into_owned())).collect::<Result<Vec<_>>>()?;
-        method.assemble(
-            group,
-            &Decomposition { norm_squared: curve.norm_squared, curve: curve.points, state, notes: Vec::new() },
-        )
+        let matrices = names.iter().map(|name| Ok(file.get(name)?.matrix::<T>()?.into_owned()));
+        Ok(Some(Decomposition { norm_squared, curve, state: matrices.collect::<Result<_>>()?, notes }))
     }
 
     /// Builds the problems of a job and hands them over.

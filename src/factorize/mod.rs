@@ -16,9 +16,12 @@ use crate::named::Named;
 use crate::operator::Operator;
 use crate::scalar::{DType, Real, check_finite};
 
+mod cosine;
 mod pivot;
+mod subset;
 mod svd;
 
+pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::svd::{Form, Route, Share, Svd};
 
 /// One weight to compress.
@@ -211,11 +214,13 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
 pub enum Method {
     /// Truncated, weighted singular value decomposition.
     Svd(Svd),
+    /// Projection on chosen rows of a fixed orthogonal transform.
+    Cosine(Cosine),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd"];
+    pub const NAMES: &[&str] = &["svd", "cosine"];
 
     /// A built-in method with its default parameters.
     ///
@@ -224,6 +229,7 @@ impl Method {
     pub fn named(name: &str) -> Result<Self> {
         match name {
             "svd" => Ok(Method::Svd(Svd::default())),
+            "cosine" => Ok(Method::Cosine(Cosine::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -233,6 +239,7 @@ impl Method {
     fn inner<T: Real>(&self) -> &dyn Factorize<T> {
         match self {
             Method::Svd(method) => method,
+            Method::Cosine(method) => method,
         }
     }
 
@@ -240,6 +247,7 @@ impl Method {
     pub fn name(&self) -> &'static str {
         match self {
             Method::Svd(_) => "svd",
+            Method::Cosine(_) => "cosine",
         }
     }
 }

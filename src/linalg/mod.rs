@@ -14,10 +14,12 @@ use crate::scalar::Real;
 mod faer;
 pub mod krylov;
 mod product;
+mod transform;
 
 pub use self::faer::Faer;
 pub(crate) use self::product::matmul_into;
 use self::product::{PANEL, mirror};
+pub use self::transform::Transform;
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
 #[derive(Debug, Clone)]

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
+use super::{Basis, Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
 use crate::error::{Error, Result};
+use crate::linalg::Transform;
 use crate::scalar::{DType, Real, narrow};
 use crate::tensor::{Stored, Tensor};
 
@@ -77,6 +78,17 @@ pub enum Node {
         /// T.
         coefficients: String,
     },
+    /// [`Operator::Basis`].
+    Basis {
+        /// Which transform.
+        kind: Transform,
+        /// Left: len×r; right: r×len.
+        side: Side,
+        /// Length of the transform.
+        len: usize,
+        /// The chosen rows of the transform: U16/U32 list or U8 bit mask.
+        indices: String,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.
@@ -131,6 +143,12 @@ impl Encoder {
                 len: leaf.pivots().len(),
                 pivots: self.indices(name, next, leaf.pivots()),
                 coefficients: self.dense(name, next, leaf.coefficients())?,
+            },
+            Operator::Basis(leaf) => Node::Basis {
+                kind: leaf.kind(),
+                side: leaf.side(),
+                len: leaf.atoms().len(),
+                indices: self.indices(name, next, leaf.atoms()),
             },
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
@@ -220,6 +238,9 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Interpolative { side, len, pivots, coefficients } => {
                 let pivots = self.indices(pivots, *len)?;
                 Operator::Interpolative(Interpolative::new(*side, pivots, self.dense(coefficients)?)?)
+            }
+            Node::Basis { kind, side, len, indices } => {
+                Operator::Basis(Basis::new(*kind, *side, self.indices(indices, *len)?)?)
             }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,

@@ -12,11 +12,13 @@ use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
+mod basis;
 pub mod codec;
 mod dense;
 mod index_set;
 mod interpolative;
 
+pub use self::basis::Basis;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
@@ -81,6 +83,8 @@ pub enum Operator<T: Real> {
     Dense(Dense<T>),
     /// A matrix of which some rows (or columns) are those of the identity.
     Interpolative(Interpolative<T>),
+    /// Chosen rows of a fast orthogonal transform (or their transpose).
+    Basis(Basis),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -126,6 +130,7 @@ impl<T: Real> Operator<T> {
         match self {
             Operator::Dense(node) => node,
             Operator::Interpolative(node) => node,
+            Operator::Basis(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -246,6 +251,7 @@ impl<T: Real> fmt::Display for Operator<T> {
         match self {
             Operator::Dense(_) => write!(f, "dense {m}x{n}"),
             Operator::Interpolative(_) => write!(f, "interpolative {m}x{n}"),
+            Operator::Basis(leaf) => write!(f, "{} {m}x{n}", format!("{:?}", leaf.kind()).to_lowercase()),
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),
