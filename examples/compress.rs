@@ -22,8 +22,9 @@ use weightpress::factorize::Method;
 use weightpress::metric::MetricSpec;
 use weightpress::run::{Emit, Options};
 use weightpress::stats::Stats;
-use weightpress::{Error, Recipe, Rule};
+use weightpress::{Plan, Recipe, Rule};
 
+use support::exit;
 use support::llama::Llama;
 use support::progress::Bar;
 
@@ -42,21 +43,21 @@ struct Arguments {
     /// A recipe (TOML); excludes --method, --metric, --keep, --allocate and --match
     #[arg(long, value_name = "FILE", conflicts_with_all = ["method", "metric", "keep", "allocate", "pattern"])]
     recipe: Option<PathBuf>,
-    /// The structure, by name
-    #[arg(long, default_value = "svd")]
-    method: String,
-    /// The error that counts: frobenius, fisher, activation, gram, gram-fisher …
-    #[arg(long, default_value = "frobenius")]
-    metric: String,
-    /// Bytes after ÷ before of the matched weights
-    #[arg(long, value_name = "F", default_value_t = 0.8)]
-    keep: f64,
-    /// How the budget is spread over the weights
-    #[arg(long, value_enum, default_value_t = Spread::Uniform)]
-    allocate: Spread,
-    /// Regular expression that matches the whole name of the weights to compress
-    #[arg(long = "match", value_name = "REGEX", default_value = LINEAR_LAYERS)]
-    pattern: String,
+    /// The structure, by name [default: svd]
+    #[arg(long, value_name = "NAME")]
+    method: Option<String>,
+    /// The error that counts: frobenius, fisher, activation, gram, gram-fisher … [default: frobenius]
+    #[arg(long, value_name = "NAME")]
+    metric: Option<String>,
+    /// Bytes after ÷ before of the matched weights [default: 0.8]
+    #[arg(long, value_name = "F")]
+    keep: Option<f64>,
+    /// How the budget is spread over the weights [default: uniform]
+    #[arg(long, value_enum)]
+    allocate: Option<Spread>,
+    /// Regular expression that matches the whole name of the weights to compress [default: the linear layers]
+    #[arg(long = "match", value_name = "REGEX")]
+    pattern: Option<String>,
     /// Calibration statistics; may be given several times
     #[arg(long, value_name = "FILE")]
     stats: Vec<PathBuf>,
@@ -69,15 +70,15 @@ struct Arguments {
     /// Go on with a run that was stopped
     #[arg(long)]
     resume: bool,
-    /// Print the report (or the plan's totals) as JSON
+    /// Print the report (or the plan) as JSON
     #[arg(long)]
     json: bool,
     /// Weights at a time; 0 means one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
-    /// Seed of whatever is random
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    /// Seed of whatever is random [default: the recipe's, or 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -95,18 +96,10 @@ enum Form {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let done = match &arguments.input {
+    exit::code(match &arguments.input {
         Some(input) => compress(&arguments, input),
         None => bundled(&arguments),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            let refused = error.downcast_ref::<Error>().is_none_or(Error::is_refusal);
-            ExitCode::from(if refused { 2 } else { 1 })
-        }
-    }
+    })
 }
 
 fn options(arguments: &Arguments) -> Options {
@@ -118,45 +111,74 @@ fn options(arguments: &Arguments) -> Options {
     Options { emit, threads: arguments.threads, resume: arguments.resume }
 }
 
-fn recipe(arguments: &Arguments) -> Result<Recipe> {
+/// The recipe of `--recipe`, or the given one with what the other arguments say.
+fn recipe(arguments: &Arguments, mut recipe: Recipe) -> Result<Recipe> {
     if let Some(path) = &arguments.recipe {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-        let mut recipe = Recipe::parse(&text).with_context(|| format!("in {}", path.display()))?;
-        if arguments.seed != 0 {
-            recipe.seed = arguments.seed;
-        }
-        return Ok(recipe);
+        recipe = Recipe::parse(&text).with_context(|| format!("in {}", path.display()))?;
     }
-    let mut rule = Rule::new(&arguments.pattern, Method::named(&arguments.method)?, Budget::Keep(arguments.keep));
-    rule.metric = MetricSpec::named(&arguments.metric)?;
-    rule.allocate = match arguments.allocate {
-        Spread::Uniform => Allocate::Uniform,
-        Spread::Global => Allocate::Global(Global::default()),
-    };
-    Ok(Recipe { seed: arguments.seed, exclude: Vec::new(), rules: vec![rule] })
+    recipe.seed = arguments.seed.unwrap_or(recipe.seed);
+    for rule in &mut recipe.rules {
+        if let Some(name) = &arguments.method {
+            rule.method = Method::named(name)?;
+        }
+        if let Some(name) = &arguments.metric {
+            rule.metric = MetricSpec::named(name)?;
+        }
+        rule.budget = arguments.keep.map_or(rule.budget, Budget::Keep);
+        match arguments.allocate {
+            Some(Spread::Uniform) => rule.allocate = Allocate::Uniform,
+            Some(Spread::Global) => rule.allocate = Allocate::Global(Global::default()),
+            None => {}
+        }
+        rule.pattern = arguments.pattern.clone().unwrap_or_else(|| rule.pattern.clone());
+    }
+    Ok(recipe)
+}
+
+/// The dry run: for people, or what of it a program wants to know.
+fn show(plan: &Plan<'_>, arguments: &Arguments) -> Result<()> {
+    if !arguments.json {
+        return exit::answer(&plan.to_string());
+    }
+    let jobs = plan.jobs.iter().map(|job| {
+        serde_json::json!({
+            "names": job.names, "rule": job.rule, "budget": job.budget, "bytes_before": job.bytes(),
+            "bytes_after": job.forecast.bytes, "exact": job.forecast.exact, "kept_dense": job.kept,
+        })
+    });
+    let (jobs, (before, after)) = (jobs.collect::<Vec<_>>(), plan.bytes());
+    let all = serde_json::json!({
+        "jobs": jobs, "copied": plan.passed, "bytes_before": before, "bytes_after": after,
+        "memory": plan.memory(threads(arguments)),
+    });
+    exit::answer(&serde_json::to_string_pretty(&all)?)
+}
+
+fn threads(arguments: &Arguments) -> usize {
+    if arguments.threads > 0 { arguments.threads } else { rayon::current_num_threads() }
 }
 
 fn compress(arguments: &Arguments, input: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(input)?;
     let stats = Stats::open(&arguments.stats)?;
-    let plan = recipe(arguments)?.plan(&checkpoint, &stats)?;
+    let rule = Rule::new(LINEAR_LAYERS, Method::named("svd")?, Budget::Keep(0.8));
+    let recipe = recipe(arguments, Recipe { rules: vec![rule], ..Recipe::default() })?;
+    let plan = recipe.plan(&checkpoint, &stats)?;
     if arguments.plan {
-        println!("{plan}");
-        return Ok(());
+        return show(&plan, arguments);
     }
     let Some(out) = &arguments.out else {
         bail!("--out DIR is needed (or --plan for a dry run)");
     };
-    let threads = if arguments.threads > 0 { arguments.threads } else { rayon::current_num_threads() };
-    eprintln!("peak memory about {}", weightpress::report::human_bytes(plan.memory(threads)));
+    eprintln!("peak memory about {}", weightpress::report::human_bytes(plan.memory(threads(arguments))));
     let bar = Bar::default();
     let report = plan.run(out, &options(arguments), &bar)?;
     drop(bar);
     match arguments.json {
-        true => println!("{}", serde_json::to_string_pretty(&report)?),
-        false => println!("{report}\nwritten to {}", out.display()),
+        true => exit::answer(&serde_json::to_string_pretty(&report)?),
+        false => exit::answer(&format!("{report}\nwritten to {}", out.display())),
     }
-    Ok(())
 }
 
 /// Calibrates, compresses and evaluates the bundled model, and says what was saved and what was lost.
@@ -176,14 +198,10 @@ fn bundled(arguments: &Arguments) -> Result<()> {
     let start = std::time::Instant::now();
     let stats = model.calibrate(&read("calibration.txt")?, WINDOW)?;
     let calibrated = start.elapsed().as_secs_f64();
-    let recipe = match &arguments.recipe {
-        Some(_) => recipe(arguments)?,
-        None => Recipe::parse(include_str!("recipes/bundled.toml"))?,
-    };
+    let recipe = recipe(arguments, Recipe::parse(include_str!("recipes/bundled.toml"))?)?;
     let plan = recipe.plan(&checkpoint, &stats)?;
     if arguments.plan {
-        println!("{plan}");
-        return Ok(());
+        return show(&plan, arguments);
     }
     let scratch = tempfile::tempdir()?;
     let out = arguments.out.clone().unwrap_or_else(|| scratch.path().join("compressed"));
@@ -195,18 +213,16 @@ fn bundled(arguments: &Arguments) -> Result<()> {
     let (before, after) = (bits(&model)?, bits(&compressed)?);
     if arguments.json {
         let all = serde_json::json!({ "bits_per_byte": { "before": before, "after": after }, "report": report });
-        println!("{}", serde_json::to_string_pretty(&all)?);
-        return Ok(());
+        return exit::answer(&serde_json::to_string_pretty(&all)?);
     }
-    println!("{report}");
-    println!("calibrated on {} bytes of text in {calibrated:.1} s", read("calibration.txt")?.len());
-    println!(
-        "held-out text, bits per byte: {before:.4} before, {after:.4} after ({:+.2} %)",
+    let kept = match &arguments.out {
+        Some(out) => format!("written to {}", out.display()),
+        None => "add --out DIR to keep the result".into(),
+    };
+    exit::answer(&format!(
+        "{report}\ncalibrated on {} bytes of text in {calibrated:.1} s\n\
+         held-out text, bits per byte: {before:.4} before, {after:.4} after ({:+.2} %)\n{kept}",
+        read("calibration.txt")?.len(),
         100.0 * (after / before - 1.0)
-    );
-    match &arguments.out {
-        Some(out) => println!("written to {}", out.display()),
-        None => println!("add --out DIR to keep the result"),
-    }
-    Ok(())
+    ))
 }

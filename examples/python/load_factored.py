@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Reads a factored checkpoint with NumPy alone; docs/format.md describes the format.
+
+    python3 load_factored.py FOLDER                  # what is in it
+    python3 load_factored.py FOLDER --out dense.npz  # every tensor, compressed weights rebuilt, halves as float32
+
+    import load_factored
+    weights = load_factored.load("FOLDER")                      # name -> array
+    linear = load_factored.Checkpoint("FOLDER").operator("some.weight")
+    y = linear.forward(x)                                       # x @ W.T from the factors; W is never rebuilt
+"""
+import argparse, json, os
+
+import numpy as np
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4",
+          "I32": "<i4", "U64": "<u8", "I64": "<i8", "BOOL": "?"}
+
+
+class Operator:
+    """A matrix that may be held as factors: `shape`, `apply(x)` = W @ x, `dense()`."""
+
+    def __init__(self, shape, apply, text):
+        self.shape, self.apply, self.text = tuple(shape), apply, text
+
+    def forward(self, x):
+        return self.apply(x.T).T
+
+    def dense(self):
+        return self.apply(np.eye(self.shape[1]))
+
+
+def rows_of(kind, n):
+    """The orthogonal n x n matrix of a `basis` node."""
+    if kind == "identity":
+        return np.eye(n)
+    if kind == "hadamard":
+        h = np.ones((1, 1))
+        while len(h) < n:
+            h = np.block([[h, h], [h, -h]])
+        return h / np.sqrt(n)
+    k, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    q = np.cos(np.pi * k * (2 * j + 1) / (2 * n)) * np.sqrt(2 / n)
+    q[0] /= np.sqrt(2)
+    return {"dct2": q, "dct3": q.T}[kind]
+
+
+class Checkpoint:
+    """The tensors of a folder or file, mapped, and the operators of its compressed weights."""
+
+    def __init__(self, path):
+        self.tensors, self.weights, self.shared = {}, {}, {}
+        for file in weight_files(path):
+            with open(file, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
+            metadata = header.pop("__metadata__", {})
+            if "weightpress" in metadata:
+                description = json.loads(metadata["weightpress"])
+                if description["format"] != 1:
+                    raise ValueError(f"{file}: factored format {description['format']}, this program reads 1")
+                self.weights.update(description["weights"])
+            data = np.memmap(file, np.uint8, "r")
+            for name, t in header.items():
+                first, end = (8 + length + offset for offset in t["data_offsets"])
+                self.tensors[name] = (t["dtype"], t["shape"], data[first:end])
+
+    def tensor(self, name):
+        """A stored tensor; BF16 is widened, dtypes that NumPy lacks stay bytes."""
+        dtype, shape, data = self.tensors[name]
+        if dtype == "BF16":
+            return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+        return np.frombuffer(data, DTYPES[dtype]).reshape(shape) if dtype in DTYPES else np.array(data)
+
+    def indices(self, name, length):
+        """A set of indices below `length`: a list, or a bit mask, lowest bit first."""
+        found = self.tensor(name)
+        return np.flatnonzero(np.unpackbits(found, bitorder="little")[:length]) if found.dtype == np.uint8 else found
+
+    def build(self, node):
+        op = node["op"]
+        if op == "dense":
+            matrix = self.tensor(node["tensor"]).astype("f8")
+            return Operator(matrix.shape, lambda x: matrix @ x, "dense %dx%d" % matrix.shape)
+        if op in ("product", "sum"):
+            parts = [self.build(part) for part in node["factors" if op == "product" else "terms"]]
+            if op == "sum":
+                return Operator(parts[0].shape, lambda x: sum(p.apply(x) for p in parts), " + ".join(p.text for p in parts))
+
+            def product(x):
+                for part in reversed(parts):
+                    x = part.apply(x)
+                return x
+            return Operator((parts[0].shape[0], parts[-1].shape[1]), product, " . ".join(p.text for p in parts))
+        if op == "shared":
+            if node["id"] not in self.shared:
+                self.shared[node["id"]] = self.build(node["node"])
+            inner = self.shared[node["id"]]
+            return Operator(inner.shape, inner.apply, "shared " + inner.text)
+        length, left = node["len"], node["side"] == "left"
+        chosen = self.indices(node["pivots" if op == "interpolative" else "indices"], length)
+        shape = (length, len(chosen)) if left else (len(chosen), length)
+        text = "%s %dx%d" % (op, *shape)
+        if op == "basis":  # chosen rows of an orthogonal matrix; a fast transform would do as well
+            atoms = rows_of(node["kind"], length)[chosen]
+            return Operator(shape, lambda x: (atoms.T if left else atoms) @ x, text)
+        if op != "interpolative":
+            raise ValueError(f"unknown operator {op!r}")
+        t, rest = self.tensor(node["coefficients"]).astype("f8"), np.setdiff1d(np.arange(length), chosen)
+
+        def interpolate(x):
+            if not left:  # identity columns at the pivots, t in the others
+                return x[chosen] + t @ x[rest]
+            y = np.empty((length, x.shape[1]))  # identity rows at the pivots, t in the others
+            y[chosen], y[rest] = x, t @ x
+            return y
+        return Operator(shape, interpolate, text)
+
+    def operator(self, name):
+        """A weight by its original name, from its factors if it was compressed."""
+        return self.build(self.weights[name]["operator"] if name in self.weights else {"op": "dense", "tensor": name})
+
+    def names(self):
+        """Original names: compressed weights, and the tensors that are no parts of one."""
+        def leaves(node):
+            inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+            return {node} if isinstance(node, str) else set().union(*map(leaves, inner))
+        parts = leaves([tree["operator"] for tree in self.weights.values()])
+        return sorted(set(self.weights) | set(self.tensors) - parts)
+
+
+def weight_files(path):
+    """The files of a checkpoint: a lone one, those of the index, `model.safetensors`, or all there are."""
+    if path.endswith(".safetensors"):
+        return [path]
+    index = path if path.endswith(".json") else os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index, "rb") as f:
+            files = set(json.load(f)["weight_map"].values())
+        return [os.path.join(os.path.dirname(index), file) for file in sorted(files)]
+    found = sorted(file for file in os.listdir(path) if file.endswith(".safetensors"))
+    return [os.path.join(path, file) for file in (["model.safetensors"] if "model.safetensors" in found else found)]
+
+
+def load(path):
+    """All tensors of a checkpoint by their original names, compressed weights rebuilt in float32."""
+    checkpoint = Checkpoint(path)
+    rebuilt = {name: checkpoint.operator(name).dense().astype("f4") for name in checkpoint.weights}
+    return {name: rebuilt[name] if name in rebuilt else checkpoint.tensor(name) for name in checkpoint.names()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Reads a factored checkpoint.")
+    parser.add_argument("path", help="a folder, an index or a .safetensors file")
+    parser.add_argument("--out", help="write the dense tensors to this .npz file")
+    arguments = parser.parse_args()
+    if arguments.out:
+        np.savez(arguments.out, **load(arguments.path))
+        return
+    checkpoint = Checkpoint(arguments.path)
+    for name in checkpoint.names():
+        if name in checkpoint.weights:
+            tree = checkpoint.weights[name]
+            print(name, tree["dtype"], tree["shape"], checkpoint.operator(name).text)
+        else:
+            print(name, *checkpoint.tensors[name][:2])
+
+
+if __name__ == "__main__":
+    main()
