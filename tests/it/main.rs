@@ -1,6 +1,8 @@
-//! One integration binary; its modules mirror `src`.
+//! One integration binary; its modules mirror `src`, and `examples`.
 
 mod checkpoint;
+mod cli;
+mod python;
 mod recipe;
 mod run;
 mod stats;
