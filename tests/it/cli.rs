@@ -95,7 +95,7 @@ fn refusals_say_what_and_where_with_exit_code_2() {
     refused(&["--keep", "0.001"], &["4 tensor(s)", "layers.1.b.weight", "least possible"]);
     assert_eq!(compress(&model, &out, &["--nonsense"]).0, Some(2));
     assert_refused(compress(&model, &out, &["--match", "nothing"]), &["rule 1", "nothing"]);
-    assert_refused(run("compress", [&model]), &["--out"]);
+    assert_refused(run("compress", [model.as_os_str()].into_iter().chain(WEIGHTS.map(OsStr::new))), &["--out"]);
 
     let recipe = folder.path().join("mine.toml");
     let text = "[[rule]]\nmatch = '.*'\nmethod = 'svd'\nbudget = { keep = 0.5 }\ncolour = 'red'\n";
