@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod cli;
+mod factorize;
 mod python;
 mod recipe;
 mod run;
