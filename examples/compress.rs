@@ -29,7 +29,7 @@ use support::llama::Llama;
 use support::progress::Bar;
 
 /// The linear layers of the blocks of most decoder and encoder models.
-const LINEAR_LAYERS: &str = r".*\.(layers?|blocks|h)\.\d+\..*\.weight";
+const LINEAR_LAYERS: &str = r"(.*\.)?(layers?|blocks|h)\.\d+\..*\.weight";
 const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/model");
 
 #[derive(Parser)]

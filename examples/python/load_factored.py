@@ -143,9 +143,10 @@ def weight_files(path):
 
 
 def load(path):
-    """All tensors of a checkpoint by their original names, compressed weights rebuilt in float32."""
+    """All tensors of a checkpoint by their original names, compressed weights rebuilt."""
     checkpoint = Checkpoint(path)
-    rebuilt = {name: checkpoint.operator(name).dense().astype("f4") for name in checkpoint.weights}
+    wide = {name: "f8" if tree["dtype"] == "F64" else "f4" for name, tree in checkpoint.weights.items()}
+    rebuilt = {name: checkpoint.operator(name).dense().astype(dtype) for name, dtype in wide.items()}
     return {name: rebuilt[name] if name in rebuilt else checkpoint.tensor(name) for name in checkpoint.names()}
 
 

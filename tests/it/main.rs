@@ -1,7 +1,9 @@
-//! One integration binary; its modules mirror `src`.
+//! One integration binary; its modules mirror `src`, and `examples`.
 
 mod checkpoint;
+mod cli;
 mod factorize;
+mod python;
 mod recipe;
 mod run;
 mod stats;

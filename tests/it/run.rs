@@ -23,7 +23,7 @@ pub fn matrix(m: usize, n: usize, seed: usize) -> Array2<f32> {
     })
 }
 
-fn entry(name: &str, values: &Array2<f32>, dtype: DType) -> Entry<'static> {
+pub fn entry(name: &str, values: &Array2<f32>, dtype: DType) -> Entry<'static> {
     let bytes = narrow(dtype, values.iter()).unwrap();
     Entry { name: name.into(), dtype, shape: values.shape().to_vec(), data: Payload::Bytes(bytes.into()) }
 }
@@ -34,7 +34,7 @@ fn opaque(name: &str) -> Entry<'static> {
 }
 
 /// Two shards with an index, a configuration file, Gram matrices; 2·`layers` matrices.
-fn model(folder: &Path, layers: usize, m: usize, n: usize) -> PathBuf {
+pub fn model(folder: &Path, layers: usize, m: usize, n: usize) -> PathBuf {
     let path = folder.join("model");
     std::fs::create_dir_all(&path).unwrap();
     let mut map = BTreeMap::new();
@@ -73,7 +73,7 @@ fn run(
 }
 
 /// Every file of a folder but the report, whose seconds differ.
-fn bytes_of(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn bytes_of(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file());
     let named = files.map(|p| (p.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(&p).unwrap()));
     named.filter(|(name, _)| name != "report.json").collect()
