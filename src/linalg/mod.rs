@@ -11,6 +11,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 use crate::error::Result;
 use crate::scalar::Real;
 
+mod dct;
 mod faer;
 mod product;
 mod transform;

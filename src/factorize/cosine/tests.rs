@@ -5,6 +5,7 @@ use ndarray::{Array1, Array2};
 use super::*;
 use crate::factorize::Method;
 use crate::linalg::Faer;
+use crate::operator::LinearOperator;
 use crate::operator::codec::{Decoder, Encoder};
 use crate::stats::Gram;
 
