@@ -17,8 +17,8 @@
 //! plain coefficients are kept, which minimises a metric without weights on the transformed side only: a
 //! plan that asks for more is refused, while a direct call measures what it gives.
 //!
-//! Cost: O(mn·log n), and about 7n³ + mn² under a metric, for each transform that is tried. Fails (against
-//! low rank) wherever rows are not smooth in their index, which trained weights are not.
+//! Cost: O(mn·log n), and about 2n³ + 4mn² flops under a metric, for each transform that is tried. Fails
+//! (against low rank) wherever rows are not smooth in their index, which trained weights are not.
 
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};

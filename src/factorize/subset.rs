@@ -121,7 +121,7 @@ impl Coupling {
     }
 
     /// Orders all atoms for coefficients S (p×q) and computes the error of every prefix. Without
-    /// interaction O(pq); with it q³/3 + pq², and 6q³ more flops for [`Select::Greedy`].
+    /// interaction O(pq); with it about q³/3 + 4pq² flops, and 2q³ more for [`Select::Greedy`].
     ///
     /// # Errors
     /// [`Error::Numerical`](crate::Error::Numerical) from the kernels.

@@ -253,7 +253,7 @@ fn budgets_hold_in_bytes_and_forecasts_are_right() {
 fn two_sides_keep_the_energy_of_a_fixed_point() {
     // One round is not enough for these, five are.
     let (m, n) = (24, 40);
-    let w = noise(m, n, 7);
+    let w = noise(m, n, 65);
     let weighted = Metric { output: diagonal(m), input: diagonal(n) };
     for (atoms, kind, metric) in [
         (Atoms::Dct2, Transform::Dct2, Metric::frobenius()),
