@@ -11,6 +11,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
 use crate::error::Result;
 use crate::scalar::Real;
 
+mod dct;
 mod faer;
 pub mod krylov;
 mod product;
