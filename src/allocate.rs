@@ -37,18 +37,21 @@ pub struct Global {
 }
 
 /// What an allocation adds up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Errors {
+    /// As they are if the metric weighs outputs by their gradients and so compares weights; relative if not.
+    #[default]
+    Auto,
     /// Squared errors relative to each weight's own squared norm.
     Relative,
-    /// Squared errors as they are: right when the metric itself compares weights, as `gram-fisher` does.
+    /// Squared errors as they are.
     Absolute,
 }
 
 impl Default for Global {
     fn default() -> Self {
-        Global { floor: 0.25, dense: true, errors: Errors::Relative, power: 1.0 }
+        Global { floor: 0.8, dense: true, errors: Errors::Auto, power: 1.0 }
     }
 }
 

@@ -189,7 +189,18 @@ impl MetricSpec {
         };
         let output = match self.output {
             OutputMetric::Identity => Weighting::Identity,
-            OutputMetric::Fisher => Weighting::Diagonal(Arc::new(floored(stats.fisher_row(weight)?))),
+            // Summed squared gradients of row i are about E[gᵢ²]·tr(E[x·xᵀ]), and Σᵢⱼ of them is counted by
+            // rows and by columns: divided by what the input side says already, the metric is an estimate
+            // of the loss and its errors can be compared between weights.
+            OutputMetric::Fisher => {
+                let rows = floored(stats.fisher_row(weight)?);
+                let counted = match &input {
+                    Weighting::Identity => 1.0,
+                    Weighting::Diagonal(columns) => columns.sum(),
+                    Weighting::Gram(gram) => gram.diagonal().sum(),
+                };
+                Weighting::Diagonal(Arc::new(rows / counted.max(f64::MIN_POSITIVE)))
+            }
         };
         Ok(Metric { output, input })
     }

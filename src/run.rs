@@ -296,7 +296,8 @@ impl Run<'_, '_> {
             let Some(limit) = rule.budget.byte_limit(before) else { continue };
             let members: Vec<(usize, &Curve)> =
                 curves.iter().filter(|(i, _)| jobs[**i].rule == rule_index).map(|(i, c)| (*i, c)).collect();
-            let points: Vec<Vec<Point>> = members.iter().map(|(_, curve)| curve.choices(&global)).collect();
+            let points: Vec<Vec<Point>> =
+                members.iter().map(|(_, curve)| curve.choices(&global, &rule.metric)).collect();
             let offers = members.iter().zip(&points).map(|((i, _), points)| Offer {
                 curve: points,
                 floor: (jobs[*i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,

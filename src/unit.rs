@@ -11,7 +11,7 @@ use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use crate::error::{Error, Result};
 use crate::factorize::{Decomposition, Factorize, Point, Problem};
 use crate::linalg::Backend;
-use crate::metric::Metric;
+use crate::metric::{Metric, MetricSpec, OutputMetric};
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
 use crate::operator::{LinearOperator, Operator};
 use crate::plan::{Job, Plan};
@@ -58,12 +58,13 @@ pub(crate) struct Curve {
 impl Curve {
     /// The points that an allocation may choose from, with errors that can be compared with those of
     /// others: nothing at all only if that is no loss, dense only if the rule has it.
-    pub(crate) fn choices(&self, global: &Global) -> Vec<Point> {
+    pub(crate) fn choices(&self, global: &Global, metric: &MetricSpec) -> Vec<Point> {
         let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
         let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
         let scale = match global.errors {
-            Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
             Errors::Absolute => 1.0,
+            Errors::Auto if metric.output == OutputMetric::Fisher => 1.0,
+            Errors::Auto | Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
         };
         let comparable = |p: &Point| Point { bytes: p.bytes, error: (p.error * scale).powf(global.power) };
         self.points[first..last].iter().map(comparable).collect()

@@ -70,7 +70,11 @@ fn every_method_keeps_shape_budget_and_determinism_and_survives_the_codec() {
                     let operator = match method.factorize(group) {
                         Ok(mut operators) => operators.remove(0),
                         // What the plan refuses the method may refuse; nothing else.
-                        Err(Error::Budget { .. } | Error::Unsupported(_)) if !supported(&method, (m, n), name, &budget) => continue,
+                        Err(Error::Budget { .. } | Error::Unsupported(_))
+                            if !supported(&method, (m, n), name, &budget) =>
+                        {
+                            continue;
+                        }
                         Err(e) => panic!("{at}: {e}"),
                     };
                     assert!(supported(&method, (m, n), name, &budget), "{at}: solved what the plan refuses");
@@ -78,9 +82,18 @@ fn every_method_keeps_shape_budget_and_determinism_and_survives_the_codec() {
                     assert_eq!(operator.shape(), (m, n), "{at}");
                     assert!(operator.bytes() as f64 <= keep * (m * n * 8) as f64 + 1e-6, "{at}: {}", operator.bytes());
                     let forecast = Factorize::<f64>::forecast(
-                        &method, &[Outline { shape: (m, n), dtype: DType::F64 }], &MetricSpec::named(name).unwrap(), &budget,
-                    ).unwrap();
-                    assert!(operator.bytes() <= forecast.bytes, "{at}: {} forecast {}", operator.bytes(), forecast.bytes);
+                        &method,
+                        &[Outline { shape: (m, n), dtype: DType::F64 }],
+                        &MetricSpec::named(name).unwrap(),
+                        &budget,
+                    )
+                    .unwrap();
+                    assert!(
+                        operator.bytes() <= forecast.bytes,
+                        "{at}: {} forecast {}",
+                        operator.bytes(),
+                        forecast.bytes
+                    );
                     assert_eq!(method.factorize(group).unwrap()[0], operator, "{at}: not deterministic");
                     let dense = operator.to_dense();
                     let x = wide(n, 3, 5);
@@ -99,7 +112,8 @@ fn every_method_keeps_shape_budget_and_determinism_and_survives_the_codec() {
                     let stored: usize = tensors.iter().map(|t| t.bytes.len()).sum();
                     assert_eq!(stored as u64, operator.bytes(), "{at}: bytes");
                     let text = serde_json::to_string(&node).unwrap();
-                    let back: Operator<f64> = Decoder::new(&tensors).decode(&serde_json::from_str(&text).unwrap()).unwrap();
+                    let back: Operator<f64> =
+                        Decoder::new(&tensors).decode(&serde_json::from_str(&text).unwrap()).unwrap();
                     assert_eq!(back, operator, "{at}: codec");
                 }
             }
@@ -136,7 +150,8 @@ fn half_precision_factors_lose_little_and_are_what_is_measured() {
         assert!(half.bytes() <= (32 * 48 * 2) * 6 / 10);
         let full = Problem::new("w", w.view(), Budget::Keep(0.6));
         let full = method.factorize(std::slice::from_ref(&full)).unwrap().remove(0);
-        let error = |o: &Operator<f32>| (&w - &o.to_dense()).mapv(|v| v * v).sum().sqrt() / w.mapv(|v| v * v).sum().sqrt();
+        let error =
+            |o: &Operator<f32>| (&w - &o.to_dense()).mapv(|v| v * v).sum().sqrt() / w.mapv(|v| v * v).sum().sqrt();
         assert!(error(&half) < error(&full) * 1.05 + 0.01, "{method:?}: {} {}", error(&half), error(&full));
     }
 }
@@ -232,7 +247,8 @@ fn a_group_with_one_gram_matrix_is_solved_exactly_when_stacked() {
     ];
     let method: Method = toml::from_str("type = 'svd'\nshare = 'input'").unwrap();
     let operators = method.factorize(&group).unwrap();
-    let error: f64 = [&a, &b].iter().zip(&operators).map(|(w, o)| metric.squared((*w - &o.to_dense()).view(), &Faer)).sum();
+    let error: f64 =
+        [&a, &b].iter().zip(&operators).map(|(w, o)| metric.squared((*w - &o.to_dense()).view(), &Faer)).sum();
     let joint = ndarray::concatenate![ndarray::Axis(0), a, b];
     let spectrum = jacobi(joint.dot(&gram.matrix()).dot(&joint.t()));
     let tail: f64 = spectrum.iter().skip(5).sum();
