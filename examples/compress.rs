@@ -198,7 +198,12 @@ fn bundled(arguments: &Arguments) -> Result<()> {
     let start = std::time::Instant::now();
     let stats = model.calibrate(&read("calibration.txt")?, WINDOW)?;
     let calibrated = start.elapsed().as_secs_f64();
-    let recipe = recipe(arguments, Recipe::parse(include_str!("recipes/bundled.toml"))?)?;
+    let mut own = Recipe::parse(include_str!("recipes/bundled.toml"))?;
+    if arguments.method.is_some() || arguments.pattern.is_some() {
+        // Its groups are for its own method and its own names: the rule for single weights stays.
+        own.rules.drain(..own.rules.len() - 1);
+    }
+    let recipe = recipe(arguments, own)?;
     let plan = recipe.plan(&checkpoint, &stats)?;
     if arguments.plan {
         return show(&plan, arguments);
