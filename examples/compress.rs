@@ -204,7 +204,12 @@ fn bundled(arguments: &Arguments) -> Result<()> {
         stats.insert_fisher_col(&tensor.name, fisher.fisher_col(&tensor.name)?)?;
     }
     let calibrated = start.elapsed().as_secs_f64();
-    let recipe = recipe(arguments, Recipe::parse(include_str!("recipes/bundled.toml"))?)?;
+    let mut own = Recipe::parse(include_str!("recipes/bundled.toml"))?;
+    if arguments.method.is_some() || arguments.pattern.is_some() {
+        // Its groups are for its own method and its own names: the rule for single weights stays.
+        own.rules.drain(..own.rules.len() - 1);
+    }
+    let recipe = recipe(arguments, own)?;
     let plan = recipe.plan(&checkpoint, &stats)?;
     if arguments.plan {
         return show(&plan, arguments);

@@ -147,7 +147,7 @@ pub fn allocate(offers: &[Offer<'_>], budget: u64) -> Result<Vec<usize>> {
 }
 
 /// Indices of the lower convex hull of the points at or above the floor: bytes rise, errors fall, and
-/// each step buys less than the one before.
+/// each step buys no more than the one before.
 fn lower_hull(offer: &Offer<'_>) -> Vec<usize> {
     let mut order: Vec<usize> = (0..offer.curve.len()).filter(|&i| offer.curve[i].bytes >= offer.floor).collect();
     if order.is_empty() {
@@ -165,9 +165,10 @@ fn lower_hull(offer: &Offer<'_>) -> Vec<usize> {
         }
         while let [.., before, last] = hull[..] {
             let (a, b) = (offer.curve[before], offer.curve[last]);
-            // b lies on or above the line from a to the new point.
+            // b lies above the line from a to the new point. (On the line it stays: small steps fit where
+            // the large one over it does not.)
             let line = (a.error - point.error) * (b.bytes - a.bytes) as f64;
-            if (a.error - b.error) * (point.bytes - a.bytes) as f64 > line {
+            if (a.error - b.error) * (point.bytes - a.bytes) as f64 >= line {
                 break;
             }
             hull.pop();
