@@ -6,18 +6,19 @@
 
 use std::fmt::Debug;
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
 use crate::error::Result;
 use crate::scalar::Real;
 
+pub mod conformance;
 mod faer;
 pub mod krylov;
 mod product;
 
 pub use self::faer::Faer;
 pub(crate) use self::product::matmul_into;
-use self::product::{PANEL, mirror};
+use self::product::{mirror, upper_triangle};
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
 #[derive(Debug, Clone)]
@@ -64,11 +65,7 @@ pub trait Kernels<T: Real>: Debug + Send + Sync {
         assert_eq!(a.dim(), b.dim(), "symmetric product of matrices of different shapes");
         let m = a.nrows();
         let mut c = Array2::zeros((m, m));
-        for start in (0..m).step_by(PANEL) {
-            let end = (start + PANEL).min(m);
-            let (rows, columns) = (a.slice(s![start..end, ..]), b.slice(s![..end, ..]).reversed_axes());
-            self.gemm(T::one(), rows, columns, T::zero(), c.slice_mut(s![start..end, ..end]));
-        }
+        upper_triangle(&|a, b, c| self.gemm(T::one(), a, b, T::zero(), c), a, b, c.view_mut());
         mirror(&mut c);
         c
     }
