@@ -1,8 +1,9 @@
 //! Dense kernels behind one small trait, so that a backend is a value chosen at run time.
 //!
-//! [`Faer`] (pure Rust) is the default. All kernels take ndarray views of any strides and return
-//! row-major arrays. One layer of parallelism at a time: on a rayon worker thread the kernels run
-//! sequentially (the caller is already parallel over tensors), elsewhere they use the global pool.
+//! [`Faer`] (pure Rust) is the default; feature `lapack` adds `Lapack`. [`conformance`] holds any backend
+//! to its word. All kernels take ndarray views of any strides and return row-major arrays. One layer of
+//! parallelism at a time: on a rayon worker thread the kernels run sequentially (the caller is already
+//! parallel over tensors), elsewhere they use the global pool.
 
 use std::fmt::Debug;
 
@@ -14,9 +15,13 @@ use crate::scalar::Real;
 pub mod conformance;
 mod faer;
 pub mod krylov;
+#[cfg(feature = "lapack")]
+mod lapack;
 mod product;
 
 pub use self::faer::Faer;
+#[cfg(feature = "lapack")]
+pub use self::lapack::Lapack;
 pub(crate) use self::product::matmul_into;
 use self::product::{mirror, upper_triangle};
 
