@@ -1,13 +1,14 @@
 //! The default backend: factorizations by faer, products by gemm, nothing to install.
 
 use ::faer::dyn_stack::{MemBuffer, MemStack};
+use ::faer::linalg::matmul::triangular::{self, BlockStructure};
 use ::faer::linalg::{cholesky::llt, evd, householder, qr, svd, triangular_solve};
 use ::faer::prelude::*;
 use ::faer::traits::RealField;
-use ::faer::{Conj, diag::Diag};
+use ::faer::{Accum, Conj, diag::Diag};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
-use super::{Eigh, Kernels, PivotedR, Svd, matmul_into};
+use super::{Eigh, Kernels, PivotedR, Svd, matmul_into, mirror};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
@@ -69,6 +70,20 @@ fn to_columns<T: Real + RealField>(a: MatRef<'_, T>) -> Mat<T> {
             }
         }
     }
+    out
+}
+
+fn symmetric_product<T: Real + RealField>(a: MatRef<'_, T>, b: MatRef<'_, T>) -> Array2<T> {
+    assert_eq!(a.shape(), b.shape(), "symmetric product of matrices of different shapes");
+    let m = a.nrows();
+    let mut out = Array2::zeros((m, m));
+    if let Some(slice) = out.as_slice_mut() {
+        // The lower triangle by columns is the upper one by rows.
+        let (full, half) = (BlockStructure::Rectangular, BlockStructure::TriangularLower);
+        let c = MatMut::from_column_major_slice_mut(slice, m, m);
+        triangular::matmul(c, half, Accum::Replace, a, full, b.transpose(), full, T::from_f64(1.0), par());
+    }
+    mirror(&mut out);
     out
 }
 
@@ -221,6 +236,9 @@ macro_rules! kernels {
                 c: ArrayViewMut2<'_, $t>,
             ) {
                 matmul_into(alpha, a, b, beta, c);
+            }
+            fn symmetric_product(&self, a: ArrayView2<'_, $t>, b: ArrayView2<'_, $t>) -> Array2<$t> {
+                with_view(a, |a| with_view(b, |b| symmetric_product(a, b)))
             }
             fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
                 with_view(a, eigh)

@@ -6,7 +6,7 @@
 //! `intel-mkl-system`, `netlib-system`, …). The threads are the library's business too
 //! (`OMP_NUM_THREADS`), and its results are as deterministic as it is.
 //!
-//! Two kernels are not LAPACK's: products stay with the `gemm` crate, which is level with MKL, and the
+//! Two kinds of kernels are not LAPACK's: products are those of [`Faer`], level with MKL, and the
 //! column-pivoted QR goes to [`Faer`], because neither ndarray-linalg nor lax binds `geqp3`.
 //!
 //! Debian 12's OpenBLAS knows no CPU newer than itself and then falls back on SSE3 kernels, several times
@@ -62,6 +62,10 @@ macro_rules! kernels {
                 c: ArrayViewMut2<'_, $t>,
             ) {
                 matmul_into(alpha, a, b, beta, c);
+            }
+
+            fn symmetric_product(&self, a: ArrayView2<'_, $t>, b: ArrayView2<'_, $t>) -> Array2<$t> {
+                Faer.symmetric_product(a, b)
             }
 
             fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {

@@ -1,0 +1,63 @@
+//! Applying compressed weights: the dense matrix, two factors at a quarter of the rank and the pivot form
+//! at half the bytes, side by side, for 1, 16 and 128 tokens.
+//!
+//! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
+//! order of the matrix. Bound by bytes at batch 1: expect 2× for half of them where the dense matrix does
+//! not fit into the cache.
+
+use std::hint::black_box;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use ndarray::{Array2, s};
+use weightpress::Result;
+use weightpress::operator::{Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
+
+fn order() -> usize {
+    std::env::var("WEIGHTPRESS_BENCH_N").ok().and_then(|n| n.parse().ok()).unwrap_or(256)
+}
+
+fn numbers(m: usize, n: usize) -> Array2<f32> {
+    Array2::from_shape_fn((m, n), |(i, j)| ((i * 7919 + j * 104_729) % 1000) as f32 / 1000.0 - 0.5)
+}
+
+fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
+    let w = numbers(n, n);
+    let dense = |a: Array2<f32>| Operator::Dense(Dense::new(a));
+    let quarter = n / 4;
+    // r(2n − r) = n²/2; the pivots lie scattered, as they do in a weight.
+    let r = (n as f64 * (1.0 - 0.5f64.sqrt())) as usize;
+    let pivots = || IndexSet::new(n, (0..r).map(|i| (i * n / r) as u32).collect());
+    let left = Interpolative::new(Side::Left, pivots()?, Dense::new(w.slice(s![r.., ..r]).to_owned()))?;
+    let right = Interpolative::new(Side::Right, pivots()?, Dense::new(w.slice(s![..r, r..]).to_owned()))?;
+    let (tall, wide) = (w.slice(s![.., ..r]).to_owned(), w.slice(s![..r, ..]).to_owned());
+    let factors = [w.slice(s![.., ..quarter]).to_owned(), w.slice(s![..quarter, ..]).to_owned()];
+    Ok(vec![
+        ("factors r=n÷4", Operator::product_of(factors.map(dense).into())?),
+        ("pivot rows, half", Operator::product_of(vec![Operator::Interpolative(left), dense(wide)])?),
+        ("pivot columns, half", Operator::product_of(vec![dense(tall), Operator::Interpolative(right)])?),
+        ("dense", dense(w)),
+    ])
+}
+
+fn all(c: &mut Criterion) {
+    let n = order();
+    let forms = match forms(n) {
+        Ok(forms) => forms,
+        Err(error) => return eprintln!("{error}"),
+    };
+    let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(1).build() else { return };
+    for batch in [1, 16, 128] {
+        let x = numbers(batch, n);
+        let mut group = c.benchmark_group(format!("operator/f32/{n}/batch {batch}"));
+        for (name, operator) in &forms {
+            group.bench_function(*name, |b| {
+                // On a worker thread products run sequentially.
+                pool.install(|| b.iter(|| operator.forward(black_box(x.view())).is_ok()))
+            });
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);
