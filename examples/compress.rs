@@ -21,7 +21,7 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::factorize::Method;
 use weightpress::metric::MetricSpec;
 use weightpress::run::{Emit, Options};
-use weightpress::stats::Stats;
+use weightpress::stats::{Kind, Stats};
 use weightpress::{Plan, Recipe, Rule};
 
 use support::exit;
@@ -196,7 +196,13 @@ fn bundled(arguments: &Arguments) -> Result<()> {
     let bits = |model: &Llama| -> Result<f64> { Ok(model.mean_loss(&heldout, WINDOW)? / std::f64::consts::LN_2) };
 
     let start = std::time::Instant::now();
-    let stats = model.calibrate(&read("calibration.txt")?, WINDOW)?;
+    let mut stats = model.calibrate(&read("calibration.txt")?, WINDOW)?;
+    // Gradients take an automatic differentiator; these were computed once, on the same text.
+    let fisher = Stats::open(&[folder.join("fisher.safetensors")])?;
+    for tensor in checkpoint.tensors().filter(|t| fisher.has(&t.name, Kind::FisherRow)) {
+        stats.insert_fisher_row(&tensor.name, fisher.fisher_row(&tensor.name)?)?;
+        stats.insert_fisher_col(&tensor.name, fisher.fisher_col(&tensor.name)?)?;
+    }
     let calibrated = start.elapsed().as_secs_f64();
     let mut own = Recipe::parse(include_str!("recipes/bundled.toml"))?;
     if arguments.method.is_some() || arguments.pattern.is_some() {

@@ -238,15 +238,23 @@ impl<T: Real> Factorize<T> for Svd {
         let (outline, backend) = self.start(group)?;
         let before = group.iter().map(Problem::bytes).sum();
         let choice = decomposition.choose(&group[0].budget, before)?;
-        let [vectors] = decomposition.state.as_slice() else {
-            return Err(Error::shape("one matrix of singular vectors", decomposition.state.len()));
+        // U, and from the fast route the right factor UᵀDW.
+        let (vectors, images) = match decomposition.state.as_slice() {
+            [vectors] => (vectors, None),
+            [vectors, images] => (vectors, Some(images)),
+            other => return Err(Error::shape("one or two matrices of state", other.len())),
         };
         if choice > vectors.ncols() {
             let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
             return group.iter().map(dense).collect();
         }
         let joint = Joint::new(self, group)?;
-        self.cut(group, &joint, vectors.slice(s![.., ..choice]), &outline, backend)
+        let u = vectors.slice(s![.., ..choice]);
+        let right = match images {
+            Some(images) => images.slice(s![..choice, ..]).to_owned(),
+            None => T::kernels(backend).matmul(u.t(), joint.weight.view()),
+        };
+        self.cut(group, &joint, u, right, &outline, backend)
     }
 
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
@@ -285,17 +293,17 @@ impl Svd {
         Ok((Outline { shape: first.shape(), dtype: first.dtype }, first.backend))
     }
 
-    /// Ŵ = D⁻¹·U·Uᵀ·D·W for the given U, in the stored form, cut into the group's weights.
+    /// Ŵ = D⁻¹·U·(Uᵀ·D·W) for the given U and right factor, in the stored form, cut into the group's weights.
     fn cut<T: Real>(
         &self,
         group: &[Problem<'_, T>],
         joint: &Joint<T>,
         u: ArrayView2<'_, T>,
+        right: Array2<T>,
         outline: &Outline,
         backend: &dyn Backend,
     ) -> Result<Vec<Operator<T>>> {
         let kernels = T::kernels(backend);
-        let right = kernels.matmul(u.t(), joint.weight.view());
         let mut left = u.to_owned();
         if let Some(d) = &joint.scale {
             for (mut row, &d) in left.rows_mut().into_iter().zip(d) {

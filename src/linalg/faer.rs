@@ -72,10 +72,21 @@ fn to_columns<T: Real + RealField>(a: MatRef<'_, T>) -> Mat<T> {
     out
 }
 
-/// The order of a square matrix.
-fn square<T>(kernel: &'static str, a: MatRef<'_, T>) -> Result<usize> {
+/// Refuses what an iteration would turn into nonsense, or never end on.
+fn finite<T: Real + RealField>(kernel: &'static str, a: MatRef<'_, T>) -> Result<()> {
+    match a.is_all_finite() {
+        true => Ok(()),
+        false => Err(Error::Numerical { kernel, detail: "the matrix holds NaN or infinity".into() }),
+    }
+}
+
+/// The order of a square matrix with a finite lower triangle.
+fn square<T: Real + RealField>(kernel: &'static str, a: MatRef<'_, T>) -> Result<usize> {
     match a.shape() {
-        (m, n) if m == n => Ok(n),
+        (m, n) if m == n => {
+            let rows = (0..n).map(|i| finite(kernel, a.get(i..i + 1, ..i + 1)));
+            rows.collect::<Result<()>>().map(|()| n)
+        }
         (m, n) => Err(Error::Numerical { kernel, detail: format!("a square matrix is needed, not {m}x{n}") }),
     }
 }
@@ -101,6 +112,7 @@ fn eigh<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Eigh<T>> {
 fn thin_svd<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Svd<T>> {
     let (m, n) = a.shape();
     let k = m.min(n);
+    finite("svd", a)?;
     if k == 0 {
         return Ok(Svd { u: Array2::zeros((m, 0)), values: Array1::zeros(0), vt: Array2::zeros((0, n)) });
     }
@@ -147,8 +159,9 @@ fn thin_q<T: Real + RealField>(a: MatRef<'_, T>) -> Array2<T> {
 fn pivoted_r<T: Real + RealField>(a: MatRef<'_, T>) -> PivotedR<T> {
     let ((m, n), mut factors) = (a.shape(), to_columns(a));
     let size = m.min(n);
-    if size == 0 {
-        return PivotedR { r: Array2::zeros((0, n)), order: (0..n).collect() };
+    if factors.norm_max() == T::from_f64(0.0) {
+        // faer divides by the largest column norm; here, too, for empty matrices.
+        return PivotedR { r: Array2::zeros((size, n)), order: (0..n).collect() };
     }
     let (mut order, mut inverse) = (vec![0usize; n], vec![0usize; n]);
     let block = qr::no_pivoting::factor::recommended_block_size::<T>(m, n);

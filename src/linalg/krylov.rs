@@ -97,6 +97,8 @@ impl Krylov {
 pub struct Subspace<T> {
     /// U, m×r', orthonormal columns by falling energy; r' < r only where A has no more directions.
     pub vectors: Array2<T>,
+    /// Uᵀ·B, r'×n: the right factor of the approximation U·(UᵀB) of B.
+    pub images: Array2<T>,
     /// ‖Aᵀ·uᵢ‖² in descending order; at most σᵢ².
     pub energies: Vec<f64>,
     /// ‖A‖².
@@ -136,9 +138,9 @@ pub fn leading_subspace<T: Real>(a: &dyn Products<T>, how: &Krylov, backend: &dy
         return Err(Error::Numerical { kernel: "krylov", detail: "the norm of the matrix is not finite".into() });
     }
     if rank == 0 {
-        let vectors = Array2::zeros((m, 0));
+        let (vectors, images) = (Array2::zeros((m, 0)), Array2::zeros((0, n)));
         let bound = if norm_squared > 0.0 && full > 0 { f64::INFINITY } else { 0.0 };
-        return Ok(Subspace { vectors, energies: Vec::new(), norm_squared, basis: 0, excess: 0.0, bound });
+        return Ok(Subspace { vectors, images, energies: Vec::new(), norm_squared, basis: 0, excess: 0.0, bound });
     }
     let mut basis = Basis::new(a, how, backend);
     let mut size = how.basis.clamp(rank, full);
@@ -251,7 +253,9 @@ impl<'a, T: Real> Basis<'a, T> {
         let found = wide.eigh(small.view())?;
         let energies: Vec<f64> = found.values.iter().map(|v| v.max(0.0)).collect();
         let chosen = found.vectors.slice(s![.., ..rank]);
-        let vectors = kernels.matmul(self.q.t(), T::cast(chosen).view());
+        let turn = T::cast(chosen);
+        let vectors = kernels.matmul(self.q.t(), turn.view());
+        let images = kernels.matmul(turn.t(), self.x.view());
 
         let captured: f64 = energies[..rank].iter().sum();
         let residual = (norm_squared - captured).max(0.0);
@@ -267,7 +271,7 @@ impl<'a, T: Real> Basis<'a, T> {
             excess = excess_over(residual - 2.0 * gain).min(bound);
         }
         let energies = energies[..rank].to_vec();
-        Ok(Subspace { vectors, energies, norm_squared, basis: k, excess, bound })
+        Ok(Subspace { vectors, images, energies, norm_squared, basis: k, excess, bound })
     }
 
     /// Energy that the top directions would gain from one more block, to second order.

@@ -1,24 +1,31 @@
 //! Dense kernels behind one small trait, so that a backend is a value chosen at run time.
 //!
-//! [`Faer`] (pure Rust) is the default. All kernels take ndarray views of any strides and return
-//! row-major arrays. One layer of parallelism at a time: on a rayon worker thread the kernels run
-//! sequentially (the caller is already parallel over tensors), elsewhere they use the global pool.
+//! [`Faer`] (pure Rust) is the default; feature `lapack` adds `Lapack`. [`conformance`] holds any backend
+//! to its word. All kernels take ndarray views of any strides and return row-major arrays. One layer of
+//! parallelism at a time: on a rayon worker thread the kernels run sequentially (the caller is already
+//! parallel over tensors), elsewhere they use the global pool.
 
 use std::fmt::Debug;
 
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 
 use crate::error::Result;
 use crate::scalar::Real;
 
+pub mod conformance;
+mod dct;
 mod faer;
 pub mod krylov;
+#[cfg(feature = "lapack")]
+mod lapack;
 mod product;
 mod transform;
 
 pub use self::faer::Faer;
+#[cfg(feature = "lapack")]
+pub use self::lapack::Lapack;
 pub(crate) use self::product::matmul_into;
-use self::product::{PANEL, mirror};
+use self::product::{mirror, upper_triangle};
 pub use self::transform::Transform;
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
@@ -66,11 +73,7 @@ pub trait Kernels<T: Real>: Debug + Send + Sync {
         assert_eq!(a.dim(), b.dim(), "symmetric product of matrices of different shapes");
         let m = a.nrows();
         let mut c = Array2::zeros((m, m));
-        for start in (0..m).step_by(PANEL) {
-            let end = (start + PANEL).min(m);
-            let (rows, columns) = (a.slice(s![start..end, ..]), b.slice(s![..end, ..]).reversed_axes());
-            self.gemm(T::one(), rows, columns, T::zero(), c.slice_mut(s![start..end, ..end]));
-        }
+        upper_triangle(&|a, b, c| self.gemm(T::one(), a, b, T::zero(), c), a, b, c.view_mut());
         mirror(&mut c);
         c
     }

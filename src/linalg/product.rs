@@ -1,6 +1,6 @@
 //! The matrix product on ndarray views of any strides, by the `gemm` crate.
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
 use crate::scalar::Real;
 
@@ -24,13 +24,40 @@ pub(crate) fn matmul_into<T: Real>(
     if m == 0 || n == 0 {
         return;
     }
+    if costly_to_pack(&a, &b, &c) {
+        let mut other = Array2::zeros((n, m)).reversed_axes();
+        multiply(alpha, a, b, T::zero(), other.view_mut());
+        if beta == T::zero() {
+            c.assign(&other);
+        } else {
+            c.zip_mut_with(&other, |c, &product| *c = beta * *c + product);
+        }
+        return;
+    }
+    multiply(alpha, a, b, beta, c);
+}
+
+/// Whether the product goes faster by way of a C in the other storage order. The `gemm` crate makes C
+/// column-major by transposing everything if need be; copying a left side that is row-major then into
+/// its panels is slow (a third of the time of 128 rows times 4096×4096), copying a right side is not.
+fn costly_to_pack<T>(a: &ArrayView2<'_, T>, b: &ArrayView2<'_, T>, c: &ArrayViewMut2<'_, T>) -> bool {
+    let ((m, k), n) = (a.dim(), b.ncols());
+    let row_major = |strides: &[isize]| strides[1].abs() < strides[0].abs();
+    let (a_rows, b_rows) = (row_major(a.strides()), row_major(b.strides()));
+    // As the crate sees it: the left side is Bᵀ if C is row-major, else A.
+    let (slow, columns) = if row_major(c.strides()) { (!b_rows, m) } else { (a_rows, n) };
+    slow && m * n * k >= PARALLEL_FROM && k >= 4 * columns && columns > 1
+}
+
+fn multiply<T: Real>(alpha: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, beta: T, mut c: ArrayViewMut2<'_, T>) {
+    let ((m, k), n) = (a.dim(), b.ncols());
     let parallelism = if m * n * k < PARALLEL_FROM || rayon::current_thread_index().is_some() {
         gemm::Parallelism::None
     } else {
         gemm::Parallelism::Rayon(0)
     };
     // SAFETY: the three views are valid for their shapes and strides (an invariant of ndarray), the
-    // shapes were checked above to be m×k, k×n and m×n, and `c` is borrowed exclusively, so that it
+    // shapes were checked by the only caller to be m×k, k×n and m×n, and `c` is borrowed exclusively, so that it
     // overlaps neither `a` nor `b`. gemm takes (column stride, row stride) in elements.
     #[allow(unsafe_code)]
     unsafe {
@@ -58,10 +85,31 @@ pub(crate) fn matmul_into<T: Real>(
     }
 }
 
-/// Rows of a symmetric product that are computed at once.
-pub(super) const PANEL: usize = 128;
+/// Below this order a symmetric product is computed whole.
+const WHOLE: usize = 128;
 
-/// Copies the lower triangle of a square matrix to the upper one, in tiles that fit the cache.
+/// The upper triangle of C ← A·Bᵀ by halves, so that most of it comes from few large products. (The
+/// lower triangle would have the `gemm` crate pack its left side from rows, which is slow.)
+pub(super) fn upper_triangle<T: Real>(
+    gemm: &impl Fn(ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut2<'_, T>),
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    c: ArrayViewMut2<'_, T>,
+) {
+    let m = a.nrows();
+    if m <= WHOLE {
+        return gemm(a, b.reversed_axes(), c);
+    }
+    let half = (m / 2).next_multiple_of(64);
+    let ((above, below), (first, second)) = (a.split_at(Axis(0), half), b.split_at(Axis(0), half));
+    let (top, bottom) = c.split_at(Axis(0), half);
+    let (diagonal, corner) = top.split_at(Axis(1), half);
+    gemm(above, second.reversed_axes(), corner);
+    upper_triangle(gemm, above, first, diagonal);
+    upper_triangle(gemm, below, second, bottom.split_at(Axis(1), half).1);
+}
+
+/// Copies the upper triangle of a square matrix to the lower one, in tiles that fit the cache.
 pub(super) fn mirror<T: Real>(c: &mut Array2<T>) {
     const TILE: usize = 32;
     let m = c.nrows();
@@ -69,7 +117,7 @@ pub(super) fn mirror<T: Real>(c: &mut Array2<T>) {
         for columns in (rows..m).step_by(TILE) {
             for i in rows..(rows + TILE).min(m) {
                 for j in columns.max(i + 1)..(columns + TILE).min(m) {
-                    c[(i, j)] = c[(j, i)];
+                    c[(j, i)] = c[(i, j)];
                 }
             }
         }
@@ -103,6 +151,22 @@ mod tests {
                 });
                 assert_eq!(c, naive);
             }
+        }
+    }
+
+    #[test]
+    fn the_way_by_the_other_storage_order_gives_the_same() {
+        let (x, w, start) = (numbers(40, 400, 1), numbers(160, 400, 2), numbers(40, 160, 3));
+        let naive = x.dot(&w.t());
+        for beta in [0.0, -1.0] {
+            let (mut c, mut d) = (start.clone(), start.t().as_standard_layout().into_owned());
+            assert!(costly_to_pack(&x.view(), &w.t(), &c.view_mut()));
+            assert!(!costly_to_pack(&x.view(), &w.t(), &d.view_mut().reversed_axes()));
+            matmul_into(2.0, x.view(), w.t(), beta, c.view_mut());
+            matmul_into(2.0, x.view(), w.t(), beta, d.view_mut().reversed_axes());
+            let expected = 2.0 * &naive + beta * &start;
+            assert_eq!(c, expected);
+            assert_eq!(d.t(), expected);
         }
     }
 

@@ -3,20 +3,20 @@
 //! With c₀ = √(1/n) and c_k = √(2/n) for k > 0, the DCT-II is y_k = c_k·Σⱼ xⱼ·cos(πk(2j+1)/2n). Its matrix
 //! is orthogonal, and the DCT-III is its transpose and so its inverse.
 //!
-//! Two routes: one real FFT of the same length between a permutation and a twist (Makhoul, IEEE Trans.
-//! ASSP 28, 1980), and, where it was measured to be faster, rustdct: short lengths and odd ones (in which
-//! a real FFT saves nothing).
+//! Even lengths go by way of an FFT of half the length ([`dct`](super::dct)), odd and very short ones by rustdct.
 
 use std::any::Any;
-use std::f64::consts::PI;
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
-use realfft::{ComplexToReal, FftNum, RealFftPlanner, RealToComplex, num_complex::Complex, num_traits::FloatConst};
+use rustdct::num_complex::Complex;
+use rustdct::num_traits::FloatConst;
+use rustdct::rustfft::{Fft, FftNum, FftPlanner};
 use rustdct::{DctPlanner, TransformType2And3};
 use serde::{Deserialize, Serialize};
 
+use super::dct::{Twist, fold, real, twist_back, twist_forward, twists, unfold};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
@@ -35,8 +35,8 @@ pub enum Transform {
     Hadamard,
 }
 
-/// Even lengths from here on go by way of the real FFT, other ones by rustdct.
-const REAL_FFT_FROM: usize = 32;
+/// Even lengths from here on, but for 16, are faster by way of an FFT than by rustdct (measured).
+const FFT_FROM: usize = 10;
 /// Below this many numbers one thread does it all.
 const PARALLEL_FROM: usize = 1 << 16;
 /// Rows that are gathered together when the rows of the input are not contiguous: the numbers of one
@@ -100,48 +100,52 @@ impl Transform {
         Ok(self.rows(x.reversed_axes())?.reversed_axes())
     }
 
+    /// [`rows`](Self::rows) in place. Fresh memory costs as much as the transform: keep what you own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] as in [`check`](Self::check).
+    pub fn rows_in_place<T: Real>(self, x: &mut Array2<T>) -> Result<()> {
+        self.check(x.ncols())?;
+        self.checked_rows_in_place(x);
+        Ok(())
+    }
+
     /// [`rows`](Self::rows) for a length that was checked before.
     pub(crate) fn checked_rows<T: Real>(self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let mut out = Array2::<T>::zeros(x.dim());
-        // The two compute types are told apart here, so that FFT traits stay out of `Real`.
-        let same: &mut dyn Any = &mut out;
-        if let Some(x) = T::as_f32(x)
-            && let Some(out) = same.downcast_mut()
-        {
-            transform_rows::<f32>(self, x, out);
-        } else if let Some(x) = T::as_f64(x)
-            && let Some(out) = same.downcast_mut()
-        {
-            transform_rows::<f64>(self, x, out);
-        }
+        let mut out = Array2::zeros(x.dim());
+        self.by_type(Some(x), &mut out);
         out
+    }
+
+    /// [`rows_in_place`](Self::rows_in_place) for a length that was checked before.
+    pub(crate) fn checked_rows_in_place<T: Real>(self, x: &mut Array2<T>) {
+        if !x.is_standard_layout() {
+            *x = x.as_standard_layout().into_owned();
+        }
+        self.by_type(None, x);
+    }
+
+    /// The two compute types are told apart here, so that FFT traits stay out of `Real`.
+    fn by_type<T: Real>(self, x: Option<ArrayView2<'_, T>>, out: &mut Array2<T>) {
+        let out: &mut dyn Any = out;
+        if let Some(out) = out.downcast_mut() {
+            transform_rows::<f32>(self, x.and_then(T::as_f32), out);
+        } else if let Some(out) = out.downcast_mut() {
+            transform_rows::<f64>(self, x.and_then(T::as_f64), out);
+        }
     }
 }
 
-fn transform_rows<S: Real + FftNum + FloatConst>(kind: Transform, x: ArrayView2<'_, S>, out: &mut Array2<S>) {
-    let (b, n) = x.dim();
+/// Transforms the rows of `out`, after filling them from x if there is one.
+fn transform_rows<S: Real + FftNum + FloatConst>(kind: Transform, x: Option<ArrayView2<'_, S>>, out: &mut Array2<S>) {
+    let (b, n) = out.dim();
     let Some(all) = out.as_slice_mut().filter(|all| !all.is_empty()) else { return };
     let plan = Plan::<S>::new(kind, n);
     let strip = |scratch: &mut Scratch<S>, index: usize, out: &mut [S]| {
-        let first = index * STRIP;
-        let rows = out.len() / n;
-        let contiguous = x.strides()[1] == 1 || n == 1;
-        if !contiguous {
-            scratch.strip.resize(rows * n, S::zero());
-            for j in 0..n {
-                for i in 0..rows {
-                    scratch.strip[i * n + j] = x[(first + i, j)];
-                }
-            }
+        if let Some(x) = &x {
+            gather(x.slice(s![index * STRIP.., ..]), out);
         }
-        let gathered = std::mem::take(&mut scratch.strip);
-        for (i, out) in out.chunks_exact_mut(n).enumerate() {
-            match x.row(first + i).to_slice() {
-                Some(row) if contiguous => plan.run(row, out, scratch),
-                _ => plan.run(&gathered[i * n..][..n], out, scratch),
-            }
-        }
-        scratch.strip = gathered;
+        out.chunks_exact_mut(n).for_each(|row| plan.run(row, scratch));
     };
     if b * n < PARALLEL_FROM || rayon::current_thread_index().is_some() {
         let mut scratch = plan.scratch();
@@ -152,122 +156,96 @@ fn transform_rows<S: Real + FftNum + FloatConst>(kind: Transform, x: ArrayView2<
     }
 }
 
+/// Copies the first rows of x, as many as `out` has room for.
+fn gather<S: Real>(x: ArrayView2<'_, S>, out: &mut [S]) {
+    let n = x.ncols();
+    let rows = x.slice(s![..out.len() / n, ..]);
+    if rows.strides()[1] == 1 {
+        out.chunks_exact_mut(n).zip(rows.rows()).for_each(|(to, from)| {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+        });
+    } else {
+        // Column by column, so that each cache line of a transposed matrix is read once.
+        for (j, column) in rows.columns().into_iter().enumerate() {
+            out[j..].iter_mut().step_by(n).zip(column).for_each(|(to, &from)| *to = from);
+        }
+    }
+}
+
 /// What the rows of one call have in common.
 enum Plan<S> {
-    Copy,
-    /// Forward real FFT; √(2/n)·e^{−iπk/2n}.
-    RealDct2(Arc<dyn RealToComplex<S>>, Vec<Complex<S>>),
-    /// Inverse real FFT; √(1/2n)·e^{iπk/2n}.
-    RealDct3(Arc<dyn ComplexToReal<S>>, Vec<Complex<S>>),
+    Identity,
+    Hadamard,
+    /// Forward, of half the length.
+    HalfDct2(Arc<dyn Fft<S>>, Vec<Twist<S>>),
+    /// Inverse, of half the length.
+    HalfDct3(Arc<dyn Fft<S>>, Vec<Twist<S>>),
     /// rustdct's own scale is Σⱼ xⱼ·cos(…), with half of x₀ in the DCT-III.
     Dct2(Arc<dyn TransformType2And3<S>>),
     Dct3(Arc<dyn TransformType2And3<S>>),
-    Hadamard,
 }
 
 /// What a thread needs to itself.
 struct Scratch<S> {
-    strip: Vec<S>,
     real: Vec<S>,
-    spectrum: Vec<Complex<S>>,
+    /// z, and what its FFT needs.
+    half: Vec<Complex<S>>,
     complex: Vec<Complex<S>>,
-}
-
-fn real<S: Real>(value: f64) -> S {
-    S::from_f64(value)
 }
 
 impl<S: Real + FftNum + FloatConst> Plan<S> {
     fn new(kind: Transform, n: usize) -> Self {
-        let long = n >= REAL_FFT_FROM && n.is_multiple_of(2);
-        let twist = |scale: f64, sign: f64| {
-            let angle = |k: usize| sign * PI * k as f64 / (2 * n) as f64;
-            let at = |k: usize| Complex::new(real(scale * angle(k).cos()), real(scale * angle(k).sin()));
-            (0..=n / 2).map(at).collect()
-        };
+        let by_half = n >= FFT_FROM && n != 16 && n.is_multiple_of(2);
         match kind {
-            Transform::Dct2 | Transform::Dct3 if n <= 1 => Plan::Copy,
-            Transform::Identity => Plan::Copy,
+            Transform::Dct2 | Transform::Dct3 if n <= 1 => Plan::Identity,
+            Transform::Identity => Plan::Identity,
             Transform::Hadamard => Plan::Hadamard,
-            Transform::Dct2 if long => {
-                Plan::RealDct2(RealFftPlanner::new().plan_fft_forward(n), twist((2.0 / n as f64).sqrt(), -1.0))
-            }
-            Transform::Dct3 if long => {
-                Plan::RealDct3(RealFftPlanner::new().plan_fft_inverse(n), twist((0.5 / n as f64).sqrt(), 1.0))
-            }
+            Transform::Dct2 if by_half => Plan::HalfDct2(FftPlanner::new().plan_fft_forward(n / 2), twists(n)),
+            Transform::Dct3 if by_half => Plan::HalfDct3(FftPlanner::new().plan_fft_inverse(n / 2), twists(n)),
             Transform::Dct2 => Plan::Dct2(DctPlanner::new().plan_dct2(n)),
             Transform::Dct3 => Plan::Dct3(DctPlanner::new().plan_dct3(n)),
         }
     }
 
     fn scratch(&self) -> Scratch<S> {
-        let (mut real, mut spectrum, mut complex) = (Vec::new(), Vec::new(), Vec::new());
+        let mut scratch = Scratch { real: Vec::new(), half: Vec::new(), complex: Vec::new() };
         match self {
-            Plan::Copy | Plan::Hadamard => {}
-            Plan::RealDct2(fft, _) => {
-                (real, spectrum, complex) = (fft.make_input_vec(), fft.make_output_vec(), fft.make_scratch_vec());
+            Plan::Identity | Plan::Hadamard => {}
+            Plan::HalfDct2(fft, _) | Plan::HalfDct3(fft, _) => {
+                scratch.half.resize(fft.len(), Complex::new(S::zero(), S::zero()));
+                scratch.complex.resize(fft.get_inplace_scratch_len(), Complex::new(S::zero(), S::zero()));
             }
-            Plan::RealDct3(fft, _) => {
-                (real, spectrum, complex) = (fft.make_output_vec(), fft.make_input_vec(), fft.make_scratch_vec());
-            }
-            Plan::Dct2(dct) | Plan::Dct3(dct) => real = vec![S::zero(); dct.get_scratch_len()],
+            Plan::Dct2(dct) | Plan::Dct3(dct) => scratch.real.resize(dct.get_scratch_len(), S::zero()),
         }
-        Scratch { strip: Vec::new(), real, spectrum, complex }
+        scratch
     }
 
-    /// One row; x and out have the length of the plan.
-    fn run(&self, x: &[S], out: &mut [S], scratch: &mut Scratch<S>) {
-        let n = x.len();
-        let Scratch { real: v, spectrum, complex, .. } = scratch;
-        let (head, body) = ((1.0 / n as f64).sqrt(), (2.0 / n as f64).sqrt());
+    /// One row, in place; it has the length of the plan.
+    fn run(&self, row: &mut [S], Scratch { real: v, half: z, complex }: &mut Scratch<S>) {
+        let n = row.len();
+        let (head, body) = (real((1.0 / n as f64).sqrt()), real((2.0 / n as f64).sqrt()));
         match self {
-            Plan::Copy => out.copy_from_slice(x),
-            Plan::Hadamard => {
-                out.copy_from_slice(x);
-                hadamard(out, real(head));
-            }
+            Plan::Identity => {}
+            Plan::Hadamard => hadamard(row, head),
             Plan::Dct2(dct) => {
-                out.copy_from_slice(x);
-                dct.process_dct2_with_scratch(out, v);
-                out[0] *= real(head);
-                out[1..].iter_mut().for_each(|y| *y *= real(body));
+                dct.process_dct2_with_scratch(row, v);
+                row[0] *= head;
+                row[1..].iter_mut().for_each(|y| *y *= body);
             }
             Plan::Dct3(dct) => {
-                out[0] = x[0] * real(2.0 * head);
-                out[1..].iter_mut().zip(&x[1..]).for_each(|(y, &x)| *y = x * real(body));
-                dct.process_dct3_with_scratch(out, v);
+                row[0] *= head + head;
+                row[1..].iter_mut().for_each(|x| *x *= body);
+                dct.process_dct3_with_scratch(row, v);
             }
-            Plan::RealDct2(fft, twist) => {
-                // Even places ascending, then odd places descending.
-                let (even, odd) = v.split_at_mut(n / 2);
-                for ((pair, even), odd) in x.chunks_exact(2).zip(even).zip(odd.iter_mut().rev()) {
-                    (*even, *odd) = (pair[0], pair[1]);
-                }
-                // It fails for buffers of a wrong length only, and these are its own.
-                let _ = fft.process_with_scratch(v, spectrum, complex);
-                let (low, high) = out.split_at_mut(n / 2);
-                low[0] = spectrum[0].re * real(head);
-                // c_k·e^{−iπk/2n}·V_k = y_k − i·y_{n−k}
-                let turned = spectrum[1..].iter().zip(&twist[1..]).map(|(v, t)| v * t);
-                for ((turned, low), high) in turned.zip(&mut low[1..]).zip(high[1..].iter_mut().rev()) {
-                    (*low, *high) = (turned.re, -turned.im);
-                }
-                high[0] = spectrum[n / 2].re * real(head);
+            Plan::HalfDct2(fft, twists) => {
+                fold(row, z);
+                fft.process_with_scratch(z, complex);
+                twist_forward(z, row, twists, head);
             }
-            Plan::RealDct3(fft, twist) => {
-                let (low, high) = x.split_at(n / 2);
-                // The first and the middle value are real, and must be so exactly.
-                spectrum[0] = Complex::new(low[0] * real(head), S::zero());
-                spectrum[n / 2] = Complex::new(high[0] * real(head), S::zero());
-                let pairs = low[1..].iter().zip(high[1..].iter().rev()).map(|(&low, &high)| Complex::new(low, -high));
-                for ((pair, twist), to) in pairs.zip(&twist[1..]).zip(&mut spectrum[1..]) {
-                    *to = pair * twist;
-                }
-                let _ = fft.process_with_scratch(spectrum, v, complex);
-                let (even, odd) = v.split_at(n / 2);
-                for ((pair, &even), &odd) in out.chunks_exact_mut(2).zip(even).zip(odd.iter().rev()) {
-                    (pair[0], pair[1]) = (even, odd);
-                }
+            Plan::HalfDct3(fft, twists) => {
+                twist_back(row, z, twists, head);
+                fft.process_with_scratch(z, complex);
+                unfold(z, row);
             }
         }
     }
@@ -290,12 +268,12 @@ fn hadamard<S: Real>(x: &mut [S], scale: S) {
 
 #[cfg(test)]
 mod tests {
-    use ndarray::s;
+    use std::f64::consts::PI;
 
     use super::*;
 
-    const LENGTHS: [usize; 22] =
-        [1, 2, 3, 4, 5, 7, 8, 12, 16, 31, 32, 34, 64, 97, 100, 101, 128, 256, 300, 511, 1000, 1024];
+    const LENGTHS: [usize; 27] =
+        [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 24, 31, 32, 34, 64, 97, 100, 101, 128, 256, 300, 511, 1000, 1024];
 
     /// Q by its definition.
     fn matrix(kind: Transform, n: usize) -> Array2<f64> {
@@ -330,7 +308,8 @@ mod tests {
                 assert!(largest(&(&fast - &naive)) < 1e-12, "{kind:?} {n}: {}", largest(&(&fast - &naive)));
                 let single = kind.rows(x.mapv(|v| v as f32).view()).unwrap().mapv(f64::from);
                 assert!(largest(&(&single - &naive)) < 3e-6, "{kind:?} {n} f32: {}", largest(&(&single - &naive)));
-                let back = kind.inverse().rows(fast.view()).unwrap();
+                let mut back = fast;
+                kind.inverse().rows_in_place(&mut back).unwrap();
                 assert!(largest(&(&back - &x)) < 1e-12, "{kind:?} {n}");
             }
         }

@@ -68,7 +68,8 @@ impl Basis {
         for (mut to, from) in y.rows_mut().into_iter().zip(x.columns()) {
             self.atoms.chosen().zip(from).for_each(|(atom, &value)| to[atom] = value);
         }
-        self.kind.inverse().checked_rows(y.view()).reversed_axes()
+        self.kind.inverse().checked_rows_in_place(&mut y);
+        y.reversed_axes()
     }
 }
 

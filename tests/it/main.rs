@@ -3,6 +3,7 @@
 mod checkpoint;
 mod cli;
 mod factorize;
+mod linalg;
 mod python;
 mod recipe;
 mod run;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use super::exact::scale_columns;
 use super::{Joint, Svd};
@@ -122,7 +122,22 @@ impl Svd {
         }
         curve.push(Point { bytes: before, error: 0.0 });
         let notes = vec![note(&found)];
-        Ok(Decomposition { norm_squared: found.norm_squared, curve, state: vec![found.vectors], notes })
+        let Subspace { vectors, mut images, norm_squared, .. } = found;
+        let mut at = 0;
+        for (columns, input) in &joint.blocks {
+            unscale_columns(&mut images.slice_mut(s![.., at..at + columns]), input);
+            at += columns;
+        }
+        Ok(Decomposition { norm_squared, curve, state: vec![vectors, images], notes })
+    }
+}
+
+/// Takes the scaling of [`scale_columns`] back.
+fn unscale_columns<T: Real>(block: &mut ArrayViewMut2<'_, T>, weighting: &Weighting) {
+    if let Weighting::Diagonal(a) = weighting {
+        for (mut column, &a) in block.columns_mut().into_iter().zip(a.iter()) {
+            column.mapv_inplace(|v| v / T::from_f64(a.sqrt()));
+        }
     }
 }
 

@@ -22,6 +22,9 @@ fn run<T: Real>(a: &Array2<T>, how: &Krylov) -> Subspace<T> {
     let gram = f64::cast(found.vectors.t()).dot(&f64::cast(found.vectors.view()));
     let skew = (&gram - &Array2::<f64>::eye(gram.nrows())).iter().fold(0.0, |a: f64, b| a.max(b.abs()));
     assert!(skew < 500.0 * T::epsilon().wide(), "not orthonormal by {skew}");
+    let images = f64::cast(found.vectors.t()).dot(&f64::cast(a.view()));
+    let off = squares((&images - &f64::cast(found.images.view())).view());
+    assert!(off.sqrt() <= 500.0 * T::epsilon().wide() * found.norm_squared.sqrt(), "images off by {off}");
     assert!(found.energies.is_sorted_by(|a, b| a >= b));
     found
 }
