@@ -291,13 +291,9 @@ fn two_sides_keep_the_energy_of_a_fixed_point() {
 }
 
 #[test]
-fn a_singular_gram_matrix_falls_back_on_the_plain_projection() {
+fn a_singular_gram_matrix_of_few_directions_needs_few_atoms() {
     let w = noise(6, 10, 10);
-    let zero = Weighting::Gram(Arc::new(Gram::new("zero", Array2::zeros((10, 10))).unwrap()));
     let method = Cosine { basis: Atoms::Dct2, side: Along::Right, ..Cosine::default() };
-    let metric = Metric { input: zero, ..Metric::default() };
-    let (a, b) = (problem(&w, &metric, Budget::Rank(4)), problem(&w, &Metric::frobenius(), Budget::Rank(4)));
-    assert!((solve(&method, &a).to_dense() - solve(&method, &b).to_dense()).iter().all(|v| v.abs() < 1e-12));
     // Three directions carry the metric: three atoms can lose nothing of it.
     let metric = Metric { input: gram(10, 3), ..Metric::default() };
     let three = problem(&w, &metric, Budget::Rank(3));
