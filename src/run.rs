@@ -294,16 +294,16 @@ impl Run<'_, '_> {
             let before: u64 = all.clone().map(|(_, job)| job.bytes()).sum();
             let kept: u64 = all.filter(|(i, _)| !curves.contains_key(i)).map(|(_, job)| job.bytes()).sum();
             let Some(limit) = rule.budget.byte_limit(before) else { continue };
-            let limit = limit.saturating_sub(kept);
-            let share = global.floor * limit as f64 / (before - kept).max(1) as f64;
+            // The uniform share is that of the bytes which are left for the others.
+            let (limit, before) = (limit.saturating_sub(kept), before - kept);
             let members: Vec<(usize, &Curve)> =
                 curves.iter().filter(|(i, _)| jobs[**i].rule == rule_index).map(|(i, c)| (*i, c)).collect();
             let points: Vec<Vec<Point>> =
                 members.iter().map(|(_, curve)| curve.choices(&global, &rule.metric)).collect();
-            let offers = members
-                .iter()
-                .zip(&points)
-                .map(|((i, _), points)| Offer { curve: points, floor: (jobs[*i].bytes() as f64 * share) as u64 });
+            let offers = members.iter().zip(&points).map(|((i, _), points)| Offer {
+                curve: points,
+                floor: (jobs[*i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,
+            });
             let chosen = allocate(&offers.collect::<Vec<_>>(), limit)?;
             for (((i, _), points), choice) in members.iter().zip(&points).zip(chosen) {
                 shares[*i] = Share::Budget(Budget::Bytes(points[choice].bytes));

@@ -291,7 +291,7 @@ fn two_sides_keep_the_energy_of_a_fixed_point() {
 }
 
 #[test]
-fn a_singular_gram_matrix_is_no_obstacle() {
+fn a_singular_gram_matrix_of_few_directions_needs_few_atoms() {
     let w = noise(6, 10, 10);
     let method = Cosine { basis: Atoms::Dct2, side: Along::Right, ..Cosine::default() };
     // Three directions carry the metric: three atoms can lose nothing of it.
