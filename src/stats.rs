@@ -13,7 +13,6 @@
 //! layers that see the same input share one matrix). Files are mapped, and read per key.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -25,9 +24,11 @@ use crate::tensor::{Stored, Tensor};
 
 mod fisher;
 mod gram;
+mod kind;
 mod save;
 
 pub use self::gram::{Gram, GramAccumulator};
+pub use self::kind::Kind;
 
 /// How many Gram matrices are kept alive for the next weight that shares one.
 const KEPT: usize = 4;
@@ -35,34 +36,6 @@ const KEPT: usize = 4;
 const KEPT_BYTES: usize = 1 << 30;
 
 const FISHER: &str = "fisher";
-
-/// What can be known about a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
-    /// The Gram matrix of the inputs, n×n.
-    Gram,
-    /// Fisher information of each row, m.
-    FisherRow,
-    /// Fisher information of each column, n.
-    FisherCol,
-}
-
-impl Kind {
-    /// The key in a statistics file.
-    pub fn key(self, weight: &str) -> String {
-        format!("{weight}.{self}")
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Kind::Gram => "gram",
-            Kind::FisherRow => "fisher_row",
-            Kind::FisherCol => "fisher_col",
-        })
-    }
-}
 
 /// Statistics from files, from memory, or both. May be shared between threads.
 #[derive(Debug, Default)]
