@@ -253,14 +253,14 @@ impl Run<'_, '_> {
     ) -> Result<Finished> {
         let cost: u64 = jobs.iter().map(|(_, job)| job.cost()).sum();
         let note = self.work().join(format!("shard-{}.json", shard.file.replace('/', "_")));
-        if let Ok(text) = fs::read(&note) {
-            if let Ok(known) = serde_json::from_slice::<Finished>(&text) {
-                if known.keys != jobs.par_iter().map(|(_, job)| worker.key(job)).collect::<Result<Vec<_>>>()? {
-                    return Err(self.refuse(format!("`{}` was made of other weights or statistics", shard.file)));
-                }
-                self.observer.advance(cost, &shard.file);
-                return Ok(known);
+        if let Ok(text) = fs::read(&note)
+            && let Ok(known) = serde_json::from_slice::<Finished>(&text)
+        {
+            if known.keys != jobs.par_iter().map(|(_, job)| worker.key(job)).collect::<Result<Vec<_>>>()? {
+                return Err(self.refuse(format!("`{}` was made of other weights or statistics", shard.file)));
             }
+            self.observer.advance(cost, &shard.file);
+            return Ok(known);
         }
         let units = jobs.par_iter().map(|(index, job)| {
             self.check_cancelled()?;

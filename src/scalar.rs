@@ -136,7 +136,7 @@ impl Real for f32 {
         None
     }
     fn cast<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
-        match S::as_f32(view.clone()) {
+        match S::as_f32(view) {
             Some(same) => same.into(),
             None => view.mapv(|v| Self::from_f64(v.wide())).into(),
         }
@@ -168,7 +168,7 @@ impl Real for f64 {
         None
     }
     fn cast<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
-        match S::as_f64(view.clone()) {
+        match S::as_f64(view) {
             Some(same) => same.into(),
             None => view.mapv(|v| Self::from_f64(v.wide())).into(),
         }

@@ -23,7 +23,7 @@ pub(super) fn interpolate<T: Real>(basis: ArrayView2<'_, T>, backend: &dyn Backe
     }
     let pivoted = T::kernels(backend).pivoted_r(basis);
     let (first, last) = (pivoted.r[(0, 0)].abs(), pivoted.r[(r - 1, r - 1)].abs());
-    if !(last.wide() > 1e-12 * first.wide()) {
+    if last.is_nan() || last.wide() <= 1e-12 * first.wide() {
         return Err(Error::Numerical { kernel: "pivots", detail: format!("a basis of {r} rows has a lower rank") });
     }
     let mut order = pivoted.order;
@@ -49,7 +49,7 @@ fn swap_large<T: Real>(t: &mut Array2<T>, order: &mut [usize]) {
     for _ in 0..r * others {
         let worst = t.indexed_iter().max_by(|a, b| a.1.abs().wide().total_cmp(&b.1.abs().wide()));
         let Some(((i, j), &value)) = worst else { return };
-        if !(value.abs().wide() > LARGEST) {
+        if value.is_nan() || value.abs().wide() <= LARGEST {
             return;
         }
         let (row, column) = (t.row(i).to_owned(), t.column(j).to_owned());

@@ -33,11 +33,11 @@ fn suite<T: Real>(backend: &dyn Backend) -> Result<()> {
     for a in matrices() {
         let a = T::cast(a.view()).into_owned();
         in_every_storage(&a, |view| {
-            products(kernels, view.clone())?;
-            symmetric(kernels, view.clone())?;
-            singular(kernels, view.clone())?;
-            orthogonal(kernels, view.clone())?;
-            pivoted(kernels, view.clone())?;
+            products(kernels, view)?;
+            symmetric(kernels, view)?;
+            singular(kernels, view)?;
+            orthogonal(kernels, view)?;
+            pivoted(kernels, view)?;
             definite(kernels, view)
         })?;
     }

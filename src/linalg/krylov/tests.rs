@@ -38,7 +38,8 @@ fn true_excess(a: &Array2<f64>, u: &Array2<f64>, sigma: &[f64]) -> f64 {
 
 #[test]
 fn the_excess_is_small_and_its_estimate_honest() {
-    let spectra: [(&str, fn(usize) -> f64); 5] = [
+    type Decay = fn(usize) -> f64;
+    let spectra: [(&str, Decay); 5] = [
         ("i^-1/2", |i| (i as f64 + 1.0).powf(-0.5)),
         ("i^-1", |i| 1.0 / (i as f64 + 1.0)),
         ("i^-2", |i| (i as f64 + 1.0).powi(-2)),
