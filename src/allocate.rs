@@ -90,7 +90,7 @@ impl Named for Allocate {
 pub struct Offer<'a> {
     /// Points in any order.
     pub curve: &'a [Point],
-    /// Points below this are not considered, unless none is above.
+    /// Points below this are not considered, unless none is above or the budget leaves no choice.
     pub floor: u64,
 }
 
@@ -103,17 +103,22 @@ pub fn allocate(offers: &[Offer<'_>], budget: u64) -> Result<Vec<usize>> {
     if offers.iter().any(|offer| offer.curve.is_empty()) {
         return Err(Error::shape("at least one point for each weight", 0));
     }
-    let hulls: Vec<Vec<usize>> = offers.iter().map(lower_hull).collect();
-    let bytes = |choice: &[usize]| -> u64 { offers.iter().zip(choice).map(|(offer, &i)| offer.curve[i].bytes).sum() };
-    let cheapest: Vec<usize> = hulls.iter().map(|hull| hull[0]).collect();
-    let least = bytes(&cheapest);
+    let hulls = |floors: bool| -> Vec<Vec<usize>> { offers.iter().map(|offer| lower_hull(offer, floors)).collect() };
+    let least =
+        |hulls: &[Vec<usize>]| -> u64 { offers.iter().zip(hulls).map(|(o, hull)| o.curve[hull[0]].bytes).sum() };
+    let mut hulls_used = hulls(true);
+    if least(&hulls_used) > budget {
+        // Few and coarse choices: the floors give way, the budget does not.
+        hulls_used = hulls(false);
+    }
+    let (hulls, least) = (&hulls_used, least(&hulls_used));
     if least > budget {
         return Err(Error::Budget { asked: format!("{budget} bytes"), least: format!("{least} bytes") });
     }
     // Slopes of all hull steps, steepest first, are the candidates for λ: the best budget-feasible
     // choice takes every step above some slope.
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
-    for (which, (offer, hull)) in offers.iter().zip(&hulls).enumerate() {
+    for (which, (offer, hull)) in offers.iter().zip(hulls).enumerate() {
         for (at, pair) in hull.windows(2).enumerate() {
             let (from, to) = (offer.curve[pair[0]], offer.curve[pair[1]]);
             steps.push(((from.error - to.error) / (to.bytes - from.bytes) as f64, which, at + 1));
@@ -148,8 +153,9 @@ pub fn allocate(offers: &[Offer<'_>], budget: u64) -> Result<Vec<usize>> {
 
 /// Indices of the lower convex hull of the points at or above the floor: bytes rise, errors fall, and
 /// each step buys no more than the one before.
-fn lower_hull(offer: &Offer<'_>) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..offer.curve.len()).filter(|&i| offer.curve[i].bytes >= offer.floor).collect();
+fn lower_hull(offer: &Offer<'_>, floors: bool) -> Vec<usize> {
+    let floor = if floors { offer.floor } else { 0 };
+    let mut order: Vec<usize> = (0..offer.curve.len()).filter(|&i| offer.curve[i].bytes >= floor).collect();
     if order.is_empty() {
         order = (0..offer.curve.len()).collect();
     }

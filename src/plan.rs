@@ -170,6 +170,9 @@ impl Planner<'_> {
         if outlines.iter().any(|o| o.dtype != outlines[0].dtype) {
             return Err("a group has one dtype".into());
         }
+        if rule.allocate != Allocate::Uniform && !Factorize::<f32>::has_curve(&rule.method) {
+            return Err(format!("`{}` in this form has no error curve: use a uniform allocation", rule.method.name()));
+        }
         // Under a global allocation the rule's bytes are for all weights; the share of each comes later.
         let budget = match (rule.allocate, rule.budget) {
             (Allocate::Global(_), Budget::Bytes(_)) => Budget::Keep(1.0),

@@ -254,6 +254,10 @@ impl<T: Real> Factorize<T> for Cosine {
         self.better(problem, tables.collect::<Result<_>>()?).map(Some)
     }
 
+    fn has_curve(&self) -> bool {
+        self.side != Along::Both
+    }
+
     fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
         let problem = single(group)?;
         let choice = decomposition.choose(&problem.budget, problem.bytes())?;

@@ -126,7 +126,7 @@ impl<T> Decomposition<T> {
             let nothing = self.curve.first().is_some_and(|point| point.error > 0.0);
             let within = self.curve.iter().enumerate().skip(nothing.into()).filter(|(_, point)| point.bytes <= limit);
             let best = within.min_by(|a, b| a.1.error.total_cmp(&b.1.error).then(a.1.bytes.cmp(&b.1.bytes)));
-            let cheapest = self.curve.iter().map(|point| point.bytes).min().unwrap_or(0);
+            let cheapest = self.curve.iter().skip(nothing.into()).map(|point| point.bytes).min().unwrap_or(0);
             return best.map(|(choice, _)| choice).ok_or_else(|| least(format!("{cheapest} bytes of {before}")));
         }
         if let Some(limit) = budget.error_limit(self.norm_squared) {
@@ -188,6 +188,12 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         let _ = group;
         Ok(None)
+    }
+
+    /// Whether [`decompose`](Self::decompose) returns a curve, and one for every budget: what a global
+    /// allocation needs. A plan asks before any work.
+    fn has_curve(&self) -> bool {
+        false
     }
 
     /// Cuts a decomposition at the group's budget. Equal to [`factorize`](Self::factorize), at less cost.
@@ -270,6 +276,9 @@ impl<T: Real> Factorize<T> for Method {
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         self.inner().decompose(group)
     }
+    fn has_curve(&self) -> bool {
+        self.inner::<T>().has_curve()
+    }
     fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
         self.inner().assemble(group, decomposition)
     }
@@ -284,6 +293,9 @@ impl<T: Real, F: Factorize<T> + ?Sized> Factorize<T> for Box<F> {
     }
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         (**self).decompose(group)
+    }
+    fn has_curve(&self) -> bool {
+        (**self).has_curve()
     }
     fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
         (**self).assemble(group, decomposition)

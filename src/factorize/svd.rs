@@ -234,6 +234,10 @@ impl<T: Real> Factorize<T> for Svd {
         Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors], notes: Vec::new() }))
     }
 
+    fn has_curve(&self) -> bool {
+        self.route == Route::Exact
+    }
+
     fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
         let (outline, backend) = self.start(group)?;
         let before = group.iter().map(Problem::bytes).sum();

@@ -313,6 +313,11 @@ fn refusals_come_before_any_work_and_name_everything() {
     }
     let nothing = Recipe::parse("[[rule]]\nmatch = 'nothing'\nmethod = 'svd'\nbudget = { keep = 0.5 }").unwrap();
     assert!(matches!(plan(&nothing), Error::Recipe { .. }));
+    let both = "[[rule]]\nmatch = '.*weight'\nmethod = { type = 'cosine', side = 'both' }\nbudget = { keep = 0.6 }\nallocate = 'global'";
+    match plan(&Recipe::parse(both).unwrap()) {
+        Error::Refused(all) => assert!(all[0].1.contains("no error curve"), "{}", all[0].1),
+        other => panic!("{other}"),
+    }
     // The same budget under keep-dense is a plan, with the reason.
     let kept = recipe("bytes = 10", "on_error = \"keep-dense\"").plan(&checkpoint, &stats).unwrap();
     assert!(kept.jobs.iter().all(|job| job.kept.is_some()));
