@@ -7,9 +7,10 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Errors, Global};
+use crate::budget::Budget;
 use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use crate::error::{Error, Result};
-use crate::factorize::{Decomposition, Factorize, Point, Problem};
+use crate::factorize::{Decomposition, Factorize, Method, Point, Problem};
 use crate::linalg::Backend;
 use crate::metric::{Metric, MetricSpec, OutputMetric};
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
@@ -252,7 +253,7 @@ impl Worker<'_, '_> {
             None => method.decompose(group)?,
         };
         match decomposition {
-            Some(found) => Ok((method.assemble(group, &found)?, found.notes)),
+            Some(found) => Ok((within_error(method, group, &found)?, found.notes)),
             None => Ok((method.factorize(group)?, Vec::new())),
         }
     }
@@ -332,6 +333,36 @@ impl Worker<'_, '_> {
             notes: Vec::new(),
         })
     }
+}
+
+/// Cuts at the group's budget; where rounding to the stored dtype pushes the error over the budget's
+/// limit, cuts again with that much less room, and keeps the weights as they are if nothing else helps.
+fn within_error<T: Real>(
+    method: &Method,
+    group: &[Problem<'_, T>],
+    found: &Decomposition<T>,
+) -> Result<Vec<Operator<T>>> {
+    const TRIES: usize = 6;
+    let Some(limit) = group.first().and_then(|p| p.budget.error_limit(found.norm_squared)) else {
+        return method.assemble(group, found);
+    };
+    let mut room = limit;
+    for _ in 0..TRIES {
+        let budget = Budget::Error((room / found.norm_squared.max(f64::MIN_POSITIVE)).sqrt().min(1.0));
+        let tighter: Vec<_> = group.iter().map(|p| Problem { budget, ..p.clone() }).collect();
+        let operators = method.assemble(&tighter, found)?;
+        let errors = group.iter().zip(&operators).map(|(p, o)| {
+            let delta = &p.weight - &o.to_dense();
+            p.metric.squared(delta.view(), p.backend)
+        });
+        let error: f64 = errors.sum();
+        if error <= limit * (1.0 + 1e-9) {
+            return Ok(operators);
+        }
+        room = (room - 1.5 * (error - limit)).max(0.0);
+    }
+    let exact: Vec<_> = group.iter().map(|p| Problem { budget: Budget::Error(0.0), ..p.clone() }).collect();
+    method.assemble(&exact, found)
 }
 
 /// Each group draws from its own stream, so that no group depends on the order of the others.

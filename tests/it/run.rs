@@ -140,6 +140,20 @@ fn a_global_budget_beats_a_uniform_one_at_the_same_bytes() {
 }
 
 #[test]
+fn an_error_budget_holds_for_what_is_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), 4, 40, 56);
+    // bf16 rounding alone costs about 2e-3: the tightest budget can only be met by staying dense.
+    for (index, error) in [1e-4, 0.01, 0.05, 0.2].iter().enumerate() {
+        let out = folder.path().join(format!("out{index}"));
+        let report = run(&model, &out, &recipe(&format!("error = {error}"), ""), Options::default()).unwrap();
+        assert!(report.tensors.iter().all(|t| t.error <= error * (1.0 + 1e-6)), "{error}");
+        let kept = report.tensors.iter().filter(|t| t.dtype == "BF16" && t.kept_dense.is_some()).count();
+        assert_eq!(kept == 4, *error < 1e-3, "{error}: {kept}");
+    }
+}
+
+#[test]
 fn the_dense_form_has_the_old_names_shapes_and_dtypes() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), 2, 24, 40);
