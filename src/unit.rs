@@ -14,7 +14,7 @@ use crate::factorize::{Decomposition, Factorize, Method, Point, Problem};
 use crate::linalg::Backend;
 use crate::metric::{Metric, MetricSpec, OutputMetric};
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
-use crate::operator::{LinearOperator, Operator};
+use crate::operator::{Dense, LinearOperator, Operator};
 use crate::plan::{Job, Plan};
 use crate::report::TensorReport;
 use crate::scalar::{DType, Real, narrow};
@@ -361,8 +361,7 @@ fn within_error<T: Real>(
         }
         room = (room - 1.5 * (error - limit)).max(0.0);
     }
-    let exact: Vec<_> = group.iter().map(|p| Problem { budget: Budget::Error(0.0), ..p.clone() }).collect();
-    method.assemble(&exact, found)
+    group.iter().map(|p| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?))).collect()
 }
 
 /// Each group draws from its own stream, so that no group depends on the order of the others.

@@ -223,13 +223,16 @@ impl<T: Real> Factorize<T> for Svd {
         }
         let found = spectrum(&joint, backend)?;
         let shape = joint.weight.dim();
-        let total: f64 = found.values.iter().sum();
-        let mut tail = total;
-        let mut curve = vec![Point { bytes: 0, error: total }];
-        for (index, value) in found.values.iter().enumerate() {
-            tail -= value;
-            curve.push(Point { bytes: self.bytes(shape, index + 1, &outline), error: tail.max(0.0) });
+        // Tails are summed from the small end, so that none is lost beside the large eigenvalues.
+        let mut curve = Vec::with_capacity(found.values.len() + 2);
+        let mut tail = 0.0;
+        for rank in (0..=found.values.len()).rev() {
+            tail += found.values.get(rank).copied().unwrap_or(0.0);
+            let bytes = if rank == 0 { 0 } else { self.bytes(shape, rank, &outline) };
+            curve.push(Point { bytes, error: tail });
         }
+        curve.reverse();
+        let total = tail;
         curve.push(Point { bytes: group.iter().map(Problem::bytes).sum(), error: 0.0 });
         Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors], notes: Vec::new() }))
     }

@@ -144,10 +144,11 @@ fn an_error_budget_holds_for_what_is_stored() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), 4, 40, 56);
     // bf16 rounding alone costs about 2e-3: the tightest budget can only be met by staying dense.
-    for (index, error) in [1e-4, 0.01, 0.05, 0.2].iter().enumerate() {
+    for (index, error) in [1e-4, 0.1, 0.3].iter().enumerate() {
         let out = folder.path().join(format!("out{index}"));
         let report = run(&model, &out, &recipe(&format!("error = {error}"), ""), Options::default()).unwrap();
-        assert!(report.tensors.iter().all(|t| t.error <= error * (1.0 + 1e-6)), "{error}");
+        let over: Vec<_> = report.tensors.iter().filter(|t| t.error > error * (1.0 + 1e-6)).collect();
+        assert!(over.is_empty(), "{error}: {over:?}");
         let kept = report.tensors.iter().filter(|t| t.dtype == "BF16" && t.kept_dense.is_some()).count();
         assert_eq!(kept == 4, *error < 1e-3, "{error}: {kept}");
     }
