@@ -19,7 +19,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ndarray::{Array1, ArrayView2, Axis, Zip};
+use ndarray::{Array1, ArrayView2};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
@@ -69,22 +69,36 @@ impl Metric {
     }
 
     /// tr(B·Δ·A·Δᵀ), in f64: error directions are often those in which A is tiny, where an f32 product
-    /// would drown in the rounding of its large eigenvalues. 2mn² flops if A is a Gram matrix.
+    /// would drown in the rounding of its large eigenvalues. mn² flops if A is a Gram matrix.
     pub fn squared<T: Real>(&self, delta: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
-        let delta = f64::cast(delta);
-        let per_row = match &self.input {
-            Weighting::Identity => delta.map_axis(Axis(1), |row| row.dot(&row)),
-            Weighting::Diagonal(a) => {
-                delta.map_axis(Axis(1), |row| Zip::from(row).and(&**a).fold(0.0, |s, d, a| s + d * d * a))
+        self.quadratic::<f64, T>(delta, backend)
+    }
+
+    /// The same of a weight itself, in the compute type: what is no small difference needs no f64.
+    pub fn norm_squared<T: Real>(&self, weight: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
+        self.quadratic::<T, T>(weight, backend)
+    }
+
+    /// tr(B·Δ·A·Δᵀ) = ⟨(√B·Δ)ᵀ(√B·Δ), A⟩, with the products in P and the sums in f64.
+    fn quadratic<P: Real, T: Real>(&self, delta: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
+        let mut delta = P::cast(delta);
+        if let Some(scale) = self.output_scale() {
+            for (mut row, &d) in delta.rows_mut().into_iter().zip(&scale) {
+                row.mapv_inplace(|v| v * P::from_f64(d));
             }
+        }
+        let square = |v: P| v.wide() * v.wide();
+        match &self.input {
+            Weighting::Identity => delta.iter().map(|&v| square(v)).sum(),
+            Weighting::Diagonal(a) => delta
+                .rows()
+                .into_iter()
+                .map(|row| row.iter().zip(a.iter()).map(|(&v, a)| square(v) * a).sum::<f64>())
+                .sum(),
             Weighting::Gram(gram) => {
-                let product = f64::kernels(backend).matmul(delta.view(), gram.matrix());
-                Zip::from(product.rows()).and(delta.rows()).map_collect(|p, d| p.dot(&d))
+                let squares = P::kernels(backend).gram(delta.t());
+                squares.iter().zip(gram.matrix()).map(|(s, g)| s.wide() * g).sum()
             }
-        };
-        match &self.output {
-            Weighting::Diagonal(b) => per_row.dot(&**b),
-            Weighting::Identity | Weighting::Gram(_) => per_row.sum(),
         }
     }
 }

@@ -302,7 +302,7 @@ impl Worker<'_, '_> {
         let dense = operator.to_dense();
         let delta = &problem.weight - &dense;
         let relative = |metric: &Metric| {
-            let norm = metric.squared(problem.weight, self.backend);
+            let norm = metric.norm_squared(problem.weight, self.backend);
             let error = metric.squared(delta.view(), self.backend).max(0.0);
             if error == 0.0 { 0.0 } else { (error / norm.max(f64::MIN_POSITIVE)).sqrt() }
         };

@@ -4,6 +4,7 @@ mod checkpoint;
 mod cli;
 mod factorize;
 mod linalg;
+mod metric;
 mod python;
 mod recipe;
 mod run;
