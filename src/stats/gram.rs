@@ -103,17 +103,24 @@ impl Gram {
     }
 }
 
-/// Replaces A by (A + Aᵀ)/2; the first place where the two differ by more than `tolerance`, if any.
+/// Replaces A by (A + Aᵀ)/2; a place where the two differ by more than `tolerance`, if any. By tiles,
+/// since one of the two is walked across its rows.
 fn symmetrise(a: &mut Array2<f64>, tolerance: f64) -> Option<(usize, usize)> {
-    for i in 0..a.nrows() {
-        for j in 0..i {
-            let (lower, upper) = (a[(i, j)], a[(j, i)]);
-            if (lower - upper).abs() > tolerance {
-                return Some((i, j));
+    const TILE: usize = 32;
+    let n = a.nrows();
+    for rows in (0..n).step_by(TILE) {
+        for columns in (0..=rows).step_by(TILE) {
+            for i in rows..n.min(rows + TILE) {
+                for j in columns..i.min(columns + TILE) {
+                    let (lower, upper) = (a[(i, j)], a[(j, i)]);
+                    if (lower - upper).abs() > tolerance {
+                        return Some((i, j));
+                    }
+                    let mean = 0.5 * lower + 0.5 * upper;
+                    a[(i, j)] = mean;
+                    a[(j, i)] = mean;
+                }
             }
-            let mean = 0.5 * lower + 0.5 * upper;
-            a[(i, j)] = mean;
-            a[(j, i)] = mean;
         }
     }
     None
