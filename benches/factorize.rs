@@ -1,5 +1,6 @@
 //! Low rank under every metric: the exact and the fast route, to the rank of half the bytes, and the two
-//! halves of the exact one (`decompose` serves all budgets, `assemble` cuts it at one).
+//! halves of the exact one (`decompose` serves all budgets, `assemble` cuts it at one); DCT projection, and
+//! the transform alone.
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=1024` sets the
 //! number of rows; there are twice as many columns.
@@ -10,8 +11,8 @@ use std::sync::Arc;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array1, Array2};
 use weightpress::budget::Budget;
-use weightpress::factorize::{Factorize, Form, Problem, Route, Svd};
-use weightpress::linalg::{Faer, Kernels};
+use weightpress::factorize::{Atoms, Cosine, Factorize, Form, Problem, Route, Svd};
+use weightpress::linalg::{Faer, Kernels, Transform};
 use weightpress::metric::{Metric, Weighting};
 use weightpress::stats::Gram;
 
@@ -65,8 +66,15 @@ fn all(c: &mut Criterion) {
                 pool.install(|| b.iter(|| Svd::default().assemble(group_of_one, black_box(&decomposition)).is_ok()))
             });
         }
+        group.bench_function("cosine, DCT-II", |b| {
+            let method = Cosine { basis: Atoms::Dct2, ..Cosine::default() };
+            pool.install(|| b.iter(|| method.factorize(black_box(group_of_one)).is_ok()))
+        });
         group.finish();
     }
+    c.bench_function(&format!("transform/DCT-II of {m} rows of {n}"), |b| {
+        pool.install(|| b.iter(|| Transform::Dct2.rows(black_box(w.view())).is_ok()))
+    });
 }
 
 criterion_group!(benches, all);

@@ -154,7 +154,7 @@ impl GramAccumulator {
         Self { sum: Array2::zeros((n, n)), tokens: 0 }
     }
 
-    /// Adds a batch, tokens×n: the layer's inputs, one token per row. 2·tokens·n² flops.
+    /// Adds a batch, tokens×n: the layer's inputs, one token per row. tokens·n² flops.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::NonFinite`]; nothing is added then.
@@ -168,7 +168,7 @@ impl GramAccumulator {
         check_finite("activations", x.iter())?;
         for block in x.axis_chunks_iter(Axis(0), BLOCK) {
             let block = block.mapv(f64::from);
-            f64::kernels(&Faer).gemm(1.0, block.t(), block.view(), 1.0, self.sum.view_mut());
+            self.sum += &f64::kernels(&Faer).gram(block.t());
         }
         self.tokens += x.nrows() as u64;
         Ok(())
