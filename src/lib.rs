@@ -51,6 +51,7 @@
 //! # Features
 //!
 //! * `avx512` (default): AVX-512 kernels, chosen at run time; a no-op on other processors.
+//! * `lapack`: `linalg::Lapack`, a backend on the LAPACK that the program links; never in the default build.
 //!
 //! All of the public interface speaks [`ndarray`], which is re-exported. Nothing panics on bad input:
 //! see [`Error`].
