@@ -128,6 +128,13 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     for (kind, side) in [("identity", "right"), ("dct2", "left"), ("dct3", "right"), ("hadamard", "both")] {
         forms.push((&mixed, format!("method = {}\nbudget = {{ keep = 0.6 }}", basis(kind, side))));
     }
+    for rest in [
+        "input-blocks = 3",
+        "output-blocks = 2, groups = 'strided', ranks = 'uniform'",
+        "output-blocks = 5, input-blocks = 1",
+    ] {
+        forms.push((&mixed, format!("method = {{ type = 'monarch', {rest} }}\nbudget = {{ keep = 0.6 }}")));
+    }
     for (share, form) in [("input", "pivot"), ("output", "pivot"), ("input", "factors")] {
         let method = format!("{{ type = 'svd', share = '{share}', form = '{form}' }}");
         forms.push((&group, format!("method = {method}\ngroup = 'all'\nbudget = {{ keep = 0.5 }}")));
