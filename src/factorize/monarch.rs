@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use self::layout::{Layout, RankTable};
 use self::solve::Slices;
 use super::svd::Spectrum;
-use super::{Factorize, Forecast, Outline, Problem, Svd, single};
+use super::{Factorize, Forecast, Form, Outline, Problem, Svd, single};
 use crate::allocate::{Offer, allocate};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
@@ -47,6 +47,10 @@ pub struct Monarch {
     pub groups: Groups,
     /// Ranks of the slices.
     pub ranks: Ranks,
+    /// How slices are stored: two factors each, ρ(s+p) numbers, in two block-diagonal matrices; or pivot rows and
+    /// coefficients, ρ(s+p−ρ), as a sum over chunks (contiguous groups only). Without it, whichever gives
+    /// the smaller error before any sweep, pivots for 16 chunks at most.
+    pub form: Option<Form>,
     /// Sweeps of block-coordinate descent under a Gram metric; 0 stays at its diagonal blocks.
     pub sweeps: usize,
 }
@@ -54,7 +58,7 @@ pub struct Monarch {
 impl Default for Monarch {
     fn default() -> Self {
         let (groups, ranks) = (Groups::default(), Ranks::default());
-        Monarch { input_blocks: None, output_blocks: None, groups, ranks, sweeps: 4 }
+        Monarch { input_blocks: None, output_blocks: None, groups, ranks, form: None, sweeps: 4 }
     }
 }
 
@@ -82,6 +86,8 @@ pub enum Ranks {
     Adaptive,
 }
 
+/// Pivots are stored as a sum over chunks; more terms than this are no longer fast.
+const MOST_TERMS: usize = 16;
 /// Tries of [`Monarch`] without block numbers end after this many without a gain.
 const PATIENCE: usize = 2;
 /// Steps of the search for the bytes that an error takes.
@@ -94,8 +100,15 @@ impl Monarch {
         Some((k.or(l)?, l.or(k)?))
     }
 
-    fn layout(&self, shape: (usize, usize), dtype: DType, (k, l): (usize, usize)) -> Result<Layout> {
-        Layout::new(shape, dtype, k, l, self.groups)
+    /// The layout of each form that may be chosen.
+    fn layouts(&self, shape: (usize, usize), dtype: DType, blocks: (usize, usize)) -> Result<Vec<Layout>> {
+        let pivots = self.groups == Groups::Contiguous && blocks.0 <= MOST_TERMS;
+        let forms = match self.form {
+            Some(form) => vec![form],
+            None if pivots => vec![Form::Factors, Form::Pivot],
+            None => vec![Form::Factors],
+        };
+        forms.into_iter().map(|form| Layout::new(shape, dtype, blocks, self.groups, form)).collect()
     }
 
     /// The square block numbers worth trying.
@@ -105,13 +118,18 @@ impl Monarch {
     }
 
     /// The fewest bytes that these parameters can do with, which is what they are refused below.
-    fn least(&self, layout: &Layout) -> u64 {
-        let flat = layout.bytes(&layout.flat(1));
-        match self.ranks {
-            Ranks::Uniform => flat,
+    fn least(&self, layouts: &[Layout]) -> u64 {
+        let of = |layout: &Layout| match self.ranks {
+            Ranks::Uniform => layout.bytes(&layout.flat(1)),
             Ranks::Adaptive => layout.lone(),
-            Ranks::Auto => flat.min(layout.lone()),
-        }
+            Ranks::Auto => layout.bytes(&layout.flat(1)).min(layout.lone()),
+        };
+        layouts.iter().map(of).min().unwrap_or(u64::MAX)
+    }
+
+    /// The layout of the fewest bytes for a common rank.
+    fn cheapest(layouts: &[Layout], rank: usize) -> Option<&Layout> {
+        layouts.iter().min_by_key(|layout| layout.bytes(&layout.flat(rank)))
     }
 
     /// The largest common rank within a limit.
@@ -129,49 +147,64 @@ impl Monarch {
         Some(layout.flat(low))
     }
 
-    /// The ranks of least error by the slices' own spectra within a limit.
+    /// The ranks of least error by the slices' own spectra within a limit, and that error; none if nothing fits.
     fn ranks_within(
         &self,
         layout: &Layout,
         dtype: DType,
         found: &[Vec<Spectrum<f64>>],
         limit: u64,
-    ) -> Result<RankTable> {
-        let flat = Self::flat_within(layout, limit).filter(|_| self.ranks != Ranks::Adaptive);
-        if self.ranks == Ranks::Uniform || limit < layout.lone() {
-            let least = format!("{} bytes", self.least(layout));
-            return flat.ok_or_else(|| Error::Budget { asked: format!("{limit} bytes"), least });
-        }
-        let (k, l) = (layout.widths.len(), layout.heights.len());
-        let curves: Vec<_> = (0..l * k)
+    ) -> Result<Option<(RankTable, f64)>> {
+        let k = layout.widths.len();
+        let curves: Vec<_> = (0..layout.heights.len() * k)
             .map(|cell| {
                 let (group, chunk) = (cell / k, cell % k);
-                let price = |rank: usize| dtype.bytes(rank * layout.rank_cost(group, chunk)) as u64;
+                let price = |rank: usize| dtype.bytes(layout.numbers(group, chunk, rank)) as u64;
                 Slices::curve(&found[group][chunk], layout.most(group, chunk), price)
             })
             .collect();
+        let with_error = |ranks: RankTable| {
+            let points = curves.iter().zip(ranks.iter().flatten());
+            let error = points.map(|(curve, &rank)| curve[rank.min(curve.len() - 1)].error).sum();
+            (ranks, error)
+        };
+        let flat = Self::flat_within(layout, limit).filter(|_| self.ranks != Ranks::Adaptive).map(with_error);
+        if self.ranks == Ranks::Uniform || limit < layout.lone() {
+            return Ok(flat);
+        }
         let offers: Vec<_> = curves.iter().map(|curve| Offer { curve, floor: 0 }).collect();
         let chosen = allocate(&offers, limit - layout.overhead())?;
-        let error = |ranks: &mut dyn Iterator<Item = usize>| -> f64 {
-            curves.iter().zip(ranks).map(|(curve, rank)| curve[rank.min(curve.len() - 1)].error).sum()
-        };
-        match flat {
-            Some(flat) if error(&mut flat.iter().flatten().copied()) <= error(&mut chosen.iter().copied()) => Ok(flat),
-            _ => Ok(chosen.chunks(k).map(<[usize]>::to_vec).collect()),
-        }
+        let adaptive = with_error(chosen.chunks(k).map(<[usize]>::to_vec).collect());
+        Ok(Some(match flat {
+            Some(flat) if flat.1 <= adaptive.1 => flat,
+            _ => adaptive,
+        }))
     }
 
     /// One choice of block numbers, within bytes or at a rank.
-    fn solve<T: Real>(&self, problem: &Problem<'_, T>, blocks: (usize, usize), budget: Cut) -> Result<Operator<T>> {
-        let layout = self.layout(problem.shape(), problem.dtype, blocks)?;
-        let slices = Slices::new(problem, &layout)?;
+    fn solve<T: Real>(&self, problem: &Problem<'_, T>, blocks: (usize, usize), cut: Cut) -> Result<Operator<T>> {
+        let layouts = self.layouts(problem.shape(), problem.dtype, blocks)?;
+        // The slices are the same in all of them.
+        let slices = Slices::new(problem, &layouts[0])?;
         let spectra = slices.spectra()?;
-        let ranks = match budget {
-            Cut::Rank(rank) => layout.flat(rank),
-            Cut::Bytes(limit) => self.ranks_within(&layout, problem.dtype, &spectra, limit)?,
+        let mut best: Option<(&Layout, RankTable, f64)> = None;
+        match cut {
+            Cut::Rank(rank) => best = Self::cheapest(&layouts, rank).map(|layout| (layout, layout.flat(rank), 0.0)),
+            Cut::Bytes(limit) => {
+                for layout in &layouts {
+                    let found = self.ranks_within(layout, problem.dtype, &spectra, limit)?;
+                    if let Some((ranks, error)) = found.filter(|f| best.as_ref().is_none_or(|b| f.1 < b.2)) {
+                        best = Some((layout, ranks, error));
+                    }
+                }
+            }
+        }
+        let Some((layout, ranks, _)) = best else {
+            let least = format!("{} bytes of {}", self.least(&layouts), problem.bytes());
+            return Err(Error::Budget { asked: problem.budget.to_string(), least });
         };
         let found = slices.descend(slices.alone(&spectra, &ranks)?, &ranks, self.sweeps)?;
-        layout.factors(&slices.unscaled(found))
+        layout.operator(&slices.unscaled(found), problem.backend)
     }
 
     /// The best within a number of bytes.
@@ -193,7 +226,7 @@ impl Monarch {
         }
         let mut since = 0;
         for blocks in Self::tries(problem.shape()) {
-            if self.least(&self.layout(problem.shape(), problem.dtype, blocks)?) > limit {
+            if self.least(&self.layouts(problem.shape(), problem.dtype, blocks)?) > limit {
                 continue;
             }
             let operator = self.solve(problem, blocks, Cut::Bytes(limit))?;
@@ -257,31 +290,36 @@ impl<T: Real> Factorize<T> for Monarch {
             return Err(Error::Unsupported(format!("monarch compresses one weight at a time, not {}", group.len())));
         };
         let before = group[0].bytes();
-        let layout = self.blocks().map(|blocks| self.layout(shape, dtype, blocks)).transpose()?;
-        let (bytes, exact) = match (*budget, budget.byte_limit(before), &layout) {
+        let layouts = self.blocks().map(|blocks| self.layouts(shape, dtype, blocks)).transpose()?;
+        let (bytes, exact) = match (*budget, budget.byte_limit(before), &layouts) {
             (_, Some(limit), _) if limit >= before => (before, true),
-            (_, Some(limit), Some(layout)) => {
-                let least = self.least(layout);
+            (_, Some(limit), Some(layouts)) => {
+                let least = self.least(layouts);
                 if limit < least {
                     return Err(Error::Budget {
                         asked: budget.to_string(),
                         least: format!("{least} bytes of {before}"),
                     });
                 }
-                match Self::flat_within(layout, limit).filter(|_| self.ranks == Ranks::Uniform) {
-                    Some(flat) => (layout.bytes(&flat), true),
-                    None => (limit, false),
+                match (&layouts[..], self.ranks) {
+                    ([layout], Ranks::Uniform) => match Self::flat_within(layout, limit) {
+                        Some(flat) => (layout.bytes(&flat), true),
+                        None => (limit, false),
+                    },
+                    _ => (limit, false),
                 }
             }
             (_, Some(limit), None) => {
                 let low_rank = Factorize::<T>::forecast(&Svd::default(), group, metric, budget);
-                let fits = |blocks| Ok::<_, Error>(self.least(&self.layout(shape, dtype, blocks)?) <= limit);
+                let fits = |blocks| Ok::<_, Error>(self.least(&self.layouts(shape, dtype, blocks)?) <= limit);
                 if low_rank.is_err() && !Self::tries(shape).any(|blocks| fits(blocks).unwrap_or(false)) {
                     return low_rank;
                 }
                 (limit, false)
             }
-            (Budget::Rank(rank), None, Some(layout)) => (layout.bytes(&layout.flat(rank)), true),
+            (Budget::Rank(rank), None, Some(layouts)) => {
+                (Self::cheapest(layouts, rank).map_or(before, |layout| layout.bytes(&layout.flat(rank))), true)
+            }
             (Budget::Rank(_), None, None) => return Err(Error::Unsupported(NEEDS_BLOCKS.into())),
             (_, None, _) => (before, false),
         };

@@ -175,6 +175,18 @@ impl<T: Real> Operator<T> {
     }
 }
 
+impl<T: Real> From<Dense<T>> for Operator<T> {
+    fn from(leaf: Dense<T>) -> Self {
+        Operator::Dense(leaf)
+    }
+}
+
+impl<T: Real> From<BlockDiagonal<T>> for Operator<T> {
+    fn from(leaf: BlockDiagonal<T>) -> Self {
+        Operator::BlockDiagonal(leaf)
+    }
+}
+
 /// Sums and products are handled here; leaves forward to their own file.
 impl<T: Real> LinearOperator<T> for Operator<T> {
     fn shape(&self) -> (usize, usize) {

@@ -26,7 +26,14 @@ fn methods() -> Vec<Method> {
         }
     }
     for (k, l) in [(1, 1), (2, 3), (4, 2)] {
-        for rest in ["", "ranks = 'uniform'", "groups = 'strided'", "ranks = 'adaptive'\nsweeps = 0"] {
+        for rest in [
+            "",
+            "ranks = 'uniform'",
+            "groups = 'strided'",
+            "ranks = 'adaptive'\nsweeps = 0",
+            "form = 'factors'",
+            "form = 'pivot'",
+        ] {
             texts.push(format!("type = 'monarch'\ninput-blocks = {k}\noutput-blocks = {l}\n{rest}"));
         }
     }
