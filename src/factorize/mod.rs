@@ -23,7 +23,7 @@ mod subset;
 mod svd;
 
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
-pub use self::monarch::{Groups, Monarch, Ranks};
+pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
 pub use self::svd::{Form, Route, Share, Svd};
 
 /// One weight to compress.

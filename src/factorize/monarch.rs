@@ -21,7 +21,7 @@
 use serde::{Deserialize, Serialize};
 
 use self::layout::{Layout, RankTable};
-use self::solve::Slices;
+use self::solve::{Slices, by_energy};
 use super::svd::Spectrum;
 use super::{Factorize, Forecast, Form, Outline, Problem, Svd, single};
 use crate::allocate::{Offer, allocate};
@@ -32,17 +32,20 @@ use crate::operator::Operator;
 use crate::scalar::{DType, Real};
 
 mod layout;
+mod search;
 mod solve;
 
 /// Monarch projection under the problem's metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Monarch {
-    /// Chunks of neighbouring inputs, k; they need not divide n. Without it, and without `output_blocks`, the
-    /// numbers 1, 2, 4, … are tried for both, 1 being [`Svd`], and the least error in the metric is kept.
+    /// Chunks of inputs, k; they need not divide n. Without it, and without `output_blocks`, 1×1 (which is
+    /// [`Svd`]), 2×1, 3×1, 4×1, … and 2×2, 4×4, 8×8, … are tried, and the least error in the metric is kept.
     pub input_blocks: Option<usize>,
     /// Groups of outputs, l. One of the two alone stands for both.
     pub output_blocks: Option<usize>,
+    /// Which inputs make a chunk. Without it neighbours do, and if block numbers are tried, both ways are.
+    pub chunks: Option<Chunks>,
     /// Which outputs make a group.
     pub groups: Groups,
     /// Ranks of the slices.
@@ -58,8 +61,20 @@ pub struct Monarch {
 impl Default for Monarch {
     fn default() -> Self {
         let (groups, ranks) = (Groups::default(), Ranks::default());
-        Monarch { input_blocks: None, output_blocks: None, groups, ranks, form: None, sweeps: 4 }
+        Monarch { input_blocks: None, output_blocks: None, chunks: None, groups, ranks, form: None, sweeps: 4 }
     }
+}
+
+/// The inputs of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Chunks {
+    /// Neighbours.
+    #[default]
+    Contiguous,
+    /// Those of a like share in the squared metric norm of W: the first chunk takes the largest. Pivot storage
+    /// names the inputs of each chunk anyway; two factors need a list of 2n or 4n bytes for it.
+    Energy,
 }
 
 /// The outputs of a group.
@@ -88,10 +103,6 @@ pub enum Ranks {
 
 /// Pivots are stored as a sum over chunks; more terms than this are no longer fast.
 const MOST_TERMS: usize = 16;
-/// Tries of [`Monarch`] without block numbers end after this many without a gain.
-const PATIENCE: usize = 2;
-/// Steps of the search for the bytes that an error takes.
-const BISECTIONS: usize = 16;
 
 impl Monarch {
     /// (k, l) if they are given.
@@ -100,21 +111,25 @@ impl Monarch {
         Some((k.or(l)?, l.or(k)?))
     }
 
-    /// The layout of each form that may be chosen.
-    fn layouts(&self, shape: (usize, usize), dtype: DType, blocks: (usize, usize)) -> Result<Vec<Layout>> {
-        let pivots = self.groups == Groups::Contiguous && blocks.0 <= MOST_TERMS;
+    /// The layout of each form that may be chosen; `energy` gives the order of the inputs by their energy.
+    fn layouts(&self, shape: (usize, usize), dtype: DType, energy: impl Fn() -> Vec<usize>) -> Result<Vec<Layout>> {
+        let blocks @ (k, _) = self.blocks().ok_or_else(|| Error::Unsupported(NEEDS_BLOCKS.into()))?;
         let forms = match self.form {
             Some(form) => vec![form],
-            None if pivots => vec![Form::Factors, Form::Pivot],
+            None if self.groups == Groups::Contiguous && k <= MOST_TERMS => vec![Form::Factors, Form::Pivot],
             None => vec![Form::Factors],
         };
-        forms.into_iter().map(|form| Layout::new(shape, dtype, blocks, self.groups, form)).collect()
+        let order = (self.chunks == Some(Chunks::Energy) && k > 1).then(energy);
+        let layout = |form| {
+            let layout = Layout::new(shape, dtype, blocks, self.groups, form)?;
+            Ok(order.iter().cloned().fold(layout, Layout::dealt))
+        };
+        forms.into_iter().map(layout).collect()
     }
 
-    /// The square block numbers worth trying.
-    fn tries((m, n): (usize, usize)) -> impl Iterator<Item = (usize, usize)> {
-        let most = m.min(n) / 2;
-        std::iter::successors(Some(2), |b| Some(b * 2)).take_while(move |&b| b <= most).map(|b| (b, b))
+    /// The layouts as far as a plan can know them.
+    fn outlines(&self, Outline { shape, dtype }: Outline) -> Result<Vec<Layout>> {
+        self.layouts(shape, dtype, || (0..shape.1).collect())
     }
 
     /// The fewest bytes that these parameters can do with, which is what they are refused below.
@@ -182,8 +197,8 @@ impl Monarch {
     }
 
     /// One choice of block numbers, within bytes or at a rank.
-    fn solve<T: Real>(&self, problem: &Problem<'_, T>, blocks: (usize, usize), cut: Cut) -> Result<Operator<T>> {
-        let layouts = self.layouts(problem.shape(), problem.dtype, blocks)?;
+    fn solve<T: Real>(&self, problem: &Problem<'_, T>, cut: Cut) -> Result<Operator<T>> {
+        let layouts = self.layouts(problem.shape(), problem.dtype, || by_energy(problem))?;
         // The slices are the same in all of them.
         let slices = Slices::new(problem, &layouts[0])?;
         let spectra = slices.spectra()?;
@@ -206,55 +221,6 @@ impl Monarch {
         let found = slices.descend(slices.alone(&spectra, &ranks)?, &ranks, self.sweeps)?;
         layout.operator(&slices.unscaled(found), problem.backend)
     }
-
-    /// The best within a number of bytes.
-    fn within<T: Real>(&self, problem: &Problem<'_, T>, limit: u64) -> Result<Operator<T>> {
-        if limit >= problem.bytes() {
-            return Ok(problem.dense()?.remove(0));
-        }
-        if let Some(blocks) = self.blocks() {
-            return self.solve(problem, blocks, Cut::Bytes(limit));
-        }
-        let low_rank = Problem { budget: Budget::Bytes(limit), ..problem.clone() };
-        let mut best = match Svd::default().factorize(std::slice::from_ref(&low_rank)) {
-            Ok(mut operators) => Ok((operators.remove(0), f64::INFINITY)),
-            Err(refused @ Error::Budget { .. }) => Err(refused),
-            Err(other) => return Err(other),
-        };
-        if let Ok((operator, error)) = &mut best {
-            *error = problem.error_of(operator);
-        }
-        let mut since = 0;
-        for blocks in Self::tries(problem.shape()) {
-            if self.least(&self.layouts(problem.shape(), problem.dtype, blocks)?) > limit {
-                continue;
-            }
-            let operator = self.solve(problem, blocks, Cut::Bytes(limit))?;
-            let error = problem.error_of(&operator);
-            since = if best.as_ref().is_ok_and(|(_, least)| *least <= error) { since + 1 } else { 0 };
-            if since == 0 {
-                best = Ok((operator, error));
-            } else if since == PATIENCE {
-                break;
-            }
-        }
-        best.map(|(operator, _)| operator)
-    }
-
-    /// The fewest bytes, to a few parts in ten thousand, whose result stays within a squared error.
-    fn up_to<T: Real>(&self, problem: &Problem<'_, T>, limit: f64) -> Result<Operator<T>> {
-        let (mut low, mut high) = (0, problem.bytes());
-        let mut best = problem.dense()?.remove(0);
-        for _ in 0..BISECTIONS {
-            let middle = u64::midpoint(low, high);
-            match self.within(problem, middle) {
-                Ok(operator) if problem.error_of(&operator) <= limit => (best, high) = (operator, middle),
-                Ok(_) | Err(Error::Budget { .. }) => low = middle,
-                Err(other) => return Err(other),
-            }
-        }
-        Ok(best)
-    }
 }
 
 /// What a solve is cut at.
@@ -271,10 +237,7 @@ impl<T: Real> Factorize<T> for Monarch {
         let problem = single(group, "monarch")?;
         let found = match (problem.budget, problem.budget.byte_limit(problem.bytes())) {
             (_, Some(limit)) => self.within(problem, limit),
-            (Budget::Rank(rank), _) => match self.blocks() {
-                Some(blocks) => self.solve(problem, blocks, Cut::Rank(rank)),
-                None => Err(Error::Unsupported(NEEDS_BLOCKS.into())),
-            },
+            (Budget::Rank(rank), _) => self.solve(problem, Cut::Rank(rank)),
             (budget, _) => {
                 let norm = problem.metric.squared(problem.weight, problem.backend);
                 self.up_to(problem, budget.error_limit(norm).unwrap_or(0.0))
@@ -286,11 +249,11 @@ impl<T: Real> Factorize<T> for Monarch {
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
         let _ = metric; // All are minimised.
         budget.check()?;
-        let &[Outline { shape, dtype }] = group else {
+        let &[Outline { shape, .. }] = group else {
             return Err(Error::Unsupported(format!("monarch compresses one weight at a time, not {}", group.len())));
         };
         let before = group[0].bytes();
-        let layouts = self.blocks().map(|blocks| self.layouts(shape, dtype, blocks)).transpose()?;
+        let layouts = self.blocks().map(|_| self.outlines(group[0])).transpose()?;
         let (bytes, exact) = match (*budget, budget.byte_limit(before), &layouts) {
             (_, Some(limit), _) if limit >= before => (before, true),
             (_, Some(limit), Some(layouts)) => {
@@ -311,8 +274,8 @@ impl<T: Real> Factorize<T> for Monarch {
             }
             (_, Some(limit), None) => {
                 let low_rank = Factorize::<T>::forecast(&Svd::default(), group, metric, budget);
-                let fits = |blocks| Ok::<_, Error>(self.least(&self.layouts(shape, dtype, blocks)?) <= limit);
-                if low_rank.is_err() && !Self::tries(shape).any(|blocks| fits(blocks).unwrap_or(false)) {
+                let fits = |one: &Monarch| one.outlines(group[0]).is_ok_and(|layouts| one.least(&layouts) <= limit);
+                if low_rank.is_err() && !self.families(shape).iter().flatten().any(fits) {
                     return low_rank;
                 }
                 (limit, false)

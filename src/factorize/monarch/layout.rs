@@ -17,6 +17,8 @@ pub(super) struct Layout {
     dtype: DType,
     groups: Groups,
     form: Form,
+    /// The inputs in the order of the chunks, ascending in each, unless they are neighbours.
+    pub(super) inputs: Option<Vec<usize>>,
     /// Inputs of each chunk; they differ by one at most.
     pub(super) widths: Vec<usize>,
     /// Outputs of each group.
@@ -54,7 +56,20 @@ impl Layout {
             }
         }
         let even = |len: usize, parts: usize| (0..parts).map(|i| len / parts + usize::from(i < len % parts)).collect();
-        Ok(Layout { shape: (m, n), dtype, groups, form, widths: even(n, k), heights: even(m, l) })
+        let (widths, heights) = (even(n, k), even(m, l));
+        Ok(Layout { shape: (m, n), dtype, groups, form, inputs: None, widths, heights })
+    }
+
+    /// The same with the inputs dealt to the chunks in this order: the first chunk takes the first ones.
+    pub(super) fn dealt(mut self, mut order: Vec<usize>) -> Self {
+        let mut rest = &mut order[..];
+        for &width in &self.widths {
+            let (chunk, others) = rest.split_at_mut(width);
+            chunk.sort_unstable();
+            rest = others;
+        }
+        self.inputs = Some(order);
+        self
     }
 
     /// The rows of W in the order of the groups.
@@ -117,7 +132,7 @@ impl Layout {
             Form::Factors => {
                 let moves = k > 1 && l > 1 && uniform(ranks).is_none_or(|rank| rank == 0);
                 let table = if moves { 2 * k * l } else { 0 };
-                self.extents(ranks).iter().map(|extents| blocks(extents)).sum::<u64>() + table as u64
+                self.extents(ranks).iter().map(|extents| blocks(extents)).sum::<u64>() + table as u64 + self.dealing()
             }
             Form::Pivot => (0..k)
                 .map(|chunk| {
@@ -142,13 +157,19 @@ impl Layout {
     pub(super) fn overhead(&self) -> u64 {
         let (k, l) = (self.widths.len() as u64, self.heights.len() as u64);
         match self.form {
-            Form::Factors => 8 * (k + l) + if k > 1 && l > 1 { 2 * k * l } else { 0 },
+            Form::Factors => 8 * (k + l) + if k > 1 && l > 1 { 2 * k * l } else { 0 } + self.dealing(),
             Form::Pivot => {
                 let select = self.widths.iter().map(|&width| IndexSet::bytes_of(self.shape.1, width)).sum::<u64>();
                 // A set takes a bit for each of its places at most.
                 k * ((self.shape.0 as u64).div_ceil(8) + 8 * l) + if k > 1 { select } else { 0 }
             }
         }
+    }
+
+    /// Bytes of the permutation of the inputs that two factors need.
+    fn dealing(&self) -> u64 {
+        let n = self.shape.1;
+        if self.inputs.is_some() { Permutation::list_width(n) * n as u64 } else { 0 }
     }
 
     /// Bytes of the cheapest matrix that is not zero, with a table of ranks: one slice of rank 1.
@@ -200,7 +221,10 @@ impl Layout {
                 Operator::Dense(Dense::rounded(rows, self.dtype)?),
             ];
             if k > 1 {
-                let inputs = IndexSet::new(n, (from..from + width).map(|i| i as u32).collect())?;
+                let inputs = IndexSet::new(
+                    n,
+                    (from..from + width).map(|i| self.inputs.as_ref().map_or(i, |inputs| inputs[i]) as u32).collect(),
+                )?;
                 product.push(Operator::Basis(Basis::new(Transform::Identity, Side::Right, inputs)?));
             }
             from += width;
@@ -235,6 +259,10 @@ impl Layout {
         product.push(blocks(outer, second)?);
         product.extend(self.middle(&ranks)?.map(Operator::Permutation));
         product.push(blocks(inner, first)?);
+        if let Some(inputs) = &self.inputs {
+            let list = inputs.iter().map(|&input| input as u32).collect();
+            product.push(Operator::Permutation(Permutation::list(self.shape.1, list)?));
+        }
         Operator::product_of(product)
     }
 

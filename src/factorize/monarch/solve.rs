@@ -10,7 +10,7 @@
 //! which never raises tr(E·A·Eᵀ). Only the cross terms meet an inverse, and directions of G_κκ below
 //! [`FLOOR`] have none.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2, s};
 use rayon::prelude::*;
 
 use super::layout::{Layout, RankTable, Slice};
@@ -40,7 +40,8 @@ pub(super) struct Slices<'p> {
     /// The diagonal of D in that order.
     scale: Option<Array1<f64>>,
     roots: Vec<Root>,
-    gram: Option<ArrayView2<'p, f64>>,
+    /// A in the order of the chunks.
+    gram: Option<CowArray<'p, f64, Ix2>>,
     backend: &'p dyn Backend,
 }
 
@@ -48,20 +49,33 @@ impl<'p> Slices<'p> {
     pub(super) fn new<T: Real>(problem: &'p Problem<'_, T>, layout: &'p Layout) -> Result<Self> {
         let rows = layout.rows();
         let mut weight = f64::cast(problem.weight.select(Axis(0), &rows).view()).into_owned();
+        if let Some(inputs) = &layout.inputs {
+            weight = weight.select(Axis(1), inputs);
+        }
         let scale = problem.metric.output_scale().map(|d| d.select(Axis(0), &rows));
         if let Some(d) = &scale {
             weight *= &d.view().insert_axis(Axis(1));
         }
+        let gram: Option<CowArray<'p, f64, Ix2>> = match (&problem.metric.input, &layout.inputs) {
+            (Weighting::Gram(gram), Some(inputs)) => {
+                Some(gram.matrix().select(Axis(0), inputs).select(Axis(1), inputs).into())
+            }
+            (Weighting::Gram(gram), None) => Some(gram.matrix().into()),
+            (Weighting::Identity | Weighting::Diagonal(_), _) => None,
+        };
         let mut roots = Vec::with_capacity(layout.widths.len());
         let mut at = 0;
         for &width in &layout.widths {
             let range = at..at + width;
             at = range.end;
-            roots.push(match &problem.metric.input {
-                Weighting::Identity => Root::Identity,
-                Weighting::Diagonal(a) => Root::Diagonal(a.slice(s![range]).mapv(f64::sqrt)),
-                Weighting::Gram(gram) => {
-                    let found = f64::kernels(problem.backend).eigh(gram.matrix().slice(s![range.clone(), range]))?;
+            roots.push(match (&problem.metric.input, &gram) {
+                (Weighting::Diagonal(a), _) => {
+                    let place = |i| layout.inputs.as_ref().map_or(i, |inputs| inputs[i]);
+                    Root::Diagonal(range.map(|i| a[place(i)].sqrt()).collect())
+                }
+                (_, None) => Root::Identity,
+                (_, Some(gram)) => {
+                    let found = f64::kernels(problem.backend).eigh(gram.slice(s![range.clone(), range]))?;
                     let floor = FLOOR * found.values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE);
                     let root = found.values.mapv(|v| v.max(0.0).sqrt());
                     let inverse = found.values.mapv(|v| if v > floor { 1.0 / v.sqrt() } else { 0.0 });
@@ -69,10 +83,6 @@ impl<'p> Slices<'p> {
                 }
             });
         }
-        let gram = match &problem.metric.input {
-            Weighting::Gram(gram) => Some(gram.matrix()),
-            Weighting::Identity | Weighting::Diagonal(_) => None,
-        };
         Ok(Slices { layout, weight, scale, roots, gram, backend: problem.backend })
     }
 
@@ -133,8 +143,9 @@ impl<'p> Slices<'p> {
 
     /// Sweeps of block-coordinate descent in the whole metric; exact metrics need none.
     pub(super) fn descend(&self, slices: Vec<Vec<Slice>>, ranks: &RankTable, sweeps: usize) -> Result<Vec<Vec<Slice>>> {
-        let Some(gram) = self.gram.filter(|_| self.layout.widths.len() > 1 && sweeps > 0) else { return Ok(slices) };
-        self.each_group(|group| self.descend_group(gram, group, &slices[group], &ranks[group], sweeps))
+        let several = self.layout.widths.len() > 1 && sweeps > 0;
+        let Some(gram) = self.gram.as_ref().filter(|_| several) else { return Ok(slices) };
+        self.each_group(|group| self.descend_group(gram.view(), group, &slices[group], &ranks[group], sweeps))
     }
 
     fn descend_group(
@@ -211,6 +222,24 @@ impl<'p> Slices<'p> {
         points.reverse();
         points
     }
+}
+
+/// The inputs by their share of the squared metric norm, A_jj·‖D·W_j‖², largest first.
+pub(super) fn by_energy<T: Real>(problem: &Problem<'_, T>) -> Vec<usize> {
+    let d = problem.metric.output_scale();
+    let energy = |(j, column): (usize, ArrayView1<'_, T>)| {
+        let a = match &problem.metric.input {
+            Weighting::Identity => 1.0,
+            Weighting::Diagonal(a) => a[j],
+            Weighting::Gram(gram) => gram.matrix()[(j, j)],
+        };
+        let of_row = |(i, v): (usize, &T)| (v.wide() * d.as_ref().map_or(1.0, |d| d[i])).powi(2);
+        a * column.iter().enumerate().map(of_row).sum::<f64>()
+    };
+    let energies: Vec<f64> = problem.weight.columns().into_iter().enumerate().map(energy).collect();
+    let mut order: Vec<usize> = (0..energies.len()).collect();
+    order.sort_by(|&i, &j| energies[j].total_cmp(&energies[i]).then(i.cmp(&j)));
+    order
 }
 
 /// The first `rank` left vectors; zeros where a slice has not as many, so that shapes are as planned.

@@ -103,6 +103,27 @@ fn one_block_is_low_rank() {
 }
 
 #[test]
+fn chunks_by_energy_are_the_same_projection_of_reordered_inputs() {
+    let (m, n) = (10, 9);
+    let scale = Array1::from_shape_fn(n, |j| 1.0 + ((j * 5) % 9) as f64);
+    let w = numbers(m, n, 4) * &scale.view().insert_axis(Axis(0));
+    let order: Vec<usize> = {
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&i, &j| w.column(j).mapv(|v| v * v).sum().total_cmp(&w.column(i).mapv(|v| v * v).sum()));
+        order
+    };
+    let sorted = w.select(Axis(1), &order);
+    for form in [crate::factorize::Form::Factors, crate::factorize::Form::Pivot] {
+        let of =
+            |chunks| Monarch { input_blocks: Some(3), chunks: Some(chunks), form: Some(form), ..Monarch::default() };
+        let ours = run(&of(Chunks::Energy), &Problem::new("w", w.view(), Budget::Rank(2))).to_dense();
+        let theirs = run(&of(Chunks::Contiguous), &Problem::new("w", sorted.view(), Budget::Rank(2))).to_dense();
+        assert!((ours.select(Axis(1), &order) - &theirs).iter().all(|v| v.abs() < 1e-10));
+        assert!((&ours - &w).mapv(|v| v * v).sum() > 1e-6);
+    }
+}
+
+#[test]
 fn the_paper_s_square_case() {
     // Dao et al., 2022, §3: M[ℓ·b + j, κ·b + i] = L[j, ℓ, κ]·R[κ, j, i]: strided groups, rank 1, b = 2.
     let (left, right) = (numbers(4, 2, 1), numbers(4, 2, 2));
