@@ -21,6 +21,7 @@ mod dense;
 mod index_set;
 mod interpolative;
 mod kernels;
+mod monarch;
 mod permutation;
 
 pub use self::basis::Basis;
