@@ -97,6 +97,14 @@ class Checkpoint:
                 self.shared[node["id"]] = self.build(node["node"])
             inner = self.shared[node["id"]]
             return Operator(inner.shape, inner.apply, "shared " + inner.text)
+        if op == "block-diagonal":
+            return self.block_diagonal(self.tensor(node["tensor"]).astype("f8"), node.get("extents"))
+        if op in ("permutation", "grid"):
+            shape, sources = self.permutation(node)
+
+            def pick(x):  # y[i] = x[sources[i]], 0 from the end of x on
+                return np.vstack([x, np.zeros_like(x[:1])])[np.minimum(sources, shape[1])]
+            return Operator(shape, pick, "permutation %dx%d" % shape)
         length, left = node["len"], node["side"] == "left"
         chosen = self.indices(node["pivots" if op == "interpolative" else "indices"], length)
         shape = (length, len(chosen)) if left else (len(chosen), length)
@@ -106,15 +114,39 @@ class Checkpoint:
             return Operator(shape, lambda x: (atoms.T if left else atoms) @ x, text)
         if op != "interpolative":
             raise ValueError(f"unknown operator {op!r}")
-        t, rest = self.tensor(node["coefficients"]).astype("f8"), np.setdiff1d(np.arange(length), chosen)
+        t, rest = node["coefficients"], np.setdiff1d(np.arange(length), chosen)
+        t = self.build({"op": "dense", "tensor": t} if isinstance(t, str) else t)
 
         def interpolate(x):
             if not left:  # identity columns at the pivots, t in the others
-                return x[chosen] + t @ x[rest]
+                return x[chosen] + t.apply(x[rest])
             y = np.empty((length, x.shape[1]))  # identity rows at the pivots, t in the others
-            y[chosen], y[rest] = x, t @ x
+            y[chosen], y[rest] = x, t.apply(x)
             return y
         return Operator(shape, interpolate, text)
+
+    def block_diagonal(self, values, extents):
+        extents = [values.shape[1:]] * len(values) if extents is None else self.tensor(extents)
+        ends = np.cumsum([[rows, columns, rows * columns] for rows, columns in extents], axis=0, dtype=int)
+        flat = values.reshape(-1)
+        blocks = [flat[end - rows * columns:end].reshape(rows, columns) for (rows, columns), end in zip(extents, ends[:, 2])]
+
+        def apply(x):
+            return np.concatenate([b @ part for b, part in zip(blocks, np.split(x, ends[:-1, 1]))])
+        shape = (int(ends[-1, 0]), int(ends[-1, 1]))
+        return Operator(shape, apply, "block-diagonal %dx%d (%d blocks)" % (*shape, len(blocks)))
+
+    def permutation(self, node):
+        """Shape, and the column of the 1 of each row; the number of columns where there is none."""
+        if node["op"] == "permutation":
+            sources = self.tensor(node["list"]).astype(int)
+            return (len(sources), node["columns"]), sources
+        cells, run = node["rows"] * node["columns"], node["run"]
+        runs = self.tensor(run).reshape(-1).astype(int) if isinstance(run, str) else np.full(cells, run)
+        starts = np.cumsum(runs) - runs
+        order = np.arange(cells).reshape(node["rows"], node["columns"]).T.reshape(-1)
+        sources = np.concatenate([np.arange(starts[cell], starts[cell] + runs[cell]) for cell in order])
+        return tuple(node["shape"]), sources[:node["shape"][0]]
 
     def operator(self, name):
         """A weight by its original name, from its factors if it was compressed."""

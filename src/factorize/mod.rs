@@ -13,15 +13,17 @@ use crate::error::{Error, Result};
 use crate::linalg::{Backend, Faer};
 use crate::metric::{Metric, MetricSpec};
 use crate::named::Named;
-use crate::operator::Operator;
+use crate::operator::{Dense, LinearOperator, Operator};
 use crate::scalar::{DType, Real, check_finite};
 
 mod cosine;
+mod monarch;
 mod pivot;
 mod subset;
 mod svd;
 
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
+pub use self::monarch::{Groups, Monarch, Ranks};
 pub use self::svd::{Form, Route, Share, Svd};
 
 /// One weight to compress.
@@ -69,6 +71,16 @@ impl<'a, T: Real> Problem<'a, T> {
         self.dtype.bytes(self.weight.len()) as u64
     }
 
+    /// The weight as it is.
+    pub(crate) fn dense(&self) -> Result<Vec<Operator<T>>> {
+        Ok(vec![Operator::Dense(Dense::rounded(self.weight.to_owned(), self.dtype)?)])
+    }
+
+    /// Squared metric error of an operator in the place of W.
+    pub(crate) fn error_of(&self, operator: &Operator<T>) -> f64 {
+        self.metric.squared((&self.weight - &operator.to_dense()).view(), self.backend)
+    }
+
     /// Refuses weights that are not finite and metrics that do not fit the shape.
     ///
     /// # Errors
@@ -89,6 +101,15 @@ impl<'a, T: Real> Problem<'a, T> {
         }
         self.budget.check()
     }
+}
+
+/// The only problem of a group, checked.
+fn single<'g, 'a, T: Real>(group: &'g [Problem<'a, T>], method: &str) -> Result<&'g Problem<'a, T>> {
+    let [problem] = group else {
+        return Err(Error::Unsupported(format!("{method} compresses one weight at a time, not {}", group.len())));
+    };
+    problem.check().map_err(|e| e.of_tensor(problem.name))?;
+    Ok(problem)
 }
 
 /// One choice on the way from nothing to everything.
@@ -222,11 +243,13 @@ pub enum Method {
     Svd(Svd),
     /// Projection on chosen rows of a fixed orthogonal transform.
     Cosine(Cosine),
+    /// Two block-diagonal factors with a permutation between them.
+    Monarch(Monarch),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "monarch"];
 
     /// A built-in method with its default parameters.
     ///
@@ -236,6 +259,7 @@ impl Method {
         match name {
             "svd" => Ok(Method::Svd(Svd::default())),
             "cosine" => Ok(Method::Cosine(Cosine::default())),
+            "monarch" => Ok(Method::Monarch(Monarch::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -246,6 +270,7 @@ impl Method {
         match self {
             Method::Svd(method) => method,
             Method::Cosine(method) => method,
+            Method::Monarch(method) => method,
         }
     }
 
@@ -254,6 +279,7 @@ impl Method {
         match self {
             Method::Svd(_) => "svd",
             Method::Cosine(_) => "cosine",
+            Method::Monarch(_) => "monarch",
         }
     }
 }

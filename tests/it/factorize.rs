@@ -25,6 +25,18 @@ fn methods() -> Vec<Method> {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));
         }
     }
+    for (k, l) in [(1, 1), (2, 3), (4, 2)] {
+        for rest in [
+            "",
+            "ranks = 'uniform'",
+            "groups = 'strided'",
+            "ranks = 'adaptive'\nsweeps = 0",
+            "form = 'factors'",
+            "form = 'pivot'",
+        ] {
+            texts.push(format!("type = 'monarch'\ninput-blocks = {k}\noutput-blocks = {l}\n{rest}"));
+        }
+    }
     texts.iter().map(|text| toml::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"))).collect()
 }
 
