@@ -21,6 +21,7 @@
 use serde::{Deserialize, Serialize};
 
 use self::layout::{Layout, RankTable};
+use self::rank_one::rank_one;
 use self::solve::{Slices, by_energy};
 use super::svd::Spectrum;
 use super::{Factorize, Forecast, Form, Outline, Problem, Svd, single};
@@ -32,6 +33,7 @@ use crate::operator::Operator;
 use crate::scalar::{DType, Real};
 
 mod layout;
+mod rank_one;
 mod search;
 mod solve;
 
@@ -199,7 +201,12 @@ impl Monarch {
     /// One choice of block numbers, within bytes or at a rank.
     fn solve<T: Real>(&self, problem: &Problem<'_, T>, cut: Cut) -> Result<Operator<T>> {
         let layouts = self.layouts(problem.shape(), problem.dtype, || by_energy(problem))?;
-        // The slices are the same in all of them.
+        if let (Cut::Rank(1), Some(layout)) = (cut, Self::cheapest(&layouts, 1)) {
+            if let Some(slices) = rank_one(problem, layout)? {
+                return layout.operator(&slices, problem.backend);
+            }
+        }
+        // The slices are the same in all layouts.
         let slices = Slices::new(problem, &layouts[0])?;
         let spectra = slices.spectra()?;
         let mut best: Option<(&Layout, RankTable, f64)> = None;

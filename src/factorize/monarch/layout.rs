@@ -15,7 +15,7 @@ use crate::scalar::{DType, Real};
 pub(super) struct Layout {
     shape: (usize, usize),
     dtype: DType,
-    groups: Groups,
+    pub(super) groups: Groups,
     form: Form,
     /// The inputs in the order of the chunks, ascending in each, unless they are neighbours.
     pub(super) inputs: Option<Vec<usize>>,
