@@ -140,6 +140,16 @@ enum Sources<'a> {
     Each(&'a [u32]),
 }
 
+impl Sources<'_> {
+    /// The same in a matrix whose first row is row `origin` of x; only runs are read from such.
+    fn from(self, origin: usize) -> Self {
+        match self {
+            Sources::Run { start, length } => Sources::Run { start: start.saturating_sub(origin), length },
+            each => each,
+        }
+    }
+}
+
 /// Where the results go: columns `from..from + columns` of rows of `stride` numbers.
 struct Output<'a, T> {
     all: &'a mut [T],

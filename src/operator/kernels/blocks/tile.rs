@@ -16,20 +16,21 @@ const WIDE: usize = 32;
 
 #[inline(always)]
 pub(super) fn run<S: Simd, T: Real, L: Leaf<T>>(s: S, job: &Job<'_, T, L>, blocks: &[Block], mut out: Output<'_, T>) {
-    let (mut memory, mut results, mut wide) = (Aligned::default(), Aligned::default(), Vec::new());
-    let columns = job.x.ncols();
+    let (mut memory, mut results, mut turned, mut wide) =
+        (Aligned::default(), Aligned::default(), Aligned::default(), Vec::new());
+    let (columns, lanes) = (job.x.ncols(), T::lanes::<S>());
+    let (x, origin) = panel::upright(s, job, blocks, &mut turned);
     for block in blocks {
         let &Block { value, input, output, height, width } = block;
         let values = L::wide(&job.values[value..][..height * width], &mut wide);
         let (outputs, inputs) = if job.transposed { (width, height) } else { (height, width) };
-        let sources = job.sources(input, inputs);
-        let lanes = T::lanes::<S>();
+        let sources = job.sources(input, inputs).from(origin);
         if values.len() >= LARGE && columns >= WIDE {
             let vectors = columns.div_ceil(lanes);
-            let x = memory.numbers(inputs * vectors * lanes);
-            panel::fill(s, job, &sources, (0, columns), vectors, x);
+            let to = memory.numbers(inputs * vectors * lanes);
+            panel::fill::<S, T>(x, &sources, 0, vectors, to);
             let y = results.numbers(outputs * columns);
-            by_gemm(values, (height, width), job.transposed, x, y, columns);
+            by_gemm(values, (height, width), job.transposed, to, y, columns);
             for (o, numbers) in (output..).zip(y.chunks_exact(columns)) {
                 if let Some(row) = out.row(o) {
                     row.copy_from_slice(numbers);
@@ -44,8 +45,14 @@ pub(super) fn run<S: Simd, T: Real, L: Leaf<T>>(s: S, job: &Job<'_, T, L>, block
                 left => left.min(2),
             };
             let count = (columns - from).min(vectors * lanes);
-            let x = memory.numbers(inputs * vectors * lanes);
-            panel::fill(s, job, &sources, (from, count), vectors, x);
+            let x = match panel::in_place(&x, &sources, inputs, vectors * lanes) {
+                Some(there) => there,
+                None => {
+                    let to = memory.numbers(inputs * vectors * lanes);
+                    panel::fill::<S, T>(x, &sources, from, vectors, to);
+                    to
+                }
+            };
             // A function of its own, so that all kinds of leaves share it.
             s.vectorize(Tiles { block, values, transposed: job.transposed, vectors, x, from, count, out: &mut out });
             from += count;
