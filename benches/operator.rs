@@ -1,5 +1,6 @@
-//! Applying compressed weights: the dense matrix, two factors at a quarter of the rank and the pivot form
-//! at half the bytes, side by side, for 1, 16 and 128 tokens.
+//! Applying compressed weights: the dense matrix, two factors at a quarter of the rank, the pivot form at half
+//! the bytes, and block-diagonal factors with a shuffle between them (√n blocks of √n×√n, a Monarch matrix),
+//! side by side, for 1, 16 and 128 tokens.
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
 //! order of the matrix. Bound by bytes at batch 1: expect 2× for half of them where the dense matrix does
@@ -10,7 +11,10 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
 use weightpress::Result;
-use weightpress::operator::{Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
+use weightpress::operator::{
+    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Operator, Permutation, Runs, Side,
+};
+use weightpress::scalar::DType;
 
 fn order() -> usize {
     std::env::var("WEIGHTPRESS_BENCH_N").ok().and_then(|n| n.parse().ok()).unwrap_or(256)
@@ -31,7 +35,18 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     let right = Interpolative::new(Side::Right, pivots()?, Dense::new(w.slice(s![..r, r..]).to_owned()))?;
     let (tall, wide) = (w.slice(s![.., ..r]).to_owned(), w.slice(s![..r, ..]).to_owned());
     let factors = [w.slice(s![.., ..quarter]).to_owned(), w.slice(s![..quarter, ..]).to_owned()];
+    // Without a rest if n is a square.
+    let b = n.isqrt();
+    let shuffle = || Permutation::grid((b * b, b * b), b, b, Runs::Uniform(1)).map(Operator::Permutation);
+    let monarch = |dtype| {
+        let values = || numbers(1, b * b * b).into_raw_vec_and_offset().0;
+        let blocks = || BlockDiagonal::rounded(values(), vec![(b, b); b], dtype).map(Operator::BlockDiagonal);
+        let pad = Operator::Permutation(Permutation::list(n, (0..b as u32 * b as u32).collect())?);
+        Operator::product_of(vec![shuffle()?, blocks()?, shuffle()?, blocks()?, pad])
+    };
     Ok(vec![
+        ("Monarch, √n blocks", monarch(DType::F32)?),
+        ("Monarch, √n blocks, bf16", monarch(DType::BF16)?),
         ("factors r=n÷4", Operator::product_of(factors.map(dense).into())?),
         ("pivot rows, half", Operator::product_of(vec![Operator::Interpolative(left), dense(wide)])?),
         ("pivot columns, half", Operator::product_of(vec![dense(tall), Operator::Interpolative(right)])?),

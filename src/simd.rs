@@ -2,7 +2,11 @@
 //!
 //! Code that runs a problem in each lane gives the same bits at any width; code that sums across lanes does not.
 
+use half::bf16;
 use pulp::{Simd, bytemuck};
+
+/// No vector has more lanes.
+pub(crate) const LANES: usize = 16;
 
 /// A number with vectors of it. The names say what pulp's do; all functions are inlined into kernels that
 /// are compiled for the instruction set `S`.
@@ -39,6 +43,12 @@ pub trait Lanes: bytemuck::Pod + Send + Sync {
     fn rotate_right<S: Simd>(s: S, a: Self::V<S>, amount: usize) -> Self::V<S>;
     /// The sum of the lanes.
     fn vsum<S: Simd>(s: S, a: Self::V<S>) -> Self;
+    /// The first numbers of a slice, zeros beyond its end.
+    fn load<S: Simd>(s: S, a: &[Self]) -> Self::V<S>;
+    /// As many numbers as the slice takes.
+    fn store<S: Simd>(s: S, to: &mut [Self], a: Self::V<S>);
+    /// Exact widening.
+    fn from_bf16(a: bf16) -> Self;
     /// Whole vectors of a slice, and its rest.
     fn vectors<S: Simd>(a: &[Self]) -> (&[Self::V<S>], &[Self]);
     /// Whole vectors of a slice, and its rest.
@@ -47,7 +57,8 @@ pub trait Lanes: bytemuck::Pod + Send + Sync {
 
 macro_rules! lanes {
     ($t:ty, $v:ident, $splat:ident, $add:ident, $sub:ident, $mul:ident, $div:ident, $fma:ident, $fnma:ident,
-     $sqrt:ident, $abs:ident, $max:ident, $less:ident, $select:ident, $rotate:ident, $sum:ident, $slice:ident, $slice_mut:ident) => {
+     $sqrt:ident, $abs:ident, $max:ident, $less:ident, $select:ident, $rotate:ident, $sum:ident, $load:ident, $store:ident,
+     $slice:ident, $slice_mut:ident) => {
         impl Lanes for $t {
             type V<S: Simd> = S::$v;
             #[inline(always)]
@@ -103,6 +114,26 @@ macro_rules! lanes {
                 s.$sum(a)
             }
             #[inline(always)]
+            fn load<S: Simd>(s: S, a: &[Self]) -> S::$v {
+                // A masked load is a call; a whole vector needs none.
+                match S::$slice(a).0.first() {
+                    Some(&whole) => whole,
+                    None => s.$load(a),
+                }
+            }
+            #[inline(always)]
+            fn store<S: Simd>(s: S, to: &mut [Self], a: S::$v) {
+                match S::$slice_mut(to).0.first_mut() {
+                    Some(whole) => *whole = a,
+                    None => s.$store(to, a),
+                }
+            }
+            #[inline(always)]
+            fn from_bf16(a: bf16) -> Self {
+                // Weights are finite: no NaN to keep quiet, and so no branch.
+                f32::from_bits(u32::from(a.to_bits()) << 16).into()
+            }
+            #[inline(always)]
             fn vectors<S: Simd>(a: &[Self]) -> (&[S::$v], &[Self]) {
                 S::$slice(a)
             }
@@ -131,6 +162,8 @@ lanes!(
     select_f32s,
     rotate_right_f32s,
     reduce_sum_f32s,
+    partial_load_f32s,
+    partial_store_f32s,
     as_simd_f32s,
     as_mut_simd_f32s
 );
@@ -151,6 +184,8 @@ lanes!(
     select_f64s,
     rotate_right_f64s,
     reduce_sum_f64s,
+    partial_load_f64s,
+    partial_store_f64s,
     as_simd_f64s,
     as_mut_simd_f64s
 );
@@ -181,4 +216,31 @@ pub(crate) fn take<'a, V>(rest: &mut &'a mut [V], n: usize) -> &'a mut [V] {
     let (first, others) = std::mem::take(rest).split_at_mut(n);
     *rest = others;
     first
+}
+
+/// Transposes a square tile, the first [`Lanes::lanes`] vectors: blocks of 1, 2, 4, … off the diagonal change places (Eklundh, IEEE Trans. Computers
+/// C-21, 1972).
+#[inline(always)]
+pub(crate) fn transpose<S: Simd, T: Lanes>(s: S, tile: &mut [T::V<S>; LANES]) {
+    let (width, half) = (T::lanes::<S>(), T::splat(s, T::from_bf16(bf16::from_f32_const(0.5))));
+    let one = T::from_bf16(bf16::ONE);
+    // Written out, so that the tile stays in registers and the permutations are constants.
+    macro_rules! stage {
+        ($block:literal: $($a:literal $b:literal),*) => {
+            if $block < width {
+                let mut odd = [T::splat(s, T::zeroed()); 1];
+                let lanes: &mut [T] = bytemuck::cast_slice_mut(&mut odd);
+                lanes.iter_mut().enumerate().for_each(|(i, odd)| *odd = if (i / $block) % 2 == 1 { one } else { T::zeroed() });
+                $(if $b < width {
+                    let (a, b) = (tile[$a], tile[$b]);
+                    tile[$a] = T::if_less(s, half, odd[0], T::rotate_right(s, b, $block), a);
+                    tile[$b] = T::if_less(s, half, odd[0], b, T::rotate_right(s, a, width - $block));
+                })*
+            }
+        };
+    }
+    stage!(1: 0 1, 2 3, 4 5, 6 7, 8 9, 10 11, 12 13, 14 15);
+    stage!(2: 0 2, 1 3, 4 6, 5 7, 8 10, 9 11, 12 14, 13 15);
+    stage!(4: 0 4, 1 5, 2 6, 3 7, 8 12, 9 13, 10 14, 11 15);
+    stage!(8: 0 8, 1 9, 2 10, 3 11, 4 12, 5 13, 6 14, 7 15);
 }

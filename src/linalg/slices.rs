@@ -19,14 +19,14 @@ use rayon::prelude::*;
 use super::{Faer, Kernels};
 use crate::error::Result;
 use crate::scalar::{Real, check_finite};
-use crate::simd::{Aligned, take};
+use crate::simd::{Aligned, LANES, take};
 
 mod pack;
 #[cfg(test)]
 mod tests;
 mod tridiagonal;
 
-use self::pack::{LANES, Packed};
+use self::pack::Packed;
 use self::tridiagonal::Symmetric;
 
 /// Up to this short side, and this many elements, slices run in lanes; larger ones by the backend one by one.

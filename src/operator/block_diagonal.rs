@@ -3,7 +3,7 @@
 use half::bf16;
 use ndarray::{Array2, ArrayView2};
 
-use super::kernels::block_product;
+use super::kernels::{Job, block_product};
 use super::{LinearOperator, Permutation};
 use crate::error::{Error, Result};
 use crate::linalg::pages;
@@ -91,45 +91,44 @@ impl<T: Real> BlockDiagonal<T> {
         (dtype.bytes(values) + table) as u64
     }
 
-    /// S·diag(B)·G·x for permutations on either side, in one pass over the blocks: the shuffles are part of
-    /// its loads and stores.
-    pub(crate) fn between(
-        &self,
-        scatter: Option<&Permutation>,
-        gather: Option<&Permutation>,
-        x: ArrayView2<'_, T>,
-    ) -> Array2<T> {
-        let (rows, _) = self.shape();
-        let height = scatter.map_or(rows, Permutation::rows);
-        let (targets, sources) = (scatter.map(Permutation::targets), gather.map(Permutation::sources));
-        self.run(false, x, sources, targets, height)
-    }
-
-    /// Gᵀ·diag(B)ᵀ·Sᵀ·x: the transpose of [`between`](Self::between).
-    pub(crate) fn between_transposed(
-        &self,
-        scatter: Option<&Permutation>,
-        gather: Option<&Permutation>,
-        x: ArrayView2<'_, T>,
-    ) -> Array2<T> {
-        let (_, columns) = self.shape();
-        let height = gather.map_or(columns, Permutation::columns);
-        let (targets, sources) = (scatter.map(Permutation::targets), gather.map(Permutation::sources));
-        self.run(true, x, targets, sources, height)
-    }
-
-    fn run(
+    /// Rows of the result of [`between`](Self::between).
+    pub(crate) fn height(
         &self,
         transposed: bool,
-        x: ArrayView2<'_, T>,
-        gather: Option<&[u32]>,
-        scatter: Option<&[u32]>,
-        rows: usize,
-    ) -> Array2<T> {
-        match &self.values {
-            Values::Wide(values) => block_product(values, &self.extents, transposed, x, gather, scatter, rows),
-            Values::Bf16(values) => block_product(values, &self.extents, transposed, x, gather, scatter, rows),
+        scatter: Option<&Permutation>,
+        gather: Option<&Permutation>,
+    ) -> usize {
+        let (rows, columns) = self.shape();
+        match transposed {
+            false => scatter.map_or(rows, Permutation::rows),
+            true => gather.map_or(columns, Permutation::columns),
         }
+    }
+
+    /// Columns `from..` of y ← S·diag(B)·G·x, or its transpose Gᵀ·diag(B)ᵀ·Sᵀ·x, as many as x has, for
+    /// permutations on either side, in one pass over the blocks: the shuffles are part of its loads and stores. Rows
+    /// that nothing is written to stay as they are.
+    pub(crate) fn between(
+        &self,
+        transposed: bool,
+        scatter: Option<&Permutation>,
+        gather: Option<&Permutation>,
+        x: ArrayView2<'_, T>,
+        (y, from): (&mut Array2<T>, usize),
+    ) {
+        let (targets, sources) = (scatter.map(Permutation::targets), gather.map(Permutation::sources));
+        let (scatter, gather) = if transposed { (sources, targets) } else { (targets, sources) };
+        let extents = &self.extents[..];
+        match &self.values {
+            Values::Wide(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
+            Values::Bf16(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
+        }
+    }
+
+    fn alone(&self, transposed: bool, x: ArrayView2<'_, T>) -> Array2<T> {
+        let mut y = pages::zeros((self.height(transposed, None, None), x.ncols()));
+        self.between(transposed, None, None, x, (&mut y, 0));
+        y
     }
 }
 
@@ -143,10 +142,10 @@ impl<T: Real> LinearOperator<T> for BlockDiagonal<T> {
         self.extents.iter().fold((0, 0), |(m, n), (rows, columns)| (m + rows, n + columns))
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        self.between(None, None, x)
+        self.alone(false, x)
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        self.between_transposed(None, None, x)
+        self.alone(true, x)
     }
     fn params(&self) -> usize {
         self.extents.iter().map(|(rows, columns)| rows * columns).sum()

@@ -1,9 +1,10 @@
 //! How a product is applied: factor by factor, but for permutations beside block-diagonal factors, which
 //! cost no pass of their own.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis, CowArray};
 
 use super::{BlockDiagonal, LinearOperator, Operator, Permutation};
+use crate::linalg::pages;
 use crate::scalar::Real;
 
 /// What a product does in one pass.
@@ -15,16 +16,16 @@ pub(super) enum Stage<'a, T: Real> {
 }
 
 impl<T: Real> Stage<'_, T> {
-    pub(super) fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+    /// What it makes of x; of its transpose, if that is asked for.
+    fn run(&self, transposed: bool, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
+            Stage::Factor(factor) if transposed => factor.product_transposed(x),
             Stage::Factor(factor) => factor.product(x),
-            Stage::Blocks { scatter, blocks, gather } => blocks.between(*scatter, *gather, x),
-        }
-    }
-    pub(super) fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        match self {
-            Stage::Factor(factor) => factor.product_transposed(x),
-            Stage::Blocks { scatter, blocks, gather } => blocks.between_transposed(*scatter, *gather, x),
+            Stage::Blocks { scatter, blocks, gather } => {
+                let mut y = pages::zeros((blocks.height(transposed, *scatter, *gather), x.ncols()));
+                blocks.between(transposed, *scatter, *gather, x, (&mut y, 0));
+                y
+            }
         }
     }
 }
@@ -54,14 +55,26 @@ pub(super) fn stages<T: Real>(factors: &[Operator<T>]) -> Vec<Stage<'_, T>> {
     stages
 }
 
-/// One stage after the other.
-pub(super) fn chain<'s, S: 's, T: Real>(
-    mut stages: impl Iterator<Item = &'s S>,
-    x: ArrayView2<'_, T>,
-    step: impl Fn(&S, ArrayView2<'_, T>) -> Array2<T>,
-) -> Array2<T> {
-    let first = stages.next().map_or_else(|| x.to_owned(), |first| step(first, x));
-    stages.fold(first, |y, stage| step(stage, y.view()))
+/// Vectors that go through several block-diagonal factors at a time, so that what is between them stays in
+/// the cache.
+const PANEL: usize = 64;
+
+/// One stage after the other: from the last to the first, or transposed from the first to the last.
+pub(super) fn chain<T: Real>(stages: &[Stage<'_, T>], transposed: bool, x: ArrayView2<'_, T>) -> Array2<T> {
+    let order: Vec<&Stage<'_, T>> = if transposed { stages.iter().collect() } else { stages.iter().rev().collect() };
+    let Some((last, before)) = order.split_last() else { return x.to_owned() };
+    let through = |x| before.iter().fold(CowArray::from(x), |x, stage| CowArray::from(stage.run(transposed, x.view())));
+    let blocks_only = before.iter().all(|stage| matches!(stage, Stage::Blocks { .. }));
+    match last {
+        Stage::Blocks { scatter, blocks, gather } if blocks_only && !before.is_empty() && x.ncols() > PANEL => {
+            let mut y = pages::zeros((blocks.height(transposed, *scatter, *gather), x.ncols()));
+            for (i, x) in x.axis_chunks_iter(Axis(1), PANEL).enumerate() {
+                blocks.between(transposed, *scatter, *gather, through(x).view(), (&mut y, i * PANEL));
+            }
+            y
+        }
+        _ => last.run(transposed, through(x).view()),
+    }
 }
 
 #[cfg(test)]
@@ -108,7 +121,7 @@ mod tests {
             let numbers =
                 |rows: usize, columns: usize| Array2::from_shape_fn((rows, columns), |(i, j)| (i * 3 + j) as f64);
             let (m, n) = dense.dim();
-            for b in [1, 4] {
+            for b in [1, 4, 2 * PANEL + 3] {
                 assert_eq!(product.product(numbers(n, b).view()), dense.dot(&numbers(n, b)));
                 assert_eq!(product.product_transposed(numbers(m, b).view()), dense.t().dot(&numbers(m, b)));
                 assert_eq!(product.forward(numbers(b, n).view()).unwrap(), numbers(b, n).dot(&dense.t()));

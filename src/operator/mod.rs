@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2};
 
-use self::chain::{Stage, chain, stages};
+use self::chain::{chain, stages};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::Real;
@@ -202,7 +202,7 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
 
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
-            Operator::Product(factors) => chain(stages(factors).iter().rev(), x, Stage::product),
+            Operator::Product(factors) => chain(&stages(factors), false, x),
             Operator::Sum(terms) => sum(terms.iter().map(|term| term.product(x))),
             other => other.node().product(x),
         }
@@ -210,7 +210,7 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
 
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
-            Operator::Product(factors) => chain(stages(factors).iter(), x, Stage::product_transposed),
+            Operator::Product(factors) => chain(&stages(factors), true, x),
             Operator::Sum(terms) => sum(terms.iter().map(|term| term.product_transposed(x))),
             other => other.node().product_transposed(x),
         }

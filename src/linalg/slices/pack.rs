@@ -4,10 +4,8 @@ use ndarray::{ArrayView1, ArrayView2, Axis};
 use pulp::{Simd, bytemuck};
 
 use crate::scalar::Real;
-use crate::simd::{Lanes, take};
+use crate::simd::{LANES, Lanes, take, transpose};
 
-/// No vector has more lanes.
-pub(super) const LANES: usize = 16;
 /// A slice whose largest entry is within 2^±8 needs no scaling.
 const NEAR_ONE: i32 = 8;
 /// 2^±126 are normal numbers of every type.
@@ -127,7 +125,7 @@ impl<T: Real> Lines<T> {
             for row in 0..width {
                 tile[row] = T::vectors::<S>(&lines[row][start..start + width]).0[0];
             }
-            exchange::<S, T>(s, &mut tile);
+            transpose::<S, T>(s, &mut tile);
             tile[..width].iter().enumerate().for_each(|(i, &v)| put(start + i, v));
         }
         let mut last = [T::splat(s, T::zero()); 1];
@@ -137,30 +135,4 @@ impl<T: Real> Lines<T> {
             put(i, last[0]);
         }
     }
-}
-
-/// Transposes a square tile: blocks of 1, 2, 4, … off the diagonal change places (Eklundh, IEEE Trans. Computers
-/// C-21, 1972).
-#[inline(always)]
-fn exchange<S: Simd, T: Real>(s: S, tile: &mut [T::V<S>; LANES]) {
-    let (width, half) = (T::lanes::<S>(), T::splat(s, T::from_f64(0.5)));
-    // Written out, so that the tile stays in registers and the permutations are constants.
-    macro_rules! stage {
-        ($block:literal: $($a:literal $b:literal),*) => {
-            if $block < width {
-                let mut odd = [T::splat(s, T::zero()); 1];
-                let lanes: &mut [T] = bytemuck::cast_slice_mut(&mut odd);
-                lanes.iter_mut().enumerate().for_each(|(i, odd)| *odd = T::from_f64(((i / $block) % 2) as f64));
-                $(if $b < width {
-                    let (a, b) = (tile[$a], tile[$b]);
-                    tile[$a] = T::if_less(s, half, odd[0], T::rotate_right(s, b, $block), a);
-                    tile[$b] = T::if_less(s, half, odd[0], b, T::rotate_right(s, a, width - $block));
-                })*
-            }
-        };
-    }
-    stage!(1: 0 1, 2 3, 4 5, 6 7, 8 9, 10 11, 12 13, 14 15);
-    stage!(2: 0 2, 1 3, 4 6, 5 7, 8 10, 9 11, 12 14, 13 15);
-    stage!(4: 0 4, 1 5, 2 6, 3 7, 8 12, 9 13, 10 14, 11 15);
-    stage!(8: 0 8, 1 9, 2 10, 3 11, 4 12, 5 13, 6 14, 7 15);
 }

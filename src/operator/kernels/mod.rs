@@ -2,4 +2,4 @@
 
 mod blocks;
 
-pub(crate) use self::blocks::block_product;
+pub(crate) use self::blocks::{Job, block_product};

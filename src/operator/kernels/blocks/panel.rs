@@ -1,0 +1,122 @@
+//! The inputs of a block as a panel: a row for each, the vectors side by side.
+
+use ndarray::{ArrayView1, ArrayView2, Axis};
+use pulp::Simd;
+
+use super::{Block, Job, Leaf, NONE, Sources};
+use crate::scalar::Real;
+use crate::simd::{Aligned, LANES, Lanes, transpose};
+
+/// x as rows of whole vectors and the row of x that comes first, where that pays: if its columns are contiguous
+/// (a batch of tokens) and the blocks read runs of its rows. Otherwise x itself.
+#[inline(always)]
+pub(super) fn upright<'a, S: Simd, T: Real, L: Leaf<T>>(
+    s: S,
+    job: &'a Job<'_, T, L>,
+    blocks: &[Block],
+    memory: &'a mut Aligned<T>,
+) -> (ArrayView2<'a, T>, usize) {
+    let x = job.x.view();
+    let rows = blocks.iter().try_fold((usize::MAX, 0), |(first, end), block| {
+        match job.sources(block.input, if job.transposed { block.height } else { block.width }) {
+            Sources::Run { length: 0, .. } => Some((first, end)),
+            Sources::Run { start, length } => Some((first.min(start), end.max(start + length))),
+            Sources::Each(_) => None,
+        }
+    });
+    let sideways = x.strides()[0] == 1 && x.strides()[1] != 1;
+    let Some(rows) = rows.map(|(first, end)| first..end).filter(|rows| !rows.is_empty() && sideways) else {
+        return (x, 0);
+    };
+    let vectors = x.ncols().div_ceil(T::lanes::<S>());
+    let width = vectors * T::lanes::<S>();
+    let to = memory.numbers(rows.len() * width);
+    columns(s, x.slice(ndarray::s![rows.clone(), ..]), vectors, to);
+    match ArrayView2::from_shape((rows.len(), width), &*to) {
+        Ok(turned) => (turned, rows.start),
+        Err(_) => (x, 0),
+    }
+}
+
+/// The panel itself, if x holds it as it should be.
+#[inline(always)]
+pub(super) fn in_place<'a, T: Real>(
+    x: &'a ArrayView2<'_, T>,
+    sources: &Sources<'_>,
+    inputs: usize,
+    width: usize,
+) -> Option<&'a [T]> {
+    match *sources {
+        Sources::Run { start, length } if length == inputs && x.ncols() == width => {
+            x.as_slice().map(|all| &all[start * width..][..length * width])
+        }
+        _ => None,
+    }
+}
+
+/// Copies columns `from..` of the block's rows of x; row i of the panel is `to[i·vectors..][..vectors]`, with zeros in
+/// the lanes beyond x and in the rows that nothing is gathered for.
+#[inline(always)]
+pub(super) fn fill<S: Simd, T: Real>(
+    x: ArrayView2<'_, T>,
+    sources: &Sources<'_>,
+    from: usize,
+    vectors: usize,
+    to: &mut [T],
+) {
+    let row = vectors * T::lanes::<S>();
+    let count = row.min(x.ncols() - from);
+    let x = x.slice(ndarray::s![.., from..from + count]);
+    if count < row {
+        to.fill(T::zero());
+    }
+    match *sources {
+        Sources::Run { start, length } => {
+            to[length * row..].fill(T::zero());
+            for (to, i) in to.chunks_exact_mut(row).zip(start..start + length) {
+                copy(x.index_axis(Axis(0), i), &mut to[..count]);
+            }
+        }
+        Sources::Each(map) => {
+            for (to, &i) in to.chunks_exact_mut(row).zip(map) {
+                match i {
+                    NONE => to.fill(T::zero()),
+                    i => copy(x.index_axis(Axis(0), i as usize), &mut to[..count]),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn copy<T: Real>(from: ArrayView1<'_, T>, to: &mut [T]) {
+    match from.to_slice() {
+        Some(from) => to.copy_from_slice(from),
+        None => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
+    }
+}
+
+/// Columns that are contiguous, as of a transposed batch: by square tiles.
+#[inline(always)]
+fn columns<S: Simd, T: Real>(s: S, x: ArrayView2<'_, T>, vectors: usize, to: &mut [T]) {
+    let lanes = T::lanes::<S>();
+    let (to, _) = T::vectors_mut::<S>(to);
+    let length = x.nrows();
+    for (v, group) in x.axis_chunks_iter(Axis(1), lanes).enumerate() {
+        let mut lines: [&[T]; LANES] = [&[]; LANES];
+        for (line, column) in lines.iter_mut().zip(group.columns()) {
+            *line = column.to_slice().unwrap_or(&[]);
+        }
+        for start in (0..length).step_by(lanes) {
+            let end = length.min(start + lanes);
+            let mut tile = [T::splat(s, T::zero()); LANES];
+            for (row, line) in tile.iter_mut().zip(&lines[..lanes]) {
+                *row = <T as Lanes>::load(s, line.get(start..end).unwrap_or(&[]));
+            }
+            transpose::<S, T>(s, &mut tile);
+            for (i, &row) in (start..end).zip(&tile) {
+                to[i * vectors + v] = row;
+            }
+        }
+    }
+}
