@@ -62,6 +62,7 @@
 pub mod allocate;
 pub mod budget;
 pub mod checkpoint;
+pub mod coder;
 pub mod error;
 pub mod factorize;
 pub mod linalg;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Basis, Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
+use super::{Basis, Bitmask, Dense, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Side};
 use crate::error::{Error, Result};
 use crate::linalg::Transform;
 use crate::scalar::{DType, Real, narrow};
@@ -89,6 +89,28 @@ pub enum Node {
         /// The chosen rows of the transform: U16/U32 list or U8 bit mask.
         indices: String,
     },
+    /// [`Operator::NmSparse`].
+    NmSparse {
+        /// N, the values in a group.
+        n: usize,
+        /// M, the inputs in a group.
+        m: usize,
+        /// The number of columns.
+        columns: usize,
+        /// The packed positions of the groups, U8.
+        positions: String,
+        /// The values, rows × values of a row.
+        values: String,
+    },
+    /// [`Operator::Bitmask`].
+    Bitmask {
+        /// The number of columns.
+        columns: usize,
+        /// The mask, rows × ⌈columns/8⌉ U8.
+        mask: String,
+        /// The values, 1 × their number.
+        values: String,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.
@@ -150,6 +172,25 @@ impl Encoder {
                 len: leaf.atoms().len(),
                 indices: self.indices(name, next, leaf.atoms()),
             },
+            Operator::NmSparse(leaf) => {
+                let ((m, columns), bytes) = (leaf.shape(), leaf.encode_positions());
+                let shape = vec![m, leaf.pattern().position_bytes(columns)];
+                Node::NmSparse {
+                    n: leaf.pattern().n(),
+                    m: leaf.pattern().m(),
+                    columns,
+                    positions: self.push(name, next, DType::U8, shape, bytes),
+                    values: self.dense(name, next, leaf.values())?,
+                }
+            }
+            Operator::Bitmask(leaf) => {
+                let ((m, columns), bytes) = (leaf.shape(), leaf.encode_mask());
+                Node::Bitmask {
+                    columns,
+                    mask: self.push(name, next, DType::U8, vec![m, columns.div_ceil(8)], bytes),
+                    values: self.dense(name, next, leaf.values())?,
+                }
+            }
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {
@@ -242,6 +283,17 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Basis { kind, side, len, indices } => {
                 Operator::Basis(Basis::new(*kind, *side, self.indices(indices, *len)?)?)
             }
+            Node::NmSparse { n, m, columns, positions, values } => {
+                let (pattern, values) = (Nm::new(*n, *m)?, self.dense(values)?);
+                let (_, bytes) = self.bytes(positions)?;
+                let leaf = NmSparse::decode(pattern, *columns, bytes, values);
+                Operator::NmSparse(leaf.map_err(|e| e.of_tensor(positions))?)
+            }
+            Node::Bitmask { columns, mask, values } => {
+                let (rows, bytes) = self.bytes(mask)?;
+                let leaf = Bitmask::decode((rows, *columns), bytes, self.dense(values)?);
+                Operator::Bitmask(leaf.map_err(|e| e.of_tensor(mask))?)
+            }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,
             Node::Shared { id, node } => match self.shared.get(id) {
@@ -268,6 +320,16 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Dense::rounded(values, dtype)
         };
         read().map_err(|e| e.of_tensor(name))
+    }
+
+    /// A matrix of bytes: its rows and content.
+    fn bytes(&self, name: &str) -> Result<(usize, &'s [u8])> {
+        let stored = self.source.tensor(name)?;
+        match (stored.dtype, stored.shape) {
+            (DType::U8, &[rows, _]) => Ok((rows, stored.bytes)),
+            (dtype, _) if dtype != DType::U8 => Err(Error::UnsupportedDType { dtype }.of_tensor(name)),
+            (_, shape) => Err(Error::shape("a matrix of bytes", shape).of_tensor(name)),
+        }
     }
 
     fn indices(&self, name: &str, len: usize) -> Result<IndexSet> {

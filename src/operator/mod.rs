@@ -13,15 +13,20 @@ use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 mod basis;
+mod bitmask;
 pub mod codec;
 mod dense;
 mod index_set;
 mod interpolative;
+mod n_m;
+mod sparse;
 
 pub use self::basis::Basis;
+pub use self::bitmask::Bitmask;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
+pub use self::n_m::{Nm, NmSparse};
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {
@@ -85,6 +90,10 @@ pub enum Operator<T: Real> {
     Interpolative(Interpolative<T>),
     /// Chosen rows of a fast orthogonal transform (or their transpose).
     Basis(Basis),
+    /// N of every M consecutive entries of each row.
+    NmSparse(NmSparse<T>),
+    /// Entries anywhere, marked by one bit each.
+    Bitmask(Bitmask<T>),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -131,6 +140,8 @@ impl<T: Real> Operator<T> {
             Operator::Dense(node) => node,
             Operator::Interpolative(node) => node,
             Operator::Basis(node) => node,
+            Operator::NmSparse(node) => node,
+            Operator::Bitmask(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -252,6 +263,8 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::Dense(_) => write!(f, "dense {m}x{n}"),
             Operator::Interpolative(_) => write!(f, "interpolative {m}x{n}"),
             Operator::Basis(leaf) => write!(f, "{} {m}x{n}", format!("{:?}", leaf.kind()).to_lowercase()),
+            Operator::NmSparse(leaf) => write!(f, "{}:{} sparse {m}x{n}", leaf.pattern().n(), leaf.pattern().m()),
+            Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),
