@@ -31,7 +31,7 @@ mod table;
 
 pub use self::descent::{Descent, descend};
 pub use self::obs::{Factor, obs};
-pub use self::score::{Rule, prune};
+pub use self::score::{Rule, prune, scores};
 pub use self::table::{Pattern, Tables};
 
 /// Rows in a strip: one unit of parallel work.

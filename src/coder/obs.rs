@@ -39,8 +39,8 @@ impl<T: Real> Factor<T> {
         let dead: Vec<usize> = (0..n).filter(|&j| form[(j, j)] <= 0.0).collect();
         let mean = form.diag().iter().map(|d| d.max(0.0)).sum::<f64>() / (n - dead.len()).max(1) as f64;
         let mean = if mean > 0.0 { mean } else { 1.0 };
-        let mut damping = damping;
-        for attempt in 0.. {
+        let (mut damping, mut attempt) = (damping, 0);
+        loop {
             // Columns and rows in reverse order: the lower factor becomes the upper one.
             let mut turned = form.slice(s![..;-1, ..;-1]).to_owned();
             turned.diag_mut().mapv_inplace(|d| d + damping * mean);
@@ -58,10 +58,9 @@ impl<T: Real> Factor<T> {
                     return Ok(Factor { upper, dead, damping });
                 }
                 Err(why) if attempt == ATTEMPTS => return Err(why),
-                Err(_) => damping = (10.0 * damping).max(1e-8),
+                Err(_) => (damping, attempt) = ((10.0 * damping).max(1e-8), attempt + 1),
             }
         }
-        unreachable!("the loop above returns")
     }
 
     /// The damping used, as a fraction of the mean diagonal.

@@ -42,7 +42,7 @@ pub(crate) fn normalised<T: Real>(weight: ArrayView2<'_, T>) -> (Array2<f64>, Ar
 
 /// The score of each weight, m×n, with `squares` the mean square of each input. For the two rules that
 /// solve for values it is Wanda's: that of inputs which do not interact.
-pub(crate) fn scores<T: Real>(rule: Rule, weight: ArrayView2<'_, T>, squares: ArrayView1<'_, f64>) -> Array2<f64> {
+pub fn scores<T: Real>(rule: Rule, weight: ArrayView2<'_, T>, squares: ArrayView1<'_, f64>) -> Array2<f64> {
     let sizes = || weight.mapv(|w| w.wide().abs());
     match rule {
         Rule::Magnitude => sizes(),

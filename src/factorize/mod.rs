@@ -18,11 +18,15 @@ use crate::scalar::{DType, Real, check_finite};
 
 mod cosine;
 mod pivot;
+mod sparse;
 mod subset;
 mod svd;
+mod two_four;
 
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::svd::{Form, Route, Share, Svd};
+pub use self::two_four::TwoFour;
+pub use crate::coder::Rule;
 
 /// One weight to compress.
 #[derive(Debug, Clone)]
@@ -222,11 +226,13 @@ pub enum Method {
     Svd(Svd),
     /// Projection on chosen rows of a fixed orthogonal transform.
     Cosine(Cosine),
+    /// N of every M consecutive inputs, 2 of 4 by default.
+    TwoFour(TwoFour),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "two-four"];
 
     /// A built-in method with its default parameters.
     ///
@@ -236,6 +242,7 @@ impl Method {
         match name {
             "svd" => Ok(Method::Svd(Svd::default())),
             "cosine" => Ok(Method::Cosine(Cosine::default())),
+            "two-four" => Ok(Method::TwoFour(TwoFour::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -246,6 +253,7 @@ impl Method {
         match self {
             Method::Svd(method) => method,
             Method::Cosine(method) => method,
+            Method::TwoFour(method) => method,
         }
     }
 
@@ -254,6 +262,7 @@ impl Method {
         match self {
             Method::Svd(_) => "svd",
             Method::Cosine(_) => "cosine",
+            Method::TwoFour(_) => "two-four",
         }
     }
 }

@@ -20,6 +20,11 @@ use super::run::matrix;
 fn methods() -> Vec<Method> {
     let mut texts: Vec<String> = Method::NAMES.iter().map(|name| format!("type = '{name}'")).collect();
     texts.push("type = 'svd'\nform = 'factors'".into());
+    for rule in ["magnitude", "wanda", "ria", "nowag", "sparsegpt"] {
+        texts.push(format!("type = 'two-four'\nrule = '{rule}'"));
+    }
+    texts.push("type = 'two-four'\nn = 4\nm = 8\nsweeps = 2".into());
+    texts.push("type = 'two-four'\nn = 1\nm = 3\nsweeps = 2".into());
     for basis in ["identity", "dct2", "dct3", "auto"] {
         for side in ["left", "right", "both"] {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));

@@ -1,0 +1,132 @@
+//! What the sparse methods have in common: a rule, applied to a problem.
+
+use std::fmt::Display;
+
+use ndarray::{Array1, Array2};
+
+use super::{Outline, Problem};
+use crate::budget::Budget;
+use crate::coder::{Coded, Factor, Pattern, Rule, Tables, descend, obs, prune, scores};
+use crate::error::{Error, Result};
+use crate::linalg::Backend;
+use crate::metric::Weighting;
+use crate::operator::Nm;
+use crate::scalar::Real;
+
+/// How the sparse methods solve, whatever their pattern.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Solver {
+    pub(super) rule: Rule,
+    pub(super) sweeps: usize,
+    pub(super) damping: f64,
+}
+
+/// H of a problem with what was done to it.
+pub(super) struct Form<T> {
+    pub(super) factor: Factor<T>,
+    /// H + ridge·I in the compute type.
+    pub(super) damped: Array2<T>,
+    pub(super) ridge: f64,
+}
+
+impl Solver {
+    /// Refuses parameters out of range.
+    pub(super) fn check(&self) -> Result<()> {
+        match (0.0..=1.0).contains(&self.damping) {
+            true => Ok(()),
+            false => Err(Error::Unsupported(format!("damping = {}: expected a fraction of 1", self.damping))),
+        }
+    }
+
+    /// The factor of a Gram matrix, and the matrix with the same damping; notes what was unusual.
+    pub(super) fn form<T: Real>(
+        &self,
+        gram: &crate::stats::Gram,
+        backend: &dyn Backend,
+        notes: &mut Vec<String>,
+    ) -> Result<Form<T>> {
+        let factor = Factor::<T>::new(gram.matrix(), self.damping, backend)?;
+        if factor.damping() > self.damping {
+            notes.push(format!("Gram matrix not positive definite: damped by {:.0e} of its mean", factor.damping()));
+        }
+        if factor.dead() > 0 {
+            notes.push(format!("{} inputs are never seen", factor.dead()));
+        }
+        let n = gram.dim();
+        let ridge = factor.damping() * gram.diagonal().sum() / (n - factor.dead()).max(1) as f64;
+        let mut damped = gram.matrix().mapv(T::from_f64);
+        for (d, &full) in damped.diag_mut().iter_mut().zip(&gram.diagonal()) {
+            *d = T::from_f64(full + ridge);
+        }
+        Ok(Form { factor, damped, ridge })
+    }
+
+    /// N of every M by the rule.
+    pub(super) fn groups<T: Real>(
+        &self,
+        problem: &Problem<'_, T>,
+        nm: Nm,
+        notes: &mut Vec<String>,
+    ) -> Result<Coded<T>> {
+        let pattern = Pattern::Groups(nm);
+        let gram = match (self.rule, &problem.metric.input) {
+            (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
+            // Where inputs do not interact, Wanda's answer is the best there is, and no weight changes.
+            _ => {
+                let scores = scores(self.rule, problem.weight, squares(problem).view());
+                return Ok(prune(problem.weight, scores.view(), pattern, 0));
+            }
+        };
+        let form = self.form(gram, problem.backend, notes)?;
+        let start = obs(problem.weight, &form.factor, pattern, 0, None)?;
+        if self.rule == Rule::Sparsegpt {
+            return Ok(start);
+        }
+        let tables = Tables::new(gram.matrix(), form.ridge, pattern);
+        if tables.singular() > 0 {
+            notes.push(format!("{} groups of inputs are singular", tables.singular()));
+        }
+        descend(problem.weight, form.damped.view(), &tables, &start, self.sweeps)
+    }
+}
+
+/// The weight of each input in the metric: the mean square of its activations under `gram`.
+pub(super) fn squares<T: Real>(problem: &Problem<'_, T>) -> Array1<f64> {
+    match &problem.metric.input {
+        Weighting::Identity => Array1::ones(problem.shape().1),
+        Weighting::Diagonal(d) => d.to_vec().into(),
+        Weighting::Gram(gram) => gram.diagonal(),
+    }
+}
+
+/// The only problem of a group, checked.
+pub(super) fn single<'g, 'a, T: Real>(what: &str, group: &'g [Problem<'a, T>]) -> Result<&'g Problem<'a, T>> {
+    let [problem] = group else { return Err(alone(what, group.len())) };
+    problem.check().map_err(|e| e.of_tensor(problem.name))?;
+    no_rank(what, &problem.budget)?;
+    Ok(problem)
+}
+
+/// The only outline of a group.
+pub(super) fn outline(what: &str, group: &[Outline], budget: &Budget) -> Result<Outline> {
+    budget.check()?;
+    no_rank(what, budget)?;
+    let &[outline] = group else { return Err(alone(what, group.len())) };
+    Ok(outline)
+}
+
+fn alone(what: &str, count: usize) -> Error {
+    Error::Unsupported(format!("{what} compresses one weight at a time, not {count}"))
+}
+
+fn no_rank(what: &str, budget: &Budget) -> Result<()> {
+    match budget {
+        Budget::Rank(_) => Err(Error::Unsupported(format!("{what} has no rank: use keep, bytes, energy or error"))),
+        _ => Ok(()),
+    }
+}
+
+/// A budget below the least.
+pub(super) fn too_little(budget: &Budget, least: impl Display, before: u64) -> Error {
+    Error::Budget { asked: budget.to_string(), least: format!("{least} bytes of {before}") }
+}
