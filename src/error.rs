@@ -1,5 +1,6 @@
 //! One error type; its variants are told apart by what the caller can do about them.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use crate::scalar::DType;
@@ -155,7 +156,9 @@ impl Error {
     /// Programs use it to choose between "refused" and "failed" (exit codes 2 and 1 in the examples).
     pub fn is_refusal(&self) -> bool {
         match self {
-            Error::Io { .. } | Error::Numerical { .. } | Error::Cancelled => false,
+            // What was named is not there: a wrong request. Anything else is the machine's fault.
+            Error::Io { source, .. } => matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory),
+            Error::Numerical { .. } | Error::Cancelled => false,
             Error::Tensor { source, .. } => source.is_refusal(),
             _ => true,
         }

@@ -29,7 +29,7 @@ pub use self::writer::{Entry, Payload, copy_file_atomic, write_file_atomic, writ
 const SINGLE_FILE: &str = "model.safetensors";
 const SUFFIX: &str = ".safetensors";
 /// Files that this crate writes beside the weights; they describe the run, not the model.
-pub const RUN_FILES: [&str; 3] = ["report.json", "recipe.toml", "progress.jsonl"];
+pub const RUN_FILES: [&str; 2] = ["report.json", "recipe.toml"];
 /// Marks an unfinished file; what follows is random.
 pub(crate) const PARTIAL: &str = ".partial-";
 /// The extensions of other weight formats.

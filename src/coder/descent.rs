@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, s};
 
 use super::table::Masks;
-use super::{BLOCK, Coded, LANES, Strip, Tables, check, each, join, strips};
+use super::{BLOCK, Coded, LANES, STRIP, Strip, Tables, check, each, join, strips};
 use crate::error::Result;
 use crate::linalg::matmul_into;
 use crate::operator::Nm;
@@ -65,6 +65,38 @@ impl<'a, T: Real> Descent<'a, T> {
     /// One pass over all groups, masks as they are: the error does not rise.
     pub fn refit(&mut self) {
         self.pass(Choice::Values);
+    }
+
+    /// Keeps exactly the `count` entries of the whole matrix that are worth most by themselves, rows weighed
+    /// against each other by `rows`: v²·H_jj for a stored entry, f²/H_jj with f = H·(Ŵ−W) for one that is not
+    /// (it begins at zero). For a free pattern; [`refit`](Self::refit) afterwards. 2mn² flops.
+    pub fn settle(&mut self, count: usize, rows: impl Fn(usize) -> f64 + Send + Sync) {
+        let form = self.form;
+        let worth = each(&mut self.strips, |strip| {
+            let mut forces = Array2::zeros(strip.error.dim());
+            matmul_into(T::one(), form, strip.error.view(), T::zero(), forces.view_mut());
+            Array2::from_shape_fn((strip.rows, form.nrows()), |(i, j)| {
+                let (h, at) = (form[(j, j)].wide().max(f64::MIN_POSITIVE), (j, i));
+                let alone =
+                    if strip.kept[at] { strip.coded[at].wide().powi(2) * h } else { forces[at].wide().powi(2) / h };
+                alone * rows(strip.first + i)
+            })
+        });
+        let worth: Vec<f64> = worth.into_iter().flatten().collect();
+        let mut order: Vec<usize> = (0..worth.len()).collect();
+        if count < order.len() {
+            order.select_nth_unstable_by(count, |&a, &b| worth[b].total_cmp(&worth[a]).then(a.cmp(&b)));
+        }
+        self.strips.iter_mut().for_each(|strip| strip.kept.fill(false));
+        let n = self.shape.1;
+        for &at in order.iter().take(count) {
+            let (i, j) = (at / n, at % n);
+            self.strips[i / STRIP].kept[(j, i % STRIP)] = true;
+        }
+        for strip in &mut self.strips {
+            strip.coded.zip_mut_with(&strip.kept, |v, &kept| *v = if kept { *v } else { T::zero() });
+            strip.error = &strip.coded - &strip.target;
+        }
     }
 
     /// The solution reached.
@@ -176,8 +208,8 @@ impl<T: Real> Step<'_, T> {
             }
             // The target is not in `old`: H·(coded − target) loses the coded part only.
         }
-        let chosen = if fixed { self.current(strip) } else { self.best(&g, price) };
-        let new = self.values(&g, &chosen);
+        let chosen = if fixed { self.current(strip) } else { self.masks.best(self.inverses, &g, price) };
+        let new = self.masks.values(self.inverses, &g, &chosen);
         for i in 0..self.size {
             let target: [T; LANES] = load(&strip.target, self.first + i, self.lane);
             let (mut delta, mut error) = ([T::zero(); LANES], [T::zero(); LANES]);
@@ -203,45 +235,6 @@ impl<T: Real> Step<'_, T> {
         }
     }
 
-    /// The mask of the largest gain for each lane; of equal ones the first.
-    fn best(&self, g: &[[T; LANES]; Nm::LARGEST], price: &[T; LANES]) -> [usize; LANES] {
-        const PRODUCTS: usize = Nm::LARGEST * (Nm::LARGEST + 1) / 2;
-        let mut products = [[T::zero(); LANES]; PRODUCTS];
-        let mut at = 0;
-        for i in 0..self.size {
-            for j in i..self.size {
-                for l in 0..LANES {
-                    let product = g[i][l] * g[j][l];
-                    products[at][l] = if i == j { product } else { product + product };
-                }
-                at += 1;
-            }
-        }
-        let mut best = [T::neg_infinity(); LANES];
-        // As numbers of the compute type, so that both selections are of one width.
-        let mut chosen = [T::zero(); LANES];
-        let mut number = T::zero();
-        for (mask, which) in self.masks.products.iter().enumerate() {
-            let inverse = &self.inverses[mask * self.masks.stride..];
-            let mut gain = [T::zero(); LANES];
-            for (&which, &c) in which.iter().zip(inverse) {
-                let product = &products[which];
-                for l in 0..LANES {
-                    gain[l] += c * product[l];
-                }
-            }
-            let count = T::from_f64(self.masks.places[mask].len() as f64);
-            for l in 0..LANES {
-                let gain = gain[l] - count * price[l];
-                let better = gain > best[l];
-                best[l] = if better { gain } else { best[l] };
-                chosen[l] = if better { number } else { chosen[l] };
-            }
-            number += T::one();
-        }
-        chosen.map(|number| number.wide() as usize)
-    }
-
     /// The mask that each lane has.
     fn current(&self, strip: &Strip<T>) -> [usize; LANES] {
         std::array::from_fn(|l| {
@@ -249,23 +242,5 @@ impl<T: Real> Step<'_, T> {
             let places: Vec<usize> = (0..self.size).filter(kept).collect();
             self.masks.places.iter().position(|known| *known == places).unwrap_or(0)
         })
-    }
-
-    /// −H_PP⁻¹·g_P for each lane's mask P, zero elsewhere.
-    fn values(&self, g: &[[T; LANES]; Nm::LARGEST], chosen: &[usize; LANES]) -> [[T; LANES]; Nm::LARGEST] {
-        let mut new = [[T::zero(); LANES]; Nm::LARGEST];
-        for (l, &mask) in chosen.iter().enumerate() {
-            let mut inverse = self.inverses[mask * self.masks.stride..].iter();
-            let places = &self.masks.places[mask];
-            for (a, &i) in places.iter().enumerate() {
-                for (&j, &c) in places[a..].iter().zip(inverse.by_ref()) {
-                    new[i][l] -= c * g[j][l];
-                    if i != j {
-                        new[j][l] -= c * g[i][l];
-                    }
-                }
-            }
-        }
-        new
     }
 }

@@ -27,17 +27,19 @@ use crate::scalar::Real;
 mod descent;
 mod obs;
 mod score;
+mod search;
 mod table;
 
 pub use self::descent::{Descent, descend};
 pub use self::obs::{Factor, obs};
 pub use self::score::{Rule, prune, scores};
+pub(crate) use self::search::Lanes;
 pub use self::table::{Pattern, Tables};
 
 /// Rows in a strip: one unit of parallel work.
 const STRIP: usize = 256;
 /// Rows that are computed on side by side.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// Columns that are solved one after the other before a matrix product brings the rest up to date.
 const BLOCK: usize = 64;
 

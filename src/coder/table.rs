@@ -27,7 +27,9 @@ struct Group<T> {
 
 /// The masks of one kind of group; all inverses have room for the largest one.
 #[derive(Debug, Clone)]
-pub(super) struct Masks {
+pub(crate) struct Masks {
+    /// Inputs of the group.
+    pub size: usize,
     /// Positions of each mask, ascending.
     pub places: Vec<Vec<usize>>,
     /// For each mask, which products gᵢ·gⱼ (i ≤ j, numbered rows first) its gain sums.
@@ -50,7 +52,7 @@ impl Masks {
             .map(|pairs: Vec<(usize, usize)>| pairs.into_iter().map(|(i, j)| number(i, j)).collect())
             .collect();
         let most = places.iter().map(Vec::len).max().unwrap_or(0);
-        Masks { places, products, stride: most * (most + 1) / 2 }
+        Masks { size, places, products, stride: most * (most + 1) / 2 }
     }
 }
 
@@ -114,7 +116,7 @@ impl<T: Real> Tables<T> {
     }
 
     /// (first column, columns, masks, inverses) of each group, from left to right.
-    pub(super) fn groups(&self) -> impl Iterator<Item = (usize, usize, &Masks, &[T])> {
+    pub(crate) fn groups(&self) -> impl Iterator<Item = (usize, usize, &Masks, &[T])> {
         self.groups.iter().map(|group| (group.start, group.size, &self.kinds[group.kind], group.inverses.as_slice()))
     }
 }

@@ -16,6 +16,8 @@ use crate::named::Named;
 use crate::operator::Operator;
 use crate::scalar::{DType, Real, check_finite};
 
+mod armor;
+mod bitmask;
 mod cosine;
 mod pivot;
 mod sparse;
@@ -23,6 +25,8 @@ mod subset;
 mod svd;
 mod two_four;
 
+pub use self::armor::Armor;
+pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::svd::{Form, Route, Share, Svd};
 pub use self::two_four::TwoFour;
@@ -228,11 +232,15 @@ pub enum Method {
     Cosine(Cosine),
     /// N of every M consecutive inputs, 2 of 4 by default.
     TwoFour(TwoFour),
+    /// Entries anywhere, with a bit mask.
+    Bitmask(Bitmask),
+    /// A 2:4 core between block-diagonal wrappers.
+    Armor(Armor),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "two-four"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "two-four", "bitmask", "armor"];
 
     /// A built-in method with its default parameters.
     ///
@@ -243,6 +251,8 @@ impl Method {
             "svd" => Ok(Method::Svd(Svd::default())),
             "cosine" => Ok(Method::Cosine(Cosine::default())),
             "two-four" => Ok(Method::TwoFour(TwoFour::default())),
+            "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
+            "armor" => Ok(Method::Armor(Armor::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -254,6 +264,8 @@ impl Method {
             Method::Svd(method) => method,
             Method::Cosine(method) => method,
             Method::TwoFour(method) => method,
+            Method::Bitmask(method) => method,
+            Method::Armor(method) => method,
         }
     }
 
@@ -263,6 +275,8 @@ impl Method {
             Method::Svd(_) => "svd",
             Method::Cosine(_) => "cosine",
             Method::TwoFour(_) => "two-four",
+            Method::Bitmask(_) => "bitmask",
+            Method::Armor(_) => "armor",
         }
     }
 }

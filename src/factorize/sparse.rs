@@ -6,19 +6,25 @@ use ndarray::{Array1, Array2};
 
 use super::{Outline, Problem};
 use crate::budget::Budget;
-use crate::coder::{Coded, Factor, Pattern, Rule, Tables, descend, obs, prune, scores};
+use crate::coder::{Coded, Descent, Factor, Pattern, Rule, Tables, descend, obs, prune, scores};
 use crate::error::{Error, Result};
 use crate::linalg::Backend;
 use crate::metric::Weighting;
 use crate::operator::Nm;
 use crate::scalar::Real;
 
+/// SparseGPT's own.
+const OBS_DAMPING: f64 = 0.01;
+/// Less: what descends further also gets more out of small eigenvalues.
+const CODER_DAMPING: f64 = 0.001;
+
 /// How the sparse methods solve, whatever their pattern.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Solver {
     pub(super) rule: Rule,
     pub(super) sweeps: usize,
-    pub(super) damping: f64,
+    /// As a fraction of the mean diagonal; by default 1 % for SparseGPT, as in its paper, and 0.1 % for the coder.
+    pub(super) damping: Option<f64>,
 }
 
 /// H of a problem with what was done to it.
@@ -30,14 +36,6 @@ pub(super) struct Form<T> {
 }
 
 impl Solver {
-    /// Refuses parameters out of range.
-    pub(super) fn check(&self) -> Result<()> {
-        match (0.0..=1.0).contains(&self.damping) {
-            true => Ok(()),
-            false => Err(Error::Unsupported(format!("damping = {}: expected a fraction of 1", self.damping))),
-        }
-    }
-
     /// The factor of a Gram matrix, and the matrix with the same damping; notes what was unusual.
     pub(super) fn form<T: Real>(
         &self,
@@ -45,15 +43,18 @@ impl Solver {
         backend: &dyn Backend,
         notes: &mut Vec<String>,
     ) -> Result<Form<T>> {
-        let factor = Factor::<T>::new(gram.matrix(), self.damping, backend)?;
-        if factor.damping() > self.damping {
+        let factor = Factor::<T>::new(gram.matrix(), self.damping.unwrap_or(OBS_DAMPING), backend)?;
+        if factor.damping() > self.damping.unwrap_or(OBS_DAMPING) {
             notes.push(format!("Gram matrix not positive definite: damped by {:.0e} of its mean", factor.damping()));
         }
         if factor.dead() > 0 {
             notes.push(format!("{} inputs are never seen", factor.dead()));
         }
         let n = gram.dim();
-        let ridge = factor.damping() * gram.diagonal().sum() / (n - factor.dead()).max(1) as f64;
+        // An indefinite matrix needs more than what was asked for here as well.
+        let raised = factor.damping() / self.damping.unwrap_or(OBS_DAMPING).max(f64::MIN_POSITIVE) > 1.0;
+        let damping = if raised { factor.damping() } else { self.damping.unwrap_or(CODER_DAMPING) };
+        let ridge = damping * gram.diagonal().sum() / (n - factor.dead()).max(1) as f64;
         let mut damped = gram.matrix().mapv(T::from_f64);
         for (d, &full) in damped.diag_mut().iter_mut().zip(&gram.diagonal()) {
             *d = T::from_f64(full + ridge);
@@ -87,6 +88,67 @@ impl Solver {
             notes.push(format!("{} groups of inputs are singular", tables.singular()));
         }
         descend(problem.weight, form.damped.view(), &tables, &start, self.sweeps)
+    }
+}
+
+impl Solver {
+    /// `count` entries anywhere by the rule, over all rows together.
+    pub(super) fn free<T: Real>(
+        &self,
+        problem: &Problem<'_, T>,
+        count: usize,
+        notes: &mut Vec<String>,
+    ) -> Result<Coded<T>> {
+        let weights = problem.metric.output_scale().map(|scale| scale.mapv(|b| b * b));
+        let row = |i: usize| weights.as_ref().map_or(1.0, |weights| weights[i]);
+        let gram = match (self.rule, &problem.metric.input) {
+            (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
+            _ => {
+                let mut scores = scores(self.rule, problem.weight, squares(problem).view());
+                for (i, mut scores) in scores.rows_mut().into_iter().enumerate() {
+                    // Nowag's score is a square, the others are not.
+                    scores *= if self.rule == Rule::Nowag { row(i) } else { row(i).sqrt() };
+                }
+                return Ok(prune(problem.weight, scores.view(), Pattern::Free, count));
+            }
+        };
+        let form = self.form(gram, problem.backend, notes)?;
+        let start =
+            obs(problem.weight, &form.factor, Pattern::Free, count, weights.as_ref().map(|weights| weights.view()))?;
+        if self.rule == Rule::Sparsegpt || self.sweeps == 0 {
+            return Ok(start);
+        }
+        let tables = Tables::new(gram.matrix(), form.ridge, Pattern::Free);
+        let mut descent = Descent::new(problem.weight, form.damped.view(), &tables, &start)?;
+        // The price at which single entries would number `count`; then what the sweeps say of it.
+        let worth = |((i, j), w): ((usize, usize), &T)| w.wide().powi(2) * form.damped[(j, j)].wide() * row(i);
+        let mut worths: Vec<f64> = problem.weight.indexed_iter().map(worth).collect();
+        let place = count.min(worths.len().saturating_sub(1));
+        let mut price = match worths.is_empty() {
+            true => return Ok(start),
+            false => *worths.select_nth_unstable_by(place, |a, b| b.total_cmp(a)).1,
+        };
+        for _ in 0..self.sweeps {
+            let of_row = |i: usize| T::from_f64(price / row(i).max(f64::MIN_POSITIVE));
+            let prices: Vec<T> = (0..problem.shape().0).map(of_row).collect();
+            let stored = descent.sweep_priced(&prices).max(1);
+            // Counts fall about with the square root of the price.
+            price *= (stored as f64 / count.max(1) as f64).powi(2).clamp(0.25, 4.0);
+        }
+        descent.settle(count, row);
+        (0..REFITS).for_each(|_| descent.refit());
+        Ok(descent.solution())
+    }
+}
+
+/// Passes over the values once the entries are settled.
+const REFITS: usize = 2;
+
+/// Refuses a parameter that is no fraction of one.
+pub(super) fn fraction(what: &str, value: f64) -> Result<()> {
+    match (0.0..=1.0).contains(&value) {
+        true => Ok(()),
+        false => Err(Error::Unsupported(format!("{what} = {value}: expected a fraction of 1"))),
     }
 }
 

@@ -18,6 +18,7 @@ mod faer;
 pub mod krylov;
 #[cfg(feature = "lapack")]
 mod lapack;
+pub(crate) mod pages;
 mod product;
 mod transform;
 

@@ -17,6 +17,7 @@ use rustdct::{DctPlanner, TransformType2And3};
 use serde::{Deserialize, Serialize};
 
 use super::dct::{Twist, fold, real, twist_back, twist_forward, twists, unfold};
+use super::pages;
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
@@ -100,7 +101,7 @@ impl Transform {
         Ok(self.rows(x.reversed_axes())?.reversed_axes())
     }
 
-    /// [`rows`](Self::rows) in place. Fresh memory costs as much as the transform: keep what you own.
+    /// [`rows`](Self::rows) in place: no fresh memory, which costs nearly as much as the transform.
     ///
     /// # Errors
     /// [`Error::Unsupported`] as in [`check`](Self::check).
@@ -112,7 +113,7 @@ impl Transform {
 
     /// [`rows`](Self::rows) for a length that was checked before.
     pub(crate) fn checked_rows<T: Real>(self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let mut out = Array2::zeros(x.dim());
+        let mut out = pages::zeros(x.dim());
         self.by_type(Some(x), &mut out);
         out
     }

@@ -8,25 +8,32 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2};
 
+use self::chain::{Stage, chain, stages};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 mod basis;
 mod bitmask;
+mod block_diagonal;
+mod chain;
 pub mod codec;
 mod dense;
 mod index_set;
 mod interpolative;
+mod kernels;
 mod n_m;
+mod permutation;
 mod sparse;
 
 pub use self::basis::Basis;
 pub use self::bitmask::Bitmask;
+pub use self::block_diagonal::BlockDiagonal;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
 pub use self::n_m::{Nm, NmSparse};
+pub use self::permutation::{Order, Permutation, Runs};
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {
@@ -90,6 +97,10 @@ pub enum Operator<T: Real> {
     Interpolative(Interpolative<T>),
     /// Chosen rows of a fast orthogonal transform (or their transpose).
     Basis(Basis),
+    /// Blocks along the diagonal.
+    BlockDiagonal(BlockDiagonal<T>),
+    /// A (partial) permutation.
+    Permutation(Permutation),
     /// N of every M consecutive entries of each row.
     NmSparse(NmSparse<T>),
     /// Entries anywhere, marked by one bit each.
@@ -140,10 +151,20 @@ impl<T: Real> Operator<T> {
             Operator::Dense(node) => node,
             Operator::Interpolative(node) => node,
             Operator::Basis(node) => node,
+            Operator::BlockDiagonal(node) => node,
+            Operator::Permutation(node) => node,
             Operator::NmSparse(node) => node,
             Operator::Bitmask(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
+        }
+    }
+
+    /// The operator behind any sharing.
+    fn unshared(&self) -> &Operator<T> {
+        match self {
+            Operator::Shared(inner) => inner.unshared(),
+            other => other,
         }
     }
 
@@ -179,10 +200,7 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
 
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
-            Operator::Product(factors) => match factors.split_last() {
-                Some((last, rest)) => rest.iter().rev().fold(last.product(x), |y, factor| factor.product(y.view())),
-                None => x.to_owned(),
-            },
+            Operator::Product(factors) => chain(stages(factors).iter().rev(), x, Stage::product),
             Operator::Sum(terms) => sum(terms.iter().map(|term| term.product(x))),
             other => other.node().product(x),
         }
@@ -190,12 +208,7 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
 
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
-            Operator::Product(factors) => match factors.split_first() {
-                Some((first, rest)) => {
-                    rest.iter().fold(first.product_transposed(x), |y, factor| factor.product_transposed(y.view()))
-                }
-                None => x.to_owned(),
-            },
+            Operator::Product(factors) => chain(stages(factors).iter(), x, Stage::product_transposed),
             Operator::Sum(terms) => sum(terms.iter().map(|term| term.product_transposed(x))),
             other => other.node().product_transposed(x),
         }
@@ -263,6 +276,8 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::Dense(_) => write!(f, "dense {m}x{n}"),
             Operator::Interpolative(_) => write!(f, "interpolative {m}x{n}"),
             Operator::Basis(leaf) => write!(f, "{} {m}x{n}", format!("{:?}", leaf.kind()).to_lowercase()),
+            Operator::BlockDiagonal(leaf) => write!(f, "block-diagonal {m}x{n} ({} blocks)", leaf.extents().len()),
+            Operator::Permutation(_) => write!(f, "permutation {m}x{n}"),
             Operator::NmSparse(leaf) => write!(f, "{}:{} sparse {m}x{n}", leaf.pattern().n(), leaf.pattern().m()),
             Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
             Operator::Product(factors) => joined(f, factors, "·"),

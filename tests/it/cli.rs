@@ -133,9 +133,8 @@ fn inspect_finds_what_is_no_number() {
     let (code, _, errors) = run("inspect", [path.as_os_str(), "--match".as_ref(), "none".as_ref()]);
     assert_eq!(code, Some(2));
     assert!(errors.contains("`none`"), "{errors}");
-    // What the system refuses is a failure, not a refusal.
     let (code, _, errors) = run("inspect", [folder.path().join("gone")]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(2));
     assert_eq!(errors.matches("No such file").count(), 1, "{errors}");
 }
 

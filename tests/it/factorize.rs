@@ -23,6 +23,12 @@ fn methods() -> Vec<Method> {
     for rule in ["magnitude", "wanda", "ria", "nowag", "sparsegpt"] {
         texts.push(format!("type = 'two-four'\nrule = '{rule}'"));
     }
+    for rule in ["nowag", "sparsegpt"] {
+        texts.push(format!("type = 'bitmask'\nrule = '{rule}'"));
+    }
+    texts.push("type = 'bitmask'\nlevels = 3\nsweeps = 2".into());
+    texts.push("type = 'armor'\nblock = 3\nsweeps = 2".into());
+    texts.push("type = 'armor'\noverhead = 1.0\nsweeps = 2\ndiagonal-sweeps = 2".into());
     texts.push("type = 'two-four'\nn = 4\nm = 8\nsweeps = 2".into());
     texts.push("type = 'two-four'\nn = 1\nm = 3\nsweeps = 2".into());
     for basis in ["identity", "dct2", "dct3", "auto"] {

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use ndarray::Array2;
 use weightpress::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use weightpress::operator::codec::{Encoder, FORMAT_VERSION, Header, METADATA_KEY, Tree};
-use weightpress::operator::{Dense, IndexSet, Interpolative, LinearOperator, Operator, Side};
+use weightpress::operator::{
+    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Operator, Permutation, Runs, Side,
+};
 use weightpress::run::{Options, Silent};
 use weightpress::scalar::DType;
 use weightpress::stats::Stats;
@@ -126,6 +128,11 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     for (kind, side) in [("identity", "right"), ("dct2", "left"), ("dct3", "right"), ("hadamard", "both")] {
         forms.push((&mixed, format!("method = {}\nbudget = {{ keep = 0.6 }}", basis(kind, side))));
     }
+    for method in
+        ["type = 'two-four'", "type = 'two-four', n = 4, m = 8", "type = 'bitmask'", "type = 'armor', block = 6"]
+    {
+        forms.push((&mixed, format!("method = {{ {method} }}\nbudget = {{ keep = 0.9 }}")));
+    }
     for (share, form) in [("input", "pivot"), ("output", "pivot"), ("input", "factors")] {
         let method = format!("{{ type = 'svd', share = '{share}', form = '{form}' }}");
         forms.push((&group, format!("method = {method}\ngroup = 'all'\nbudget = {{ keep = 0.5 }}")));
@@ -163,9 +170,28 @@ fn by_hand(folder: &Path) -> Result<PathBuf> {
         Operator::product_of(vec![pivots(400, &[7, 399], dense(398, 2, DType::BF16)?)?, leaf(2, 3, DType::F32)?])?;
     let long = pivots(70_000, &[3, 65_537], dense(69_998, 2, DType::F16)?)?;
 
+    let blocks = |extents: &[(usize, usize)]| {
+        let count = extents.iter().map(|(rows, columns)| rows * columns).sum();
+        let values = matrix(1, count, count).iter().map(|&v| v.into()).collect();
+        BlockDiagonal::rounded(values, extents.to_vec(), DType::BF16).map(Operator::BlockDiagonal)
+    };
+    let grid = |shape, rows, columns, runs| Permutation::grid(shape, rows, columns, runs).map(Operator::Permutation);
+    let alike = Operator::product_of(vec![
+        grid((7, 8), 2, 4, Runs::Uniform(1))?,
+        blocks(&[(4, 2), (4, 2)])?,
+        Operator::Permutation(Permutation::list(5, vec![4, 5, 0, 2])?),
+    ])?;
+    let ragged = Operator::product_of(vec![
+        blocks(&[(4, 3), (4, 2)])?,
+        grid((5, 5), 2, 2, Runs::Table(vec![1, 2, 2, 0]))?,
+        blocks(&[(3, 3), (2, 3)])?,
+        grid((6, 5), 1, 6, Runs::Uniform(1))?,
+    ])?;
+
     let mut encoder = Encoder::new();
     let mut weights = BTreeMap::new();
-    for (name, operator) in [("sum", sum), ("other", other), ("list", list), ("long", long)] {
+    let all = [("sum", sum), ("other", other), ("list", list), ("long", long), ("alike", alike), ("ragged", ragged)];
+    for (name, operator) in all {
         let tree = Tree { shape: operator.shape(), dtype: "F32".into(), operator: encoder.encode(name, &operator)? };
         weights.insert(name.to_owned(), tree);
     }

@@ -1,0 +1,133 @@
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2};
+
+use super::*;
+use crate::coder::{Coded, Tables, descend};
+use crate::linalg::Faer;
+use crate::metric::Metric;
+use crate::operator::LinearOperator;
+use crate::stats::Gram;
+
+fn numbers(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    Array2::from_shape_fn((rows, columns), |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
+    })
+}
+
+fn form(n: usize, seed: u64) -> Array2<f64> {
+    let mut x = numbers(n, 2 * n, seed);
+    let common = numbers(1, 2 * n, seed + 1);
+    for (j, mut row) in x.rows_mut().into_iter().enumerate() {
+        row.scaled_add(0.8, &common.row(0));
+        row *= 1.0 + (j % 5) as f64;
+    }
+    x.dot(&x.t()) / (2 * n) as f64
+}
+
+fn nowag(w: &Array2<f64>, squares: ndarray::ArrayView1<'_, f64>) -> Coded<f64> {
+    let score = scores(Rule::Nowag, w.view(), squares);
+    prune(w.view(), score.view(), Pattern::Groups(Nm::TWO_FOUR), 0)
+}
+
+#[test]
+fn no_step_raises_the_loss_with_any_block_that_fits_or_not() {
+    // Divisors, ragged last blocks, blocks that cut groups, a rest of the row, more blocks than lanes.
+    for (m, n, block) in [(32, 48, 8), (30, 50, 8), (21, 33, 6), (80, 24, 4), (17, 36, 1), (8, 8, 64)] {
+        let (w, g) = (numbers(m, n, 3), form(n, 5));
+        let diagonal = g.diag().to_owned();
+        let start = nowag(&w, diagonal.view());
+        let mut state = State::new(w.view(), start, (block, block), &Faer);
+        let forms = [Form::Diagonal(diagonal.view()), Form::Full(g.view())];
+        for form in &forms {
+            let mut last = state.loss(form);
+            let first = last;
+            for sweep in 0..4 {
+                for step in 0..3 {
+                    match step {
+                        0 => state.step_left(form).unwrap(),
+                        1 => state.step_right(form).unwrap(),
+                        _ => state.step_core(form, Nm::TWO_FOUR, block, &Faer),
+                    }
+                    let carried = state.error.clone();
+                    state.refresh();
+                    let drift = (&carried - &state.error).iter().fold(0.0f64, |a, v| a.max(v.abs()));
+                    assert!(drift < 1e-10, "{m}x{n}/{block}: the carried error is off by {drift}");
+                    let now = state.loss(form);
+                    assert!(now <= last * (1.0 + 1e-9), "{m}x{n}/{block} sweep {sweep} step {step}: {last} to {now}");
+                    last = now;
+                }
+            }
+            assert!(last < if block == 1 { 0.99 } else { 0.9 } * first, "{m}x{n}/{block}: {first} to {last}");
+        }
+        for (part, a) in state.rows.iter().zip(&state.left) {
+            assert!(a.columns().into_iter().all(|c| (c.dot(&c) - 1.0).abs() < 1e-12), "{part:?}");
+        }
+        assert!(NmSparse::gather(Nm::TWO_FOUR, state.core.values.view(), state.core.kept.view(), DType::F64).is_ok());
+    }
+}
+
+#[test]
+fn between_identities_the_core_step_is_a_sweep_of_the_coder() {
+    for (m, n) in [(40, 64), (7, 45)] {
+        let (w, g) = (numbers(m, n, 1), form(n, 2));
+        let start = nowag(&w, g.diag());
+        let mut state = State::new(w.view(), start.clone(), (8, 8), &Faer);
+        state.step_core(&Form::Full(g.view()), Nm::TWO_FOUR, 8, &Faer);
+        let tables = Tables::new(g.view(), 0.0, Pattern::Groups(Nm::TWO_FOUR));
+        let coder = descend(w.view(), g.view(), &tables, &start, 1).unwrap();
+        assert_eq!(state.core.kept, coder.kept);
+        assert!((&state.core.values - &coder.values).iter().all(|d| d.abs() < 1e-10));
+    }
+}
+
+#[test]
+fn without_sweeps_it_is_nowag() {
+    let (w, g) = (numbers(24, 40, 9), form(40, 4));
+    let start = nowag(&w, g.diag());
+    let metric = Metric::gram(Arc::new(Gram::new("g", g).unwrap()));
+    let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).metric(metric);
+    let method = Armor { block: Some(1), diagonal_sweeps: 0, sweeps: 0, ..Armor::default() };
+    let operator = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
+    assert_eq!(operator.to_dense(), start.values);
+}
+
+#[test]
+fn a_planted_product_is_found() {
+    let (m, n, block) = (32, 32, 4);
+    let core = nowag(&numbers(m, n, 5), Array1::ones(n).view());
+    let near_identity = |seed| Array2::<f64>::eye(block) + numbers(block, block, seed) * 0.2;
+    let wrap = |seed: u64| {
+        let mut whole = Array2::<f64>::zeros((m, m));
+        for (p, part) in parts(m, block).into_iter().enumerate() {
+            whole.slice_mut(ndarray::s![part.clone(), part]).assign(&near_identity(seed + p as u64));
+        }
+        whole
+    };
+    let w = wrap(100).dot(&core.values).dot(&wrap(200));
+    let ones = Array1::<f64>::ones(n);
+    let mut state = State::new(w.view(), nowag(&w, ones.view()), (block, block), &Faer);
+    let form = Form::Diagonal(ones.view());
+    let first = state.loss(&form);
+    for _ in 0..200 {
+        state.refresh();
+        state.step_left(&form).unwrap();
+        state.step_right(&form).unwrap();
+        state.step_core(&form, Nm::TWO_FOUR, block, &Faer);
+    }
+    let last = state.loss(&form);
+    assert!(last < 1e-3 * first, "{first} to {last}");
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let (w, g) = (numbers(96, 64, 7).mapv(|v| v as f32), form(64, 8));
+    let metric = Metric::gram(Arc::new(Gram::new("g", g).unwrap()));
+    let problem = Problem::new("w", w.view(), Budget::Keep(0.7)).metric(metric).dtype(DType::BF16);
+    let run = || Armor::default().factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
+    let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    let one = pool(1).install(run);
+    assert!((2..4).all(|threads| pool(threads).install(run) == one) && run() == one);
+}

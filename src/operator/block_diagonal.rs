@@ -1,0 +1,210 @@
+//! A block-diagonal matrix of rectangular blocks.
+
+use half::bf16;
+use ndarray::{Array2, ArrayView2};
+
+use super::kernels::block_product;
+use super::{LinearOperator, Permutation};
+use crate::error::{Error, Result};
+use crate::linalg::pages;
+use crate::scalar::{DType, Real, check_finite};
+
+/// diag(B₀, B₁, …) with blocks of any shape, one after the other along both axes. Like those of
+/// [`Dense`](super::Dense), its values are exactly representable in its stored dtype.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockDiagonal<T> {
+    values: Values<T>,
+    extents: Vec<(usize, usize)>,
+    dtype: DType,
+}
+
+/// The blocks one after the other, each row-major. BF16 stays as it is: half the memory traffic.
+#[derive(Debug, Clone, PartialEq)]
+enum Values<T> {
+    Wide(Vec<T>),
+    Bf16(Vec<bf16>),
+}
+
+impl<T: Real> BlockDiagonal<T> {
+    /// A leaf stored in the compute type. `values` are the blocks one after the other, each row-major;
+    /// `extents` their (rows, columns).
+    ///
+    /// # Errors
+    /// As [`rounded`](Self::rounded).
+    pub fn new(values: Vec<T>, extents: Vec<(usize, usize)>) -> Result<Self> {
+        Self::rounded(values, extents, T::DTYPE)
+    }
+
+    /// A leaf stored in `dtype`; the values are rounded to it now (to nearest, ties to even).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many values as the blocks hold; [`Error::UnsupportedDType`] if
+    /// `dtype` holds no floats; [`Error::NonFinite`] if a value is not finite or overflows `dtype`.
+    pub fn rounded(mut values: Vec<T>, extents: Vec<(usize, usize)>, dtype: DType) -> Result<Self> {
+        if !dtype.is_float() {
+            return Err(Error::UnsupportedDType { dtype });
+        }
+        if Some(values.len()) != count(&extents) {
+            return Err(Error::shape(format!("{} blocks", extents.len()), format!("{} values", values.len())));
+        }
+        if dtype != T::DTYPE {
+            values.iter_mut().for_each(|v| *v = v.round_to(dtype));
+        }
+        check_finite("factor", &values)?;
+        let values = match dtype {
+            DType::BF16 => Values::Bf16(values.iter().map(|v| bf16::from_f64(v.wide())).collect()),
+            _ => Values::Wide(values),
+        };
+        Ok(BlockDiagonal { values, extents, dtype })
+    }
+
+    /// (rows, columns) of each block.
+    pub fn extents(&self) -> &[(usize, usize)] {
+        &self.extents
+    }
+
+    /// The dtype it is stored in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The blocks one after the other, each row-major.
+    pub fn to_values(&self) -> Vec<T> {
+        match &self.values {
+            Values::Wide(values) => values.clone(),
+            Values::Bf16(values) => values.iter().map(|v| T::from_f64(v.to_f64())).collect(),
+        }
+    }
+
+    /// The extents of all blocks, if they are the same.
+    pub fn uniform(&self) -> Option<(usize, usize)> {
+        let first = self.extents.first()?;
+        self.extents.iter().all(|extent| extent == first).then_some(*first)
+    }
+
+    /// Bytes on disk of blocks of these extents: the values and, unless they are all alike, two
+    /// 32-bit extents of each block.
+    pub fn bytes_of(extents: &[(usize, usize)], dtype: DType) -> u64 {
+        let alike = extents.windows(2).all(|pair| pair[0] == pair[1]);
+        let values: usize = extents.iter().map(|(rows, columns)| rows * columns).sum();
+        let table = if alike && values > 0 { 0 } else { 8 * extents.len() };
+        (dtype.bytes(values) + table) as u64
+    }
+
+    /// S·diag(B)·G·x for permutations on either side, in one pass over the blocks: the shuffles are part of
+    /// its loads and stores.
+    pub(crate) fn between(
+        &self,
+        scatter: Option<&Permutation>,
+        gather: Option<&Permutation>,
+        x: ArrayView2<'_, T>,
+    ) -> Array2<T> {
+        let (rows, _) = self.shape();
+        let height = scatter.map_or(rows, Permutation::rows);
+        let (targets, sources) = (scatter.map(Permutation::targets), gather.map(Permutation::sources));
+        self.run(false, x, sources, targets, height)
+    }
+
+    /// Gᵀ·diag(B)ᵀ·Sᵀ·x: the transpose of [`between`](Self::between).
+    pub(crate) fn between_transposed(
+        &self,
+        scatter: Option<&Permutation>,
+        gather: Option<&Permutation>,
+        x: ArrayView2<'_, T>,
+    ) -> Array2<T> {
+        let (_, columns) = self.shape();
+        let height = gather.map_or(columns, Permutation::columns);
+        let (targets, sources) = (scatter.map(Permutation::targets), gather.map(Permutation::sources));
+        self.run(true, x, targets, sources, height)
+    }
+
+    fn run(
+        &self,
+        transposed: bool,
+        x: ArrayView2<'_, T>,
+        gather: Option<&[u32]>,
+        scatter: Option<&[u32]>,
+        rows: usize,
+    ) -> Array2<T> {
+        match &self.values {
+            Values::Wide(values) => block_product(values, &self.extents, transposed, x, gather, scatter, rows),
+            Values::Bf16(values) => block_product(values, &self.extents, transposed, x, gather, scatter, rows),
+        }
+    }
+}
+
+/// Numbers that blocks hold, unless that overflows.
+fn count(extents: &[(usize, usize)]) -> Option<usize> {
+    extents.iter().try_fold(0usize, |sum, (rows, columns)| sum.checked_add(rows.checked_mul(*columns)?))
+}
+
+impl<T: Real> LinearOperator<T> for BlockDiagonal<T> {
+    fn shape(&self) -> (usize, usize) {
+        self.extents.iter().fold((0, 0), |(m, n), (rows, columns)| (m + rows, n + columns))
+    }
+    fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        self.between(None, None, x)
+    }
+    fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        self.between_transposed(None, None, x)
+    }
+    fn params(&self) -> usize {
+        self.extents.iter().map(|(rows, columns)| rows * columns).sum()
+    }
+    fn bytes(&self) -> u64 {
+        Self::bytes_of(&self.extents, self.dtype)
+    }
+    fn flops(&self, columns: usize) -> u64 {
+        2 * self.params() as u64 * columns as u64
+    }
+    fn to_dense(&self) -> Array2<T> {
+        let mut dense = pages::zeros(self.shape());
+        let (values, mut at, mut corner) = (self.to_values(), 0, (0, 0));
+        for &(rows, columns) in &self.extents {
+            for i in 0..rows {
+                for j in 0..columns {
+                    dense[(corner.0 + i, corner.1 + j)] = values[at + i * columns + j];
+                }
+            }
+            at += rows * columns;
+            corner = (corner.0 + rows, corner.1 + columns);
+        }
+        dense
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize) -> Vec<f64> {
+        (0..count).map(|i| ((i * 7) % 11) as f64 - 5.0).collect()
+    }
+
+    #[test]
+    fn multiplies_like_its_dense_form() {
+        for extents in [vec![(2, 3)], vec![(2, 3), (1, 1), (4, 2)], vec![(0, 3), (3, 0), (2, 2)], vec![]] {
+            for dtype in [DType::F64, DType::BF16] {
+                let blocks = BlockDiagonal::rounded(numbers(count(&extents).unwrap()), extents.clone(), dtype).unwrap();
+                let dense = blocks.to_dense();
+                assert_eq!(dense.dim(), blocks.shape());
+                for b in [0, 1, 5] {
+                    let (x, y) = (numbers(dense.ncols() * b), numbers(dense.nrows() * b));
+                    let x = Array2::from_shape_vec((dense.ncols(), b), x).unwrap();
+                    let y = Array2::from_shape_vec((dense.nrows(), b), y).unwrap();
+                    assert_eq!(blocks.product(x.view()), dense.dot(&x));
+                    assert_eq!(blocks.product_transposed(y.view()), dense.t().dot(&y));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        assert!(matches!(BlockDiagonal::new(numbers(5), vec![(2, 3)]), Err(Error::Shape { .. })));
+        assert!(BlockDiagonal::new(numbers(5), vec![(usize::MAX, 3)]).is_err());
+        assert!(BlockDiagonal::new(vec![f64::NAN], vec![(1, 1)]).is_err());
+        assert!(BlockDiagonal::rounded(numbers(6), vec![(2, 3)], DType::U8).is_err());
+        assert!(BlockDiagonal::rounded(vec![1e6], vec![(1, 1)], DType::F16).is_err());
+    }
+}

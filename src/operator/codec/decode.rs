@@ -1,0 +1,180 @@
+//! Tensors and trees → operators. Nothing of a file is trusted.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{NamedTensor, Node, Run};
+use crate::error::{Error, Result};
+use crate::operator::{
+    Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Nm, NmSparse, Operator, Permutation, Runs,
+};
+use crate::scalar::{DType, Real, widen};
+use crate::tensor::{Stored, Tensor};
+
+/// Where a decoder finds tensors by name.
+pub trait Source {
+    /// The tensor's bytes, shape and dtype.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and whatever reading can meet.
+    fn tensor(&self, name: &str) -> Result<Stored<'_>>;
+}
+
+impl Source for Vec<NamedTensor> {
+    fn tensor(&self, name: &str) -> Result<Stored<'_>> {
+        let found = self.iter().find(|t| t.name == name);
+        let found = found.ok_or_else(|| Error::MissingTensor { name: name.into(), path: "memory".into() })?;
+        Ok(Stored { shape: &found.shape, dtype: found.dtype, bytes: &found.bytes })
+    }
+}
+
+/// Rebuilds operators; shared parts are read once and shared again.
+#[derive(Debug)]
+pub struct Decoder<'s, S, T: Real> {
+    source: &'s S,
+    shared: HashMap<String, Arc<Operator<T>>>,
+}
+
+/// Deeper trees than this are refused: no method writes them, only a hostile file would.
+const DEPTH: usize = 32;
+
+impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
+    /// A decoder over a source of tensors.
+    pub fn new(source: &'s S) -> Self {
+        Decoder { source, shared: HashMap::new() }
+    }
+
+    /// Rebuilds one operator.
+    ///
+    /// # Errors
+    /// Missing tensors, shapes that do not fit, values that are not finite.
+    pub fn decode(&mut self, node: &Node) -> Result<Operator<T>> {
+        self.visit(node, DEPTH)
+    }
+
+    fn visit(&mut self, node: &Node, depth: usize) -> Result<Operator<T>> {
+        let Some(depth) = depth.checked_sub(1) else {
+            return Err(Error::Unsupported(format!("an operator tree deeper than {DEPTH}")));
+        };
+        Ok(match node {
+            Node::Dense { tensor } => Operator::Dense(self.dense(tensor)?),
+            Node::Interpolative { side, len, pivots, coefficients } => {
+                let pivots = self.indices(pivots, *len)?;
+                Operator::Interpolative(Interpolative::new(*side, pivots, self.dense(coefficients)?)?)
+            }
+            Node::Basis { kind, side, len, indices } => {
+                Operator::Basis(Basis::new(*kind, *side, self.indices(indices, *len)?)?)
+            }
+            Node::BlockDiagonal { tensor, extents } => {
+                Operator::BlockDiagonal(self.blocks(tensor, extents.as_deref())?)
+            }
+            Node::Permutation { columns, list } => {
+                let list = self.integers(list)?.1;
+                Operator::Permutation(Permutation::list(*columns, list)?)
+            }
+            Node::Grid { shape, rows, columns, run } => {
+                Operator::Permutation(Permutation::grid(*shape, *rows, *columns, self.runs((*rows, *columns), run)?)?)
+            }
+            Node::NmSparse { n, m, columns, positions, values } => {
+                let (pattern, values) = (Nm::new(*n, *m)?, self.dense(values)?);
+                let (_, bytes) = self.bytes(positions)?;
+                let leaf = NmSparse::decode(pattern, *columns, bytes, values);
+                Operator::NmSparse(leaf.map_err(|e| e.of_tensor(positions))?)
+            }
+            Node::Bitmask { columns, mask, values } => {
+                let (rows, bytes) = self.bytes(mask)?;
+                let leaf = Bitmask::decode((rows, *columns), bytes, self.dense(values)?);
+                Operator::Bitmask(leaf.map_err(|e| e.of_tensor(mask))?)
+            }
+            Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
+            Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,
+            Node::Shared { id, node } => match self.shared.get(id) {
+                Some(known) => Operator::Shared(known.clone()),
+                None => {
+                    let inner = Arc::new(self.visit(node, depth)?);
+                    self.shared.insert(id.clone(), inner.clone());
+                    Operator::Shared(inner)
+                }
+            },
+        })
+    }
+
+    fn all(&mut self, nodes: &[Node], depth: usize) -> Result<Vec<Operator<T>>> {
+        nodes.iter().map(|node| self.visit(node, depth)).collect()
+    }
+
+    fn dense(&self, name: &str) -> Result<Dense<T>> {
+        let read = || {
+            let stored = self.source.tensor(name)?;
+            let values = stored.matrix::<T>()?.into_owned();
+            // f64 factors read as f32 are rounded here; half types are exact in both.
+            let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
+            Dense::rounded(values, dtype)
+        };
+        read().map_err(|e| e.of_tensor(name))
+    }
+
+    /// A matrix of bytes: its rows and content.
+    fn bytes(&self, name: &str) -> Result<(usize, &'s [u8])> {
+        let stored = self.source.tensor(name)?;
+        match (stored.dtype, stored.shape) {
+            (DType::U8, &[rows, _]) => Ok((rows, stored.bytes)),
+            (dtype, _) if dtype != DType::U8 => Err(Error::UnsupportedDType { dtype }.of_tensor(name)),
+            (_, shape) => Err(Error::shape("a matrix of bytes", shape).of_tensor(name)),
+        }
+    }
+
+    fn indices(&self, name: &str, len: usize) -> Result<IndexSet> {
+        let read = || {
+            let stored = self.source.tensor(name)?;
+            IndexSet::decode(len, stored.dtype, stored.bytes)
+        };
+        read().map_err(|e| e.of_tensor(name))
+    }
+
+    fn blocks(&self, name: &str, extents: Option<&str>) -> Result<BlockDiagonal<T>> {
+        let table = extents.map(|extents| self.integers(extents)).transpose()?;
+        let read = || {
+            let stored = self.source.tensor(name)?;
+            let extents = match (table, stored.shape) {
+                // (Blocks of no size would cost a file nothing.)
+                (None, &[count, rows, columns]) if rows * columns > 0 || count <= 1 => vec![(rows, columns); count],
+                (Some((shape, table)), [_]) if matches!(shape[..], [_, 2]) => {
+                    table.as_chunks::<2>().0.iter().map(|&[rows, columns]| (rows as usize, columns as usize)).collect()
+                }
+                _ => return Err(Error::shape("blocks of one extent, or values and a table of extents", stored.shape)),
+            };
+            let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
+            BlockDiagonal::rounded(widen(stored.dtype, stored.bytes)?, extents, dtype)
+        };
+        read().map_err(|e| e.of_tensor(name))
+    }
+
+    fn runs(&self, grid: (usize, usize), run: &Run) -> Result<Runs> {
+        let name = match run {
+            Run::Uniform(run) => return Ok(Runs::Uniform(*run)),
+            Run::Table(name) => name,
+        };
+        match self.integers(name)? {
+            (shape, table) if shape == [grid.0, grid.1] => {
+                let narrow = table.into_iter().map(u16::try_from).collect::<std::result::Result<_, _>>();
+                narrow.map(Runs::Table).map_err(|_| Error::shape("runs below 2^16", "longer ones").of_tensor(name))
+            }
+            (shape, _) => Err(Error::shape([grid.0, grid.1], shape).of_tensor(name)),
+        }
+    }
+
+    /// A tensor of U16 or U32: its shape and its numbers.
+    fn integers(&self, name: &str) -> Result<(Vec<usize>, Vec<u32>)> {
+        let read = || {
+            let stored = self.source.tensor(name)?;
+            let numbers: Vec<u32> = match stored.dtype {
+                DType::U16 => stored.bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b).into()).collect(),
+                DType::U32 => stored.bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect(),
+                dtype => return Err(Error::UnsupportedDType { dtype }),
+            };
+            Ok((stored.shape.to_vec(), numbers))
+        };
+        read().map_err(|e| e.of_tensor(name))
+    }
+}
