@@ -119,7 +119,7 @@ impl Armor {
             }
         };
         let least = bytes(outline, nm, self.block.unwrap_or(nm.m()));
-        found.map(Some).ok_or_else(|| too_little(budget, least, before))
+        found.map(Some).ok_or_else(|| too_little(budget, least.min(before), before))
     }
 
     fn solve<'a, T: Real>(&self, problem: &Problem<'a, T>, nm: Nm, block: usize) -> Result<State<'a, T>> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
 use crate::coder::Coded;
 use crate::error::Result;
@@ -121,6 +121,7 @@ impl<'a, T: Real> State<'a, T> {
     }
 
     /// tr(E·G·Eᵀ).
+    #[cfg(test)]
     pub(super) fn loss(&self, form: &Form<'_, T>) -> f64 {
         let product = form.times(self.error.view());
         product.iter().zip(&self.error).map(|(a, b)| a.wide() * b.wide()).sum()
@@ -195,20 +196,6 @@ impl<'a, T: Real> State<'a, T> {
             whole.slice_mut(s![at.clone(), at]).assign(&b.mapv(Real::wide));
         }
         whole
-    }
-
-    /// Multiplies A by a diagonal from the left and B by one from the right.
-    pub(super) fn scale(&mut self, rows: &Array1<f64>, columns: &Array1<f64>) {
-        for (part, a) in self.rows.iter().zip(&mut self.left) {
-            for (mut row, &r) in a.rows_mut().into_iter().zip(rows.slice(s![part.clone()])) {
-                row.mapv_inplace(|v| T::from_f64(v.wide() * r));
-            }
-        }
-        for (part, b) in self.columns.iter().zip(&mut self.right) {
-            for (mut column, &c) in b.axis_iter_mut(Axis(1)).zip(columns.slice(s![part.clone()])) {
-                column.mapv_inplace(|v| T::from_f64(v.wide() * c));
-            }
-        }
     }
 }
 

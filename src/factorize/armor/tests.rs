@@ -35,7 +35,7 @@ fn nowag(w: &Array2<f64>, squares: ndarray::ArrayView1<'_, f64>) -> Coded<f64> {
 #[test]
 fn no_step_raises_the_loss_with_any_block_that_fits_or_not() {
     // Divisors, ragged last blocks, blocks that cut groups, a rest of the row, more blocks than lanes.
-    for (m, n, block) in [(32, 48, 8), (30, 50, 8), (21, 33, 6), (80, 24, 4), (17, 36, 1), (8, 8, 64)] {
+    for (m, n, block) in [(32, 48, 8), (30, 50, 8), (21, 33, 6), (80, 24, 4), (17, 36, 1), (40, 20, 16)] {
         let (w, g) = (numbers(m, n, 3), form(n, 5));
         let diagonal = g.diag().to_owned();
         let start = nowag(&w, diagonal.view());
@@ -94,31 +94,38 @@ fn without_sweeps_it_is_nowag() {
     assert_eq!(operator.to_dense(), start.values);
 }
 
-#[test]
-fn a_planted_product_is_found() {
-    let (m, n, block) = (32, 32, 4);
-    let core = nowag(&numbers(m, n, 5), Array1::ones(n).view());
-    let near_identity = |seed| Array2::<f64>::eye(block) + numbers(block, block, seed) * 0.2;
+/// Loss at the start and after many sweeps, for W made of such a product.
+fn planted(size: usize, distance: f64, seed: u64) -> (f64, f64) {
+    let block = 4;
+    let ones = Array1::<f64>::ones(size);
+    let core = nowag(&numbers(size, size, seed), ones.view());
     let wrap = |seed: u64| {
-        let mut whole = Array2::<f64>::zeros((m, m));
-        for (p, part) in parts(m, block).into_iter().enumerate() {
-            whole.slice_mut(ndarray::s![part.clone(), part]).assign(&near_identity(seed + p as u64));
+        let mut whole = Array2::<f64>::zeros((size, size));
+        for (p, part) in parts(size, block).into_iter().enumerate() {
+            let near_identity = Array2::<f64>::eye(block) + numbers(block, block, seed + p as u64) * distance;
+            whole.slice_mut(ndarray::s![part.clone(), part]).assign(&near_identity);
         }
         whole
     };
-    let w = wrap(100).dot(&core.values).dot(&wrap(200));
-    let ones = Array1::<f64>::ones(n);
+    let w = wrap(seed + 100).dot(&core.values).dot(&wrap(seed + 200));
     let mut state = State::new(w.view(), nowag(&w, ones.view()), (block, block), &Faer);
     let form = Form::Diagonal(ones.view());
     let first = state.loss(&form);
-    for _ in 0..200 {
+    for _ in 0..150 {
         state.refresh();
         state.step_left(&form).unwrap();
         state.step_right(&form).unwrap();
         state.step_core(&form, Nm::TWO_FOUR, block, &Faer);
     }
-    let last = state.loss(&form);
-    assert!(last < 1e-3 * first, "{first} to {last}");
+    (first, state.loss(&form))
+}
+
+#[test]
+fn a_planted_product_is_found() {
+    for seed in 1..5 {
+        let (first, last) = planted(32, 0.2, seed);
+        assert!(first > 1.0 && last < 1e-3 * first, "{first} to {last}");
+    }
 }
 
 #[test]
