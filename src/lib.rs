@@ -8,7 +8,7 @@
 //!
 //! | axis | answers | here |
 //! |---|---|---|
-//! | structure | what form may Ŵ have? | [`factorize`]: weighted low rank, chosen columns of an orthogonal basis |
+//! | structure | what form may Ŵ have? | [`factorize`]: weighted low rank, sparse patterns with or without wrappers, chosen columns of an orthogonal basis |
 //! | metric | which error counts? | [`metric`]: Frobenius, Fisher, activation, Gram, and pairs of them |
 //! | budget | what may it cost? | [`budget`]: bytes, rank, energy or error, for each weight or [spread over all](allocate) |
 //!

@@ -32,6 +32,7 @@ mod table;
 
 pub use self::descent::{Descent, descend};
 pub use self::obs::{Factor, obs};
+pub(crate) use self::score::normalised;
 pub use self::score::{Rule, prune, scores};
 pub(crate) use self::search::Lanes;
 pub use self::table::{Pattern, Tables};

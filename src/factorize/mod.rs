@@ -25,7 +25,7 @@ mod subset;
 mod svd;
 mod two_four;
 
-pub use self::armor::Armor;
+pub use self::armor::{Armor, Solver};
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::svd::{Form, Route, Share, Svd};

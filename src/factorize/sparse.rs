@@ -9,7 +9,7 @@ use crate::budget::Budget;
 use crate::coder::{Coded, Descent, Factor, Pattern, Rule, Tables, descend, obs, prune, scores};
 use crate::error::{Error, Result};
 use crate::linalg::Backend;
-use crate::metric::Weighting;
+use crate::metric::{Metric, Weighting};
 use crate::operator::Nm;
 use crate::scalar::Real;
 
@@ -74,7 +74,7 @@ impl Solver {
             (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
             // Where inputs do not interact, Wanda's answer is the best there is, and no weight changes.
             _ => {
-                let scores = scores(self.rule, problem.weight, squares(problem).view());
+                let scores = scores(self.rule, problem.weight, squares(&problem.metric, problem.shape().1).view());
                 return Ok(prune(problem.weight, scores.view(), pattern, 0));
             }
         };
@@ -104,7 +104,7 @@ impl Solver {
         let gram = match (self.rule, &problem.metric.input) {
             (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
             _ => {
-                let mut scores = scores(self.rule, problem.weight, squares(problem).view());
+                let mut scores = scores(self.rule, problem.weight, squares(&problem.metric, problem.shape().1).view());
                 for (i, mut scores) in scores.rows_mut().into_iter().enumerate() {
                     // Nowag's score is a square, the others are not.
                     scores *= if self.rule == Rule::Nowag { row(i) } else { row(i).sqrt() };
@@ -153,9 +153,9 @@ pub(super) fn fraction(what: &str, value: f64) -> Result<()> {
 }
 
 /// The weight of each input in the metric: the mean square of its activations under `gram`.
-pub(super) fn squares<T: Real>(problem: &Problem<'_, T>) -> Array1<f64> {
-    match &problem.metric.input {
-        Weighting::Identity => Array1::ones(problem.shape().1),
+pub(super) fn squares(metric: &Metric, n: usize) -> Array1<f64> {
+    match &metric.input {
+        Weighting::Identity => Array1::ones(n),
         Weighting::Diagonal(d) => d.to_vec().into(),
         Weighting::Gram(gram) => gram.diagonal(),
     }
@@ -181,7 +181,8 @@ fn alone(what: &str, count: usize) -> Error {
     Error::Unsupported(format!("{what} compresses one weight at a time, not {count}"))
 }
 
-fn no_rank(what: &str, budget: &Budget) -> Result<()> {
+/// Refuses a budget that none of the sparse methods knows.
+pub(super) fn no_rank(what: &str, budget: &Budget) -> Result<()> {
     match budget {
         Budget::Rank(_) => Err(Error::Unsupported(format!("{what} has no rank: use keep, bytes, energy or error"))),
         _ => Ok(()),

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::state::{Form, State};
 use crate::coder::{LANES, Lanes, Pattern, Tables};
-use crate::linalg::{Backend, matmul_into};
+use crate::linalg::matmul_into;
 use crate::operator::Nm;
 use crate::scalar::Real;
 
@@ -117,14 +117,14 @@ impl<T: Real> Tile<'_, T> {
 
 impl<T: Real> State<'_, T> {
     /// S-step: all groups once, tile after tile; the loss does not rise.
-    pub(super) fn step_core(&mut self, form: &Form<'_, T>, nm: Nm, block: usize, backend: &dyn Backend) {
+    pub(super) fn step_core(&mut self, form: &Form<'_, T>, nm: Nm, block: usize) {
         let (_, n) = self.weight.dim();
-        let height = self.rows.first().map_or(0, ExactSizeIterator::len);
+        let height = self.rows.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let squares: Vec<Array2<T>> = self.left.iter().map(|a| multiply(a.t(), a.view())).collect();
         for range in tiles(n, block, nm) {
             let b = self.right_on(&range);
-            let gb = f64::kernels(backend).matmul(b.view(), form.block(range.clone()).view());
-            let h = f64::kernels(backend).symmetric_product(gb.view(), b.view());
+            let gb = f64::kernels(self.backend).matmul(b.view(), form.block(range.clone()).view());
+            let h = f64::kernels(self.backend).symmetric_product(gb.view(), b.view());
             let tables = Tables::new(h.view(), 0.0, Pattern::Groups(nm));
             let (narrow, b) = (h.mapv(T::from_f64), b.mapv(T::from_f64));
             let tile = Tile { tables: &tables, form: &narrow, height, width: range.len() };

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView1, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
 
 use crate::coder::Coded;
 use crate::error::Result;
@@ -58,7 +58,7 @@ pub(super) fn parts(len: usize, block: usize) -> Vec<Range<usize>> {
 /// Ŵ = A·S·B with W, and their difference.
 #[derive(Debug)]
 pub(super) struct State<'a, T> {
-    pub(super) weight: ArrayView2<'a, T>,
+    pub(super) weight: Array2<T>,
     pub(super) rows: Vec<Range<usize>>,
     pub(super) columns: Vec<Range<usize>>,
     /// Blocks of A.
@@ -68,7 +68,7 @@ pub(super) struct State<'a, T> {
     pub(super) right: Vec<Array2<T>>,
     /// A·S·B − W.
     pub(super) error: Array2<T>,
-    backend: &'a dyn Backend,
+    pub(super) backend: &'a dyn Backend,
 }
 
 /// A proximal term, as a fraction of the mean diagonal of the normal equations: solutions of what is
@@ -76,22 +76,21 @@ pub(super) struct State<'a, T> {
 const PROXIMAL: f64 = 1e-7;
 
 impl<'a, T: Real> State<'a, T> {
-    /// Identity wrappers around a first core.
+    /// Identity wrappers around a first core; `rows` and `columns` are where their blocks are.
     pub(super) fn new(
-        weight: ArrayView2<'a, T>,
+        weight: Array2<T>,
         core: Coded<T>,
-        block: (usize, usize),
+        rows: Vec<Range<usize>>,
+        columns: Vec<Range<usize>>,
         backend: &'a dyn Backend,
     ) -> Self {
-        let (m, n) = weight.dim();
-        let (rows, columns) = (parts(m, block.0), parts(n, block.1));
         let error = &core.values - &weight;
         let [left, right] = [&rows, &columns].map(|parts| parts.iter().map(|part| Array2::eye(part.len())).collect());
         State { weight, rows, columns, left, core, right, error, backend }
     }
 
     /// S·B.
-    fn right_side(&self) -> Array2<T> {
+    pub(super) fn right_side(&self) -> Array2<T> {
         let mut z = Array2::zeros(self.weight.dim());
         for (part, b) in self.columns.iter().zip(&self.right) {
             let s = self.core.values.slice(s![.., part.clone()]);
@@ -148,7 +147,7 @@ impl<'a, T: Real> State<'a, T> {
     }
 
     /// Columns of A at unit norm, the rows of S take the scale.
-    fn gauge(&mut self) {
+    pub(super) fn gauge(&mut self) {
         for (part, a) in self.rows.iter().zip(&mut self.left) {
             for (mut column, i) in a.columns_mut().into_iter().zip(part.clone()) {
                 let norm = column.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
@@ -186,6 +185,24 @@ impl<'a, T: Real> State<'a, T> {
             *b += &step;
         }
         Ok(())
+    }
+
+    /// Multiplies A by a diagonal from the left.
+    pub(super) fn scale_rows(&mut self, rows: impl Fn(usize) -> f64) {
+        for (part, a) in self.rows.iter().zip(&mut self.left) {
+            for (mut row, i) in a.rows_mut().into_iter().zip(part.clone()) {
+                row.mapv_inplace(|v| T::from_f64(v.wide() * rows(i)));
+            }
+        }
+    }
+
+    /// Multiplies B by a diagonal from the right.
+    pub(super) fn scale_columns(&mut self, columns: &Array1<f64>) {
+        for (part, b) in self.columns.iter().zip(&mut self.right) {
+            for (mut column, j) in b.columns_mut().into_iter().zip(part.clone()) {
+                column.mapv_inplace(|v| T::from_f64(v.wide() * columns[j]));
+            }
+        }
     }
 
     /// B on a range of columns that cuts no block, as one matrix, f64.

@@ -4,6 +4,7 @@ use ndarray::{Array1, Array2};
 
 use super::*;
 use crate::coder::{Coded, Tables, descend};
+use crate::factorize::TwoFour;
 use crate::linalg::Faer;
 use crate::metric::Metric;
 use crate::operator::LinearOperator;
@@ -39,7 +40,7 @@ fn no_step_raises_the_loss_with_any_block_that_fits_or_not() {
         let (w, g) = (numbers(m, n, 3), form(n, 5));
         let diagonal = g.diag().to_owned();
         let start = nowag(&w, diagonal.view());
-        let mut state = State::new(w.view(), start, (block, block), &Faer);
+        let mut state = State::new(w.clone(), start, parts(m, block), parts(n, block), &Faer);
         let forms = [Form::Diagonal(diagonal.view()), Form::Full(g.view())];
         for form in &forms {
             let mut last = state.loss(form);
@@ -49,7 +50,7 @@ fn no_step_raises_the_loss_with_any_block_that_fits_or_not() {
                     match step {
                         0 => state.step_left(form).unwrap(),
                         1 => state.step_right(form).unwrap(),
-                        _ => state.step_core(form, Nm::TWO_FOUR, block, &Faer),
+                        _ => state.step_core(form, Nm::TWO_FOUR, block),
                     }
                     let carried = state.error.clone();
                     state.refresh();
@@ -74,8 +75,8 @@ fn between_identities_the_core_step_is_a_sweep_of_the_coder() {
     for (m, n) in [(40, 64), (7, 45)] {
         let (w, g) = (numbers(m, n, 1), form(n, 2));
         let start = nowag(&w, g.diag());
-        let mut state = State::new(w.view(), start.clone(), (8, 8), &Faer);
-        state.step_core(&Form::Full(g.view()), Nm::TWO_FOUR, 8, &Faer);
+        let mut state = State::new(w.clone(), start.clone(), parts(m, 8), parts(n, 8), &Faer);
+        state.step_core(&Form::Full(g.view()), Nm::TWO_FOUR, 8);
         let tables = Tables::new(g.view(), 0.0, Pattern::Groups(Nm::TWO_FOUR));
         let coder = descend(w.view(), g.view(), &tables, &start, 1).unwrap();
         assert_eq!(state.core.kept, coder.kept);
@@ -108,14 +109,15 @@ fn planted(size: usize, distance: f64, seed: u64) -> (f64, f64) {
         whole
     };
     let w = wrap(seed + 100).dot(&core.values).dot(&wrap(seed + 200));
-    let mut state = State::new(w.view(), nowag(&w, ones.view()), (block, block), &Faer);
+    let blocks = || parts(size, block);
+    let mut state = State::new(w.clone(), nowag(&w, ones.view()), blocks(), blocks(), &Faer);
     let form = Form::Diagonal(ones.view());
     let first = state.loss(&form);
     for _ in 0..150 {
         state.refresh();
         state.step_left(&form).unwrap();
         state.step_right(&form).unwrap();
-        state.step_core(&form, Nm::TWO_FOUR, block, &Faer);
+        state.step_core(&form, Nm::TWO_FOUR, block);
     }
     (first, state.loss(&form))
 }
@@ -137,4 +139,93 @@ fn any_number_of_threads_gives_the_same_bits() {
     let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     let one = pool(1).install(run);
     assert!((2..4).all(|threads| pool(threads).install(run) == one) && run() == one);
+}
+
+/// The published proxy of the loss: normalised weights, diagonal metric.
+fn proxy(w: &Array2<f64>, compressed: &Array2<f64>, squares: &Array1<f64>) -> f64 {
+    let (_, rows, columns) = crate::coder::normalised(w.view());
+    let delta = (compressed - w) / &columns / &rows.insert_axis(Axis(1));
+    (&delta * &delta * squares).sum()
+}
+
+#[test]
+fn the_published_solver_descends_in_its_proxy_and_the_exact_one_is_below_it_after_few_sweeps() {
+    let (m, n, block) = (24, 32, 4);
+    let (w, squares) = (numbers(m, n, 3) * 0.1, Array1::from_shape_fn(n, |j| 0.2 + (j * 7 % 5) as f64));
+    let metric = Metric { output: Weighting::Identity, input: Weighting::Diagonal(Arc::new(squares.clone())) };
+    let problem = Problem::new("w", w.view(), Budget::Keep(0.9)).metric(metric);
+    let run = |iterations, solver| {
+        let method = Armor { block: Some(block), iterations, solver, overhead: 1.0, ..Armor::default() };
+        method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0)
+    };
+    let start = proxy(&w, &nowag(&w, squares.view()).values, &squares);
+    let few = proxy(&w, &run(50, Solver::Paper).to_dense(), &squares);
+    let many = run(400, Solver::Paper);
+    let paper = proxy(&w, &many.to_dense(), &squares);
+    assert!(few < 0.99 * start && paper < 0.95 * few, "{start}, {few}, {paper}");
+    assert_eq!(run(400, Solver::Paper), many);
+    // The exact solver in the same loss.
+    let (normal, ..) = crate::coder::normalised(w.view());
+    let core = nowag(&normal, squares.view());
+    let mut state = State::new(normal, core, parts(m, block), parts(n, block), &Faer);
+    let form = Form::Diagonal(squares.view());
+    for _ in 0..20 {
+        state.refresh();
+        state.step_left(&form).unwrap();
+        state.step_right(&form).unwrap();
+        state.step_core(&form, Nm::TWO_FOUR, block);
+    }
+    assert!(state.loss(&form) < paper, "{} against {paper}", state.loss(&form));
+}
+
+#[test]
+fn a_group_shares_its_input_wrapper_and_counts_it_once() {
+    let (a, b, g) = (numbers(24, 40, 1), numbers(18, 40, 2), form(40, 3));
+    let metric = Metric::gram(Arc::new(Gram::new("g", g).unwrap()));
+    let budget = Budget::Keep(0.8);
+    let group = [
+        Problem::new("a", a.view(), budget).metric(metric.clone()),
+        Problem::new("b", b.view(), budget).metric(metric.clone()),
+    ];
+    let method = Armor { share: Some(Share::Input), overhead: 1.0, ..Armor::default() };
+    let operators = method.factorize(&group).unwrap();
+    let outlines = group.each_ref().map(|p| Outline { shape: p.shape(), dtype: p.dtype });
+    let spec = MetricSpec::named("gram").unwrap();
+    let forecast = Factorize::<f64>::forecast(&method, &outlines, &spec, &budget).unwrap();
+    assert_eq!(Operator::total_bytes(&operators), forecast.bytes);
+    assert!(forecast.exact && forecast.bytes <= (42 * 40 * 8) * 8 / 10);
+    let shared = |operator: &Operator<f64>| match operator {
+        Operator::Product(factors) => match factors.last() {
+            Some(Operator::Shared(inner)) => inner.clone(),
+            other => panic!("{other:?}"),
+        },
+        other => panic!("{other:?}"),
+    };
+    assert!(Arc::ptr_eq(&shared(&operators[0]), &shared(&operators[1])));
+    let mut loss = [0.0, 0.0];
+    for (problem, operator) in group.iter().zip(&operators) {
+        let plain = TwoFour::default().factorize(std::slice::from_ref(problem)).unwrap().remove(0);
+        for (loss, operator) in loss.iter_mut().zip([operator, &plain]) {
+            *loss += metric.squared((&problem.weight - &operator.to_dense()).view(), &Faer);
+        }
+    }
+    assert!(loss[0] < 0.9 * loss[1], "{loss:?}");
+    let alone = Armor { share: None, ..method };
+    assert!(alone.factorize(&group).is_err());
+    assert!(Factorize::<f64>::forecast(&alone, &outlines, &spec, &budget).is_err());
+}
+
+#[test]
+fn weights_of_outputs_count() {
+    let (w, g) = (numbers(40, 32, 5), Arc::new(Gram::new("g", form(32, 6)).unwrap()));
+    let rows = Array1::from_shape_fn(40, |i| if i % 3 == 0 { 100.0 } else { 1.0 });
+    let weighed = Metric { output: Weighting::Diagonal(Arc::new(rows)), input: Weighting::Gram(g.clone()) };
+    let error = |metric: Metric| {
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.9)).metric(metric);
+        let method = Armor { overhead: 1.0, ..Armor::default() };
+        let found = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0).to_dense();
+        weighed.squared((&w - &found).view(), &Faer)
+    };
+    let (with, without) = (error(weighed.clone()), error(Metric::gram(g)));
+    assert!(with < 0.8 * without, "{with} against {without}");
 }
