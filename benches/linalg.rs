@@ -1,5 +1,6 @@
 //! Kernels of the default backend: products, symmetric products, eigen and singular value decompositions,
-//! pivoted QR, and the block Krylov iteration beside the exact decomposition it replaces.
+//! pivoted QR, leading singular triplets of many small slices, and the block Krylov iteration beside the exact
+//! decomposition it replaces.
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
 //! order of the matrices. One thread (a pool of one); compare ratios, not seconds.
@@ -8,8 +9,8 @@ use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
-use weightpress::linalg::Faer;
 use weightpress::linalg::krylov::{Krylov, Plain, leading_subspace};
+use weightpress::linalg::{Faer, leading_triplets};
 use weightpress::scalar::Real;
 
 fn order() -> usize {
@@ -32,12 +33,17 @@ fn kernels<T: Real>(c: &mut Criterion, pool: &rayon::ThreadPool, scalar: &str) {
     let spd = faer.gram(a.view());
     let plain = Plain { matrix: a.view(), backend: &Faer };
     let how = Krylov { tolerance: 1.0, ..Krylov::new(n / 4, 0) };
-    let rows: [(&str, &(dyn Fn() -> bool + Sync)); 9] = [
+    // As the rank-one Monarch projection cuts a matrix: n slices of √n×√n.
+    let side = n.isqrt();
+    let cut = |i: usize| a.slice(s![i / side * side..(i / side + 1) * side, i % side * side..(i % side + 1) * side]);
+    let slices: Vec<_> = (0..side * side).map(cut).collect();
+    let rows: [(&str, &(dyn Fn() -> bool + Sync)); 10] = [
         ("gemm", &|| !faer.matmul(black_box(a.view()), a.view()).is_empty()),
         ("gemm, few rows by a transpose", &|| !faer.matmul(black_box(eighth.view()), a.t()).is_empty()),
         ("gram", &|| !faer.gram(black_box(a.view())).is_empty()),
         ("eigh", &|| faer.eigh(black_box(spd.view())).is_ok()),
         ("svd", &|| faer.svd(black_box(a.view())).is_ok()),
+        ("leading triplets, slices of √n×√n", &|| leading_triplets(black_box(&slices)).is_ok()),
         ("cholesky", &|| faer.cholesky(black_box(spd.view())).is_ok()),
         ("orthonormalize", &|| !faer.orthonormalize(black_box(a.view())).is_empty()),
         ("pivoted_r of the upper half", &|| !faer.pivoted_r(black_box(half.view())).order.is_empty()),

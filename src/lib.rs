@@ -74,6 +74,7 @@ pub mod recipe;
 pub mod report;
 pub mod run;
 pub mod scalar;
+mod simd;
 pub mod stats;
 pub mod tensor;
 mod unit;

@@ -11,6 +11,7 @@ use safetensors::Dtype as Stored;
 
 use crate::error::{Error, Result};
 use crate::linalg::{Backend, Kernels};
+use crate::simd::Lanes;
 
 /// A dtype as it is stored in a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -109,7 +110,7 @@ mod sealed {
 }
 
 /// A type that is computed in: `f32` or `f64`. Sealed.
-pub trait Real: NdFloat + Default + sealed::Sealed {
+pub trait Real: NdFloat + Default + sealed::Sealed + Lanes {
     /// The dtype that stores this type without loss.
     const DTYPE: DType;
     /// Nearest value of this type.

@@ -116,13 +116,14 @@ class Checkpoint:
             return Operator(shape, lambda x: (atoms.T if left else atoms) @ x, text)
         if op != "interpolative":
             raise ValueError(f"unknown operator {op!r}")
-        t, rest = self.tensor(node["coefficients"]).astype("f8"), np.setdiff1d(np.arange(length), chosen)
+        t, rest = node["coefficients"], np.setdiff1d(np.arange(length), chosen)
+        t = self.build({"op": "dense", "tensor": t} if isinstance(t, str) else t)
 
         def interpolate(x):
             if not left:  # identity columns at the pivots, t in the others
-                return x[chosen] + t @ x[rest]
+                return x[chosen] + t.apply(x[rest])
             y = np.empty((length, x.shape[1]))  # identity rows at the pivots, t in the others
-            y[chosen], y[rest] = x, t @ x
+            y[chosen], y[rest] = x, t.apply(x)
             return y
         return Operator(shape, interpolate, text)
 

@@ -253,8 +253,8 @@ fn mark<T: Real>(
                 better[l] += u8::from(first);
             }
         }
-        for l in 0..LANES {
-            strip.kept[(c + k, lane + l)] = usize::from(better[l]) < nm.n();
+        for (l, better) in better.into_iter().enumerate() {
+            strip.kept[(c + k, lane + l)] = usize::from(better) < nm.n();
         }
     }
 }

@@ -173,9 +173,9 @@ mod tests {
         let mut upper = [0.0f64; 6];
         assert!(invert(3, |i, j| a[i][j], &mut upper));
         let inverse = |i: usize, j: usize| upper[[[0, 1, 2], [1, 3, 4], [2, 4, 5]][i][j]];
-        for i in 0..3 {
+        for (i, row) in a.iter().enumerate() {
             for j in 0..3 {
-                let product: f64 = (0..3).map(|k| a[i][k] * inverse(k, j)).sum();
+                let product: f64 = row.iter().enumerate().map(|(k, v)| v * inverse(k, j)).sum();
                 assert!((product - f64::from(u8::from(i == j))).abs() < 1e-12);
             }
         }

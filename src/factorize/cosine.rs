@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use self::two_sided::{core_bytes, steps};
 use super::subset::{Coupling, Rule};
 pub use super::subset::{Score, Select};
-use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
+use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem, single};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::linalg::Transform;
@@ -200,23 +200,10 @@ fn basis<T: Real>(kind: Transform, side: Side, len: usize, chosen: &[usize]) -> 
     Ok(Operator::Basis(Basis::new(kind, side, set)?))
 }
 
-fn dense<T: Real>(problem: &Problem<'_, T>) -> Result<Vec<Operator<T>>> {
-    Ok(vec![Operator::Dense(Dense::rounded(problem.weight.to_owned(), problem.dtype)?)])
-}
-
 fn first(order: &[u32], r: usize) -> Vec<usize> {
     let mut chosen: Vec<usize> = order.iter().take(r).map(|&f| f as usize).collect();
     chosen.sort_unstable();
     chosen
-}
-
-/// The only problem of a group.
-fn single<'g, 'a, T: Real>(group: &'g [Problem<'a, T>]) -> Result<&'g Problem<'a, T>> {
-    let [problem] = group else {
-        return Err(Error::Unsupported(format!("cosine compresses one weight at a time, not {}", group.len())));
-    };
-    problem.check().map_err(|e| e.of_tensor(problem.name))?;
-    Ok(problem)
 }
 
 /// A table as matrices: [kind of every r; side], then one row of atoms for each transform.
@@ -240,13 +227,13 @@ impl<T: Real> Factorize<T> for Cosine {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
         match self.decompose(group)? {
             Some(decomposition) => self.assemble(group, &decomposition),
-            None => self.two_sided(single(group)?),
+            None => self.two_sided(single(group, "cosine")?),
         }
     }
 
     /// With side `auto` the side is settled here, at the budget that the problem carries.
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
-        let problem = single(group)?;
+        let problem = single(group, "cosine")?;
         if self.side == Along::Both {
             return Ok(None);
         }
@@ -259,13 +246,13 @@ impl<T: Real> Factorize<T> for Cosine {
     }
 
     fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
-        let problem = single(group)?;
+        let problem = single(group, "cosine")?;
         let choice = decomposition.choose(&problem.budget, problem.bytes())?;
         let [plan, atoms] = decomposition.state.as_slice() else {
             return Err(Error::shape("a plan and its atoms", decomposition.state.len()));
         };
         if choice + 1 == decomposition.curve.len() {
-            return dense(problem);
+            return problem.dense();
         }
         let bad = || Error::shape("a decomposition of this weight", (plan.dim(), atoms.dim()));
         let side = if plan.get((1, choice)).ok_or_else(bad)?.wide() == 0.0 { Side::Right } else { Side::Left };

@@ -13,12 +13,13 @@ use crate::error::{Error, Result};
 use crate::linalg::{Backend, Faer};
 use crate::metric::{Metric, MetricSpec};
 use crate::named::Named;
-use crate::operator::Operator;
+use crate::operator::{Dense, LinearOperator, Operator};
 use crate::scalar::{DType, Real, check_finite};
 
 mod armor;
 mod bitmask;
 mod cosine;
+mod monarch;
 mod pivot;
 mod sparse;
 mod subset;
@@ -28,6 +29,7 @@ mod two_four;
 pub use self::armor::{Armor, Solver};
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
+pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
 pub use self::svd::{Form, Route, Share, Svd};
 pub use self::two_four::TwoFour;
 pub use crate::coder::Rule;
@@ -77,6 +79,16 @@ impl<'a, T: Real> Problem<'a, T> {
         self.dtype.bytes(self.weight.len()) as u64
     }
 
+    /// The weight as it is.
+    pub(crate) fn dense(&self) -> Result<Vec<Operator<T>>> {
+        Ok(vec![Operator::Dense(Dense::rounded(self.weight.to_owned(), self.dtype)?)])
+    }
+
+    /// Squared metric error of an operator in the place of W.
+    pub(crate) fn error_of(&self, operator: &Operator<T>) -> f64 {
+        self.metric.squared((&self.weight - &operator.to_dense()).view(), self.backend)
+    }
+
     /// Refuses weights that are not finite and metrics that do not fit the shape.
     ///
     /// # Errors
@@ -97,6 +109,15 @@ impl<'a, T: Real> Problem<'a, T> {
         }
         self.budget.check()
     }
+}
+
+/// The only problem of a group, checked.
+fn single<'g, 'a, T: Real>(group: &'g [Problem<'a, T>], method: &str) -> Result<&'g Problem<'a, T>> {
+    let [problem] = group else {
+        return Err(Error::Unsupported(format!("{method} compresses one weight at a time, not {}", group.len())));
+    };
+    problem.check().map_err(|e| e.of_tensor(problem.name))?;
+    Ok(problem)
 }
 
 /// One choice on the way from nothing to everything.
@@ -230,6 +251,8 @@ pub enum Method {
     Svd(Svd),
     /// Projection on chosen rows of a fixed orthogonal transform.
     Cosine(Cosine),
+    /// Two block-diagonal factors with a permutation between them.
+    Monarch(Monarch),
     /// N of every M consecutive inputs, 2 of 4 by default.
     TwoFour(TwoFour),
     /// Entries anywhere, with a bit mask.
@@ -240,7 +263,7 @@ pub enum Method {
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "two-four", "bitmask", "armor"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor"];
 
     /// A built-in method with its default parameters.
     ///
@@ -250,6 +273,7 @@ impl Method {
         match name {
             "svd" => Ok(Method::Svd(Svd::default())),
             "cosine" => Ok(Method::Cosine(Cosine::default())),
+            "monarch" => Ok(Method::Monarch(Monarch::default())),
             "two-four" => Ok(Method::TwoFour(TwoFour::default())),
             "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
             "armor" => Ok(Method::Armor(Armor::default())),
@@ -263,6 +287,7 @@ impl Method {
         match self {
             Method::Svd(method) => method,
             Method::Cosine(method) => method,
+            Method::Monarch(method) => method,
             Method::TwoFour(method) => method,
             Method::Bitmask(method) => method,
             Method::Armor(method) => method,
@@ -274,6 +299,7 @@ impl Method {
         match self {
             Method::Svd(_) => "svd",
             Method::Cosine(_) => "cosine",
+            Method::Monarch(_) => "monarch",
             Method::TwoFour(_) => "two-four",
             Method::Bitmask(_) => "bitmask",
             Method::Armor(_) => "armor",

@@ -20,6 +20,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use self::exact::spectrum;
+pub(super) use self::exact::{Spectrum, plain_spectrum};
 use super::pivot::interpolate;
 use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
 use crate::budget::Budget;

@@ -20,6 +20,7 @@ pub mod krylov;
 mod lapack;
 pub(crate) mod pages;
 mod product;
+mod slices;
 mod transform;
 
 pub use self::faer::Faer;
@@ -27,6 +28,7 @@ pub use self::faer::Faer;
 pub use self::lapack::Lapack;
 pub(crate) use self::product::matmul_into;
 use self::product::{mirror, upper_triangle};
+pub use self::slices::{SingularTriplet, leading_triplets};
 pub use self::transform::Transform;
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.

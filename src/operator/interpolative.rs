@@ -7,7 +7,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis};
 
-use super::{Dense, IndexSet, LinearOperator, matmul};
+use super::{IndexSet, LinearOperator, Operator};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
@@ -23,19 +23,20 @@ pub enum Side {
 
 /// A matrix with an identity in its pivot rows (or columns).
 #[derive(Debug, Clone, PartialEq)]
-pub struct Interpolative<T> {
+pub struct Interpolative<T: Real> {
     side: Side,
     pivots: IndexSet,
-    coefficients: Dense<T>,
+    coefficients: Box<Operator<T>>,
     rest: Vec<usize>,
 }
 
 impl<T: Real> Interpolative<T> {
-    /// Puts the parts together.
+    /// Puts the parts together; the coefficients are a matrix or any other operator.
     ///
     /// # Errors
     /// [`Error::Shape`] if the coefficients are not (len−r)×r (left) or r×(len−r) (right).
-    pub fn new(side: Side, pivots: IndexSet, coefficients: Dense<T>) -> Result<Self> {
+    pub fn new(side: Side, pivots: IndexSet, coefficients: impl Into<Operator<T>>) -> Result<Self> {
+        let coefficients = Box::new(coefficients.into());
         let (r, others) = (pivots.count(), pivots.len() - pivots.count());
         let expected = if side == Side::Left { (others, r) } else { (r, others) };
         if coefficients.shape() != expected {
@@ -54,23 +55,22 @@ impl<T: Real> Interpolative<T> {
         &self.pivots
     }
     /// T.
-    pub fn coefficients(&self) -> &Dense<T> {
+    pub fn coefficients(&self) -> &Operator<T> {
         &self.coefficients
     }
 
-    /// [x ; T·x] with the rows put in their places.
-    fn spread(&self, t: ArrayView2<'_, T>, x: ArrayView2<'_, T>) -> Array2<T> {
+    /// [x ; T·x] with the rows put in their places, `other` being T·x.
+    fn spread(&self, other: Array2<T>, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.pivots.len(), x.ncols()));
-        let other = matmul(t, x);
         self.pivots.chosen().zip(x.rows()).for_each(|(to, from)| y.row_mut(to).assign(&from));
         self.rest.iter().zip(other.rows()).for_each(|(&to, from)| y.row_mut(to).assign(&from));
         y
     }
 
     /// x[pivots] + T·x[rest].
-    fn gather(&self, t: ArrayView2<'_, T>, x: ArrayView2<'_, T>) -> Array2<T> {
+    fn gather(&self, x: ArrayView2<'_, T>, t: impl Fn(ArrayView2<'_, T>) -> Array2<T>) -> Array2<T> {
         let pivots: Vec<usize> = self.pivots.chosen().collect();
-        let mut y = matmul(t, x.select(Axis(0), &self.rest).view());
+        let mut y = t(x.select(Axis(0), &self.rest).view());
         y.rows_mut().into_iter().zip(pivots).for_each(|(mut y, from)| y += &x.row(from));
         y
     }
@@ -82,12 +82,12 @@ impl<T: Real> LinearOperator<T> for Interpolative<T> {
         if self.side == Side::Left { (len, r) } else { (r, len) }
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let t = self.coefficients.values();
-        if self.side == Side::Left { self.spread(t, x) } else { self.gather(t, x) }
+        let t = &self.coefficients;
+        if self.side == Side::Left { self.spread(t.product(x), x) } else { self.gather(x, |rest| t.product(rest)) }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let t = self.coefficients.values();
-        if self.side == Side::Left { self.gather(t.t(), x) } else { self.spread(t.t(), x) }
+        let t = |x: ArrayView2<'_, T>| self.coefficients.product_transposed(x);
+        if self.side == Side::Left { self.gather(x, t) } else { self.spread(t(x), x) }
     }
     fn params(&self) -> usize {
         self.coefficients.params()
@@ -114,6 +114,7 @@ mod tests {
     use ndarray::array;
 
     use super::*;
+    use crate::operator::Dense;
 
     #[test]
     fn both_sides_multiply_like_their_dense_form() {

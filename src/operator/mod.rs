@@ -22,6 +22,7 @@ mod dense;
 mod index_set;
 mod interpolative;
 mod kernels;
+mod monarch;
 mod n_m;
 mod permutation;
 mod sparse;
@@ -183,6 +184,18 @@ impl<T: Real> Operator<T> {
         }
         let mut seen = Vec::new();
         all.iter().map(|operator| visit(operator, &mut seen)).sum()
+    }
+}
+
+impl<T: Real> From<Dense<T>> for Operator<T> {
+    fn from(leaf: Dense<T>) -> Self {
+        Operator::Dense(leaf)
+    }
+}
+
+impl<T: Real> From<BlockDiagonal<T>> for Operator<T> {
+    fn from(leaf: BlockDiagonal<T>) -> Self {
+        Operator::BlockDiagonal(leaf)
     }
 }
 

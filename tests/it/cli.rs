@@ -22,7 +22,7 @@ fn example(name: &str) -> PathBuf {
     path
 }
 
-fn run<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> (Option<i32>, String, String) {
+pub fn run<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> (Option<i32>, String, String) {
     told(Command::new(example(name)).args(arguments).output().unwrap())
 }
 

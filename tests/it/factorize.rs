@@ -36,6 +36,18 @@ fn methods() -> Vec<Method> {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));
         }
     }
+    for (k, l) in [(1, 1), (2, 3), (4, 2)] {
+        for rest in [
+            "",
+            "ranks = 'uniform'",
+            "groups = 'strided'",
+            "ranks = 'adaptive'\nsweeps = 0",
+            "form = 'factors'",
+            "form = 'pivot'",
+        ] {
+            texts.push(format!("type = 'monarch'\ninput-blocks = {k}\noutput-blocks = {l}\n{rest}"));
+        }
+    }
     texts.iter().map(|text| toml::from_str(text).unwrap_or_else(|e| panic!("{text}: {e}"))).collect()
 }
 
@@ -159,7 +171,8 @@ fn half_precision_factors_lose_little_and_are_what_is_measured() {
         let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).dtype(DType::BF16);
         let half = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
         assert!(half.bytes() <= (32 * 48 * 2) * 8 / 10);
-        let full = Problem::new("w", w.view(), Budget::Keep(0.8));
+        // What the same operator takes with 32-bit values; its indices weigh the same.
+        let full = Problem::new("w", w.view(), Budget::Bytes(half.bytes() + 2 * half.params() as u64));
         let full = method.factorize(std::slice::from_ref(&full)).unwrap().remove(0);
         let error =
             |o: &Operator<f32>| (&w - &o.to_dense()).mapv(|v| v * v).sum().sqrt() / w.mapv(|v| v * v).sum().sqrt();

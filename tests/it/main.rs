@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod cli;
+mod convert;
 mod factorize;
 mod linalg;
 mod metric;

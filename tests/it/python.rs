@@ -133,6 +133,13 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     {
         forms.push((&mixed, format!("method = {{ {method} }}\nbudget = {{ keep = 0.9 }}")));
     }
+    for rest in [
+        "input-blocks = 3",
+        "output-blocks = 2, groups = 'strided', ranks = 'uniform'",
+        "output-blocks = 5, input-blocks = 1",
+    ] {
+        forms.push((&mixed, format!("method = {{ type = 'monarch', {rest} }}\nbudget = {{ keep = 0.6 }}")));
+    }
     for (share, form) in [("input", "pivot"), ("output", "pivot"), ("input", "factors")] {
         let method = format!("{{ type = 'svd', share = '{share}', form = '{form}' }}");
         forms.push((&group, format!("method = {method}\ngroup = 'all'\nbudget = {{ keep = 0.5 }}")));

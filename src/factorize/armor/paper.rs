@@ -172,9 +172,9 @@ fn swap(
             for (_, _, masks, inverses) in tables.groups() {
                 let chosen = masks.best(inverses, &g, &[0.0; LANES]);
                 let new = masks.values(inverses, &g, &chosen);
-                for a in 0..size {
+                for (a, new) in new.iter().enumerate().take(size) {
                     let place = (rows.start + i, columns.start + first + a);
-                    state.core.values[place] = new[a][0];
+                    state.core.values[place] = new[0];
                     state.core.kept[place] = masks.places[chosen[0]].contains(&a);
                 }
             }

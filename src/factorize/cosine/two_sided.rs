@@ -9,7 +9,7 @@ use ndarray::Array2;
 
 use super::super::Problem;
 use super::super::subset::Coupling;
-use super::{Cosine, basis, dense, first, spectrum};
+use super::{Cosine, basis, first, spectrum};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::linalg::Transform;
@@ -41,7 +41,7 @@ impl Cosine {
         let last = m.max(n);
         if let Some(limit) = problem.budget.byte_limit(before) {
             if limit >= before {
-                return dense(problem);
+                return problem.dense();
             }
             let price = |t: usize| core_bytes(shape, steps(shape, t), problem.dtype);
             let step = (1..=last).rev().find(|&t| price(t) <= limit).ok_or_else(|| Error::Budget {
@@ -68,7 +68,7 @@ impl Cosine {
         }
         match best.filter(|operator| operator.bytes() < before) {
             Some(operator) => Ok(vec![operator]),
-            None => dense(problem),
+            None => problem.dense(),
         }
     }
 

@@ -11,9 +11,15 @@ use crate::metric::Weighting;
 use crate::scalar::Real;
 
 /// Eigenvalues λ of C, largest first, and the matching orthonormal U (M×k), k the numerical rank of W.
-pub(super) struct Spectrum<T> {
-    pub(super) values: Vec<f64>,
-    pub(super) vectors: Array2<T>,
+pub(in crate::factorize) struct Spectrum<T> {
+    pub(in crate::factorize) values: Vec<f64>,
+    pub(in crate::factorize) vectors: Array2<T>,
+}
+
+/// σ² and the left singular vectors of a matrix, by the exact route.
+pub(in crate::factorize) fn plain_spectrum<T: Real>(w: Array2<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let blocks = vec![(w.ncols(), Weighting::Identity)];
+    metric_spectrum::<T, f64>(&Joint { weight: w, scale: None, blocks }, backend)
 }
 
 /// A short side up to this is squared in f64 at once.

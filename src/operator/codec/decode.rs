@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{NamedTensor, Node, Run};
+use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::{Error, Result};
 use crate::operator::{
     Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Nm, NmSparse, Operator, Permutation, Runs,
@@ -60,7 +60,11 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Dense { tensor } => Operator::Dense(self.dense(tensor)?),
             Node::Interpolative { side, len, pivots, coefficients } => {
                 let pivots = self.indices(pivots, *len)?;
-                Operator::Interpolative(Interpolative::new(*side, pivots, self.dense(coefficients)?)?)
+                let coefficients = match coefficients {
+                    Coefficients::Tensor(name) => Operator::Dense(self.dense(name)?),
+                    Coefficients::Node(node) => self.visit(node, depth)?,
+                };
+                Operator::Interpolative(Interpolative::new(*side, pivots, coefficients)?)
             }
             Node::Basis { kind, side, len, indices } => {
                 Operator::Basis(Basis::new(*kind, *side, self.indices(indices, *len)?)?)

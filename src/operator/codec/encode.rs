@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{NamedTensor, Node, Run};
+use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::Result;
 use crate::operator::{BlockDiagonal, Dense, IndexSet, LinearOperator, Operator, Order, Permutation, Runs};
 use crate::scalar::{DType, Real, narrow};
@@ -42,7 +42,10 @@ impl Encoder {
                 side: leaf.side(),
                 len: leaf.pivots().len(),
                 pivots: self.indices(name, next, leaf.pivots()),
-                coefficients: self.dense(name, next, leaf.coefficients())?,
+                coefficients: match leaf.coefficients() {
+                    Operator::Dense(matrix) => Coefficients::Tensor(self.dense(name, next, matrix)?),
+                    other => Coefficients::Node(Box::new(self.visit(name, next, other)?)),
+                },
             },
             Operator::Basis(leaf) => Node::Basis {
                 kind: leaf.kind(),

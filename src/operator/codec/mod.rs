@@ -80,8 +80,8 @@ pub enum Node {
         len: usize,
         /// The pivots: U16/U32 list or U8 bit mask.
         pivots: String,
-        /// T.
-        coefficients: String,
+        /// T: the name of a matrix, or a node.
+        coefficients: Coefficients,
     },
     /// [`Operator::Basis`].
     Basis {
@@ -169,4 +169,14 @@ pub enum Run {
     Uniform(usize),
     /// The name of a table.
     Table(String),
+}
+
+/// The coefficients of a [`Node::Interpolative`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Coefficients {
+    /// The tensor that holds them.
+    Tensor(String),
+    /// The operator that they are.
+    Node(Box<Node>),
 }
