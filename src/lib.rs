@@ -8,7 +8,7 @@
 //!
 //! | axis | answers | here |
 //! |---|---|---|
-//! | structure | what form may Ŵ have? | [`factorize`]: weighted low rank, chosen columns of an orthogonal basis |
+//! | structure | what form may Ŵ have? | [`factorize`]: weighted low rank, sparse patterns with or without wrappers, chosen columns of an orthogonal basis |
 //! | metric | which error counts? | [`metric`]: Frobenius, Fisher, activation, Gram, and pairs of them |
 //! | budget | what may it cost? | [`budget`]: bytes, rank, energy or error, for each weight or [spread over all](allocate) |
 //!
@@ -62,6 +62,7 @@
 pub mod allocate;
 pub mod budget;
 pub mod checkpoint;
+pub mod coder;
 pub mod error;
 pub mod factorize;
 pub mod linalg;

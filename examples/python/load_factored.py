@@ -9,7 +9,7 @@
     linear = load_factored.Checkpoint("FOLDER").operator("some.weight")
     y = linear.forward(x)                                       # x @ W.T from the factors; W is never rebuilt
 """
-import argparse, json, os
+import argparse, itertools, json, os
 
 import numpy as np
 
@@ -105,6 +105,8 @@ class Checkpoint:
             def pick(x):  # y[i] = x[sources[i]], 0 from the end of x on
                 return np.vstack([x, np.zeros_like(x[:1])])[np.minimum(sources, shape[1])]
             return Operator(shape, pick, "permutation %dx%d" % shape)
+        if op in ("nm-sparse", "bitmask"):
+            return self.sparse(node)
         length, left = node["len"], node["side"] == "left"
         chosen = self.indices(node["pivots" if op == "interpolative" else "indices"], length)
         shape = (length, len(chosen)) if left else (len(chosen), length)
@@ -124,6 +126,28 @@ class Checkpoint:
             y[chosen], y[rest] = x, t.apply(x)
             return y
         return Operator(shape, interpolate, text)
+
+    def sparse(self, node):
+        """Marks from packed positions or a bit mask; the stored values fill them row by row."""
+        columns, values = node["columns"], self.tensor(node["values"]).astype("f8").reshape(-1)
+        if node["op"] == "bitmask":
+            marks = np.unpackbits(self.tensor(node["mask"]), axis=1, bitorder="little")[:, :columns].astype(bool)
+        else:
+            n, m, packed = node["n"], node["m"], self.tensor(node["positions"])
+            choices = np.array([[i in c for i in range(m)] for c in itertools.combinations(range(m), n)])
+            digits = max(d for d in range(9) if len(choices) ** d <= 256)
+            bits = (len(choices) - 1).bit_length()
+            if bits * digits > 8:  # digits in base C(m, n), as many to a byte as fit
+                ranks = packed[:, :, None] // len(choices) ** np.arange(digits) % len(choices)
+            else:
+                ranks = np.unpackbits(packed, axis=1, bitorder="little")
+                ranks = ranks[:, :columns // m * bits].reshape(len(packed), -1, bits) @ (1 << np.arange(bits))
+            ranks = ranks.reshape(len(packed), -1)[:, :columns // m]
+            marks = np.ones((len(packed), columns), bool)  # what is left of a row is stored whole
+            marks[:, :columns // m * m] = choices[ranks].reshape(len(packed), -1)
+        matrix = np.zeros(marks.shape)
+        matrix[marks] = values
+        return Operator(matrix.shape, lambda x: matrix @ x, "%s %dx%d" % (node["op"], *matrix.shape))
 
     def block_diagonal(self, values, extents):
         extents = [values.shape[1:]] * len(values) if extents is None else self.tensor(extents)

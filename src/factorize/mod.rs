@@ -16,15 +16,23 @@ use crate::named::Named;
 use crate::operator::{Dense, LinearOperator, Operator};
 use crate::scalar::{DType, Real, check_finite};
 
+mod armor;
+mod bitmask;
 mod cosine;
 mod monarch;
 mod pivot;
+mod sparse;
 mod subset;
 mod svd;
+mod two_four;
 
+pub use self::armor::{Armor, Solver};
+pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
 pub use self::svd::{Form, Route, Share, Svd};
+pub use self::two_four::TwoFour;
+pub use crate::coder::Rule;
 
 /// One weight to compress.
 #[derive(Debug, Clone)]
@@ -245,11 +253,17 @@ pub enum Method {
     Cosine(Cosine),
     /// Two block-diagonal factors with a permutation between them.
     Monarch(Monarch),
+    /// N of every M consecutive inputs, 2 of 4 by default.
+    TwoFour(TwoFour),
+    /// Entries anywhere, with a bit mask.
+    Bitmask(Bitmask),
+    /// A 2:4 core between block-diagonal wrappers.
+    Armor(Armor),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "monarch"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor"];
 
     /// A built-in method with its default parameters.
     ///
@@ -260,6 +274,9 @@ impl Method {
             "svd" => Ok(Method::Svd(Svd::default())),
             "cosine" => Ok(Method::Cosine(Cosine::default())),
             "monarch" => Ok(Method::Monarch(Monarch::default())),
+            "two-four" => Ok(Method::TwoFour(TwoFour::default())),
+            "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
+            "armor" => Ok(Method::Armor(Armor::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -271,6 +288,9 @@ impl Method {
             Method::Svd(method) => method,
             Method::Cosine(method) => method,
             Method::Monarch(method) => method,
+            Method::TwoFour(method) => method,
+            Method::Bitmask(method) => method,
+            Method::Armor(method) => method,
         }
     }
 
@@ -280,6 +300,9 @@ impl Method {
             Method::Svd(_) => "svd",
             Method::Cosine(_) => "cosine",
             Method::Monarch(_) => "monarch",
+            Method::TwoFour(_) => "two-four",
+            Method::Bitmask(_) => "bitmask",
+            Method::Armor(_) => "armor",
         }
     }
 }

@@ -183,7 +183,7 @@ fn output_scale<T: Real>(group: &[Problem<'_, T>], stacked: bool) -> Result<Opti
 }
 
 /// The input metric of stacked weights: theirs if they agree, else the mean.
-fn mean_input<T: Real>(group: &[Problem<'_, T>]) -> Result<Weighting> {
+pub(super) fn mean_input<T: Real>(group: &[Problem<'_, T>]) -> Result<Weighting> {
     use std::sync::Arc;
     let first = &group[0].metric.input;
     let same = |other: &Weighting| match (first, other) {

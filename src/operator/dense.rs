@@ -37,6 +37,12 @@ impl<T: Real> Dense<T> {
         Ok(Dense { values, dtype })
     }
 
+    /// The same values with every negative zero made positive.
+    pub(super) fn positive_zeros(mut self) -> Self {
+        self.values.mapv_inplace(|v| v + T::zero());
+        self
+    }
+
     /// The matrix.
     pub fn values(&self) -> ArrayView2<'_, T> {
         self.values.view()

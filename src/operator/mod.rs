@@ -14,6 +14,7 @@ use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 mod basis;
+mod bitmask;
 mod block_diagonal;
 mod chain;
 pub mod codec;
@@ -22,13 +23,17 @@ mod index_set;
 mod interpolative;
 mod kernels;
 mod monarch;
+mod n_m;
 mod permutation;
+mod sparse;
 
 pub use self::basis::Basis;
+pub use self::bitmask::Bitmask;
 pub use self::block_diagonal::BlockDiagonal;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
+pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
@@ -97,6 +102,10 @@ pub enum Operator<T: Real> {
     BlockDiagonal(BlockDiagonal<T>),
     /// A (partial) permutation.
     Permutation(Permutation),
+    /// N of every M consecutive entries of each row.
+    NmSparse(NmSparse<T>),
+    /// Entries anywhere, marked by one bit each.
+    Bitmask(Bitmask<T>),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -145,6 +154,8 @@ impl<T: Real> Operator<T> {
             Operator::Basis(node) => node,
             Operator::BlockDiagonal(node) => node,
             Operator::Permutation(node) => node,
+            Operator::NmSparse(node) => node,
+            Operator::Bitmask(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -280,6 +291,8 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::Basis(leaf) => write!(f, "{} {m}x{n}", format!("{:?}", leaf.kind()).to_lowercase()),
             Operator::BlockDiagonal(leaf) => write!(f, "block-diagonal {m}x{n} ({} blocks)", leaf.extents().len()),
             Operator::Permutation(_) => write!(f, "permutation {m}x{n}"),
+            Operator::NmSparse(leaf) => write!(f, "{}:{} sparse {m}x{n}", leaf.pattern().n(), leaf.pattern().m()),
+            Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),

@@ -225,7 +225,6 @@ fn side_files_are_what_a_copy_needs() {
         "adapter.safetensors",
         "report.json",
         "recipe.toml",
-        "progress.jsonl",
         ".gitattributes",
         "config.json.partial-Ab12Cd",
     ];

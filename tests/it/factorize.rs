@@ -20,6 +20,17 @@ use super::run::matrix;
 fn methods() -> Vec<Method> {
     let mut texts: Vec<String> = Method::NAMES.iter().map(|name| format!("type = '{name}'")).collect();
     texts.push("type = 'svd'\nform = 'factors'".into());
+    for rule in ["magnitude", "wanda", "ria", "nowag", "sparsegpt"] {
+        texts.push(format!("type = 'two-four'\nrule = '{rule}'"));
+    }
+    for rule in ["nowag", "sparsegpt"] {
+        texts.push(format!("type = 'bitmask'\nrule = '{rule}'"));
+    }
+    texts.push("type = 'bitmask'\nlevels = 3\nsweeps = 2".into());
+    texts.push("type = 'armor'\nblock = 3\nsweeps = 2".into());
+    texts.push("type = 'armor'\noverhead = 1.0\nsweeps = 2\ndiagonal-sweeps = 2".into());
+    texts.push("type = 'two-four'\nn = 4\nm = 8\nsweeps = 2".into());
+    texts.push("type = 'two-four'\nn = 1\nm = 3\nsweeps = 2".into());
     for basis in ["identity", "dct2", "dct3", "auto"] {
         for side in ["left", "right", "both"] {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));
@@ -137,18 +148,18 @@ fn every_method_keeps_shape_budget_and_determinism_and_survives_the_codec() {
 #[test]
 fn what_is_not_finite_is_refused_and_zero_is_kept() {
     for method in methods() {
-        let mut w = wide(16, 16, 3);
+        let mut w = wide(32, 32, 3);
         w[(2, 3)] = f64::INFINITY;
-        let problem = Problem::new("w", w.view(), Budget::Keep(0.6));
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.8));
         let error = method.factorize(std::slice::from_ref(&problem)).unwrap_err();
         assert!(error.to_string().contains("inf"), "{method:?}: {error}");
-        let zero = Array2::<f64>::zeros((16, 16));
-        let problem = Problem::new("w", zero.view(), Budget::Keep(0.6));
+        let zero = Array2::<f64>::zeros((32, 32));
+        let problem = Problem::new("w", zero.view(), Budget::Keep(0.8));
         let operator = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
         assert_eq!(operator.to_dense(), zero, "{method:?}");
         // Statistics of another size.
-        let w = wide(8, 16, 3);
-        let problem = Problem::new("w", w.view(), Budget::Keep(0.6)).metric(Metric::gram(gram(8, 8)));
+        let w = wide(24, 32, 3);
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).metric(Metric::gram(gram(24, 24)));
         assert!(method.factorize(std::slice::from_ref(&problem)).is_err(), "{method:?}");
     }
 }
@@ -157,15 +168,16 @@ fn what_is_not_finite_is_refused_and_zero_is_kept() {
 fn half_precision_factors_lose_little_and_are_what_is_measured() {
     for method in methods() {
         let w = matrix(32, 48, 9).mapv(|v| weightpress::scalar::Real::round_to(v, DType::BF16));
-        let problem = Problem::new("w", w.view(), Budget::Keep(0.6)).dtype(DType::BF16);
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).dtype(DType::BF16);
         let half = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
-        assert!(half.bytes() <= (32 * 48 * 2) * 6 / 10);
+        assert!(half.bytes() <= (32 * 48 * 2) * 8 / 10);
         // What the same operator takes with 32-bit values; its indices weigh the same.
         let full = Problem::new("w", w.view(), Budget::Bytes(half.bytes() + 2 * half.params() as u64));
         let full = method.factorize(std::slice::from_ref(&full)).unwrap().remove(0);
         let error =
             |o: &Operator<f32>| (&w - &o.to_dense()).mapv(|v| v * v).sum().sqrt() / w.mapv(|v| v * v).sum().sqrt();
-        assert!(error(&half) < error(&full) * 1.05 + 0.01, "{method:?}: {} {}", error(&half), error(&full));
+        // A mask costs relatively more beside halves, and leaves fewer entries.
+        assert!(error(&half) < error(&full) * 1.05 + 0.02, "{method:?}: {} {}", error(&half), error(&full));
     }
 }
 

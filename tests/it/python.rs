@@ -128,6 +128,11 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     for (kind, side) in [("identity", "right"), ("dct2", "left"), ("dct3", "right"), ("hadamard", "both")] {
         forms.push((&mixed, format!("method = {}\nbudget = {{ keep = 0.6 }}", basis(kind, side))));
     }
+    for method in
+        ["type = 'two-four'", "type = 'two-four', n = 4, m = 8", "type = 'bitmask'", "type = 'armor', block = 6"]
+    {
+        forms.push((&mixed, format!("method = {{ {method} }}\nbudget = {{ keep = 0.9 }}")));
+    }
     for rest in [
         "input-blocks = 3",
         "output-blocks = 2, groups = 'strided', ranks = 'uniform'",

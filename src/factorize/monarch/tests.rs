@@ -116,7 +116,7 @@ fn one_block_is_low_rank() {
 fn chunks_by_energy_are_the_same_projection_of_reordered_inputs() {
     let (m, n) = (10, 9);
     let scale = Array1::from_shape_fn(n, |j| 1.0 + ((j * 5) % 9) as f64);
-    let w = numbers(m, n, 4) * &scale.view().insert_axis(Axis(0));
+    let w = numbers(m, n, 4) * scale.view().insert_axis(Axis(0));
     let order: Vec<usize> = {
         let mut order: Vec<usize> = (0..n).collect();
         order.sort_by(|&i, &j| w.column(j).mapv(|v| v * v).sum().total_cmp(&w.column(i).mapv(|v| v * v).sum()));

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::{Error, Result};
-use crate::operator::{Basis, BlockDiagonal, Dense, IndexSet, Interpolative, Operator, Permutation, Runs};
+use crate::operator::{
+    Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Nm, NmSparse, Operator, Permutation, Runs,
+};
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
 
@@ -77,6 +79,17 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Grid { shape, rows, columns, run } => {
                 Operator::Permutation(Permutation::grid(*shape, *rows, *columns, self.runs((*rows, *columns), run)?)?)
             }
+            Node::NmSparse { n, m, columns, positions, values } => {
+                let (pattern, values) = (Nm::new(*n, *m)?, self.dense(values)?);
+                let (_, bytes) = self.bytes(positions)?;
+                let leaf = NmSparse::decode(pattern, *columns, bytes, values);
+                Operator::NmSparse(leaf.map_err(|e| e.of_tensor(positions))?)
+            }
+            Node::Bitmask { columns, mask, values } => {
+                let (rows, bytes) = self.bytes(mask)?;
+                let leaf = Bitmask::decode((rows, *columns), bytes, self.dense(values)?);
+                Operator::Bitmask(leaf.map_err(|e| e.of_tensor(mask))?)
+            }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,
             Node::Shared { id, node } => match self.shared.get(id) {
@@ -103,6 +116,16 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Dense::rounded(values, dtype)
         };
         read().map_err(|e| e.of_tensor(name))
+    }
+
+    /// A matrix of bytes: its rows and content.
+    fn bytes(&self, name: &str) -> Result<(usize, &'s [u8])> {
+        let stored = self.source.tensor(name)?;
+        match (stored.dtype, stored.shape) {
+            (DType::U8, &[rows, _]) => Ok((rows, stored.bytes)),
+            (dtype, _) if dtype != DType::U8 => Err(Error::UnsupportedDType { dtype }.of_tensor(name)),
+            (_, shape) => Err(Error::shape("a matrix of bytes", shape).of_tensor(name)),
+        }
     }
 
     fn indices(&self, name: &str, len: usize) -> Result<IndexSet> {

@@ -55,6 +55,25 @@ impl Encoder {
             },
             Operator::BlockDiagonal(leaf) => self.blocks(name, next, leaf)?,
             Operator::Permutation(leaf) => self.permutation(name, next, leaf),
+            Operator::NmSparse(leaf) => {
+                let ((m, columns), bytes) = (leaf.shape(), leaf.encode_positions());
+                let shape = vec![m, leaf.pattern().position_bytes(columns)];
+                Node::NmSparse {
+                    n: leaf.pattern().n(),
+                    m: leaf.pattern().m(),
+                    columns,
+                    positions: self.push(name, next, DType::U8, shape, bytes),
+                    values: self.dense(name, next, leaf.values())?,
+                }
+            }
+            Operator::Bitmask(leaf) => {
+                let ((m, columns), bytes) = (leaf.shape(), leaf.encode_mask());
+                Node::Bitmask {
+                    columns,
+                    mask: self.push(name, next, DType::U8, vec![m, columns.div_ceil(8)], bytes),
+                    values: self.dense(name, next, leaf.values())?,
+                }
+            }
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {

@@ -120,6 +120,28 @@ pub enum Node {
         /// Length of all runs, or the tensor of their lengths: U16, rows × columns.
         run: Run,
     },
+    /// [`Operator::NmSparse`].
+    NmSparse {
+        /// N, the values in a group.
+        n: usize,
+        /// M, the inputs in a group.
+        m: usize,
+        /// The number of columns.
+        columns: usize,
+        /// The packed positions of the groups, U8.
+        positions: String,
+        /// The values, rows × values of a row.
+        values: String,
+    },
+    /// [`Operator::Bitmask`].
+    Bitmask {
+        /// The number of columns.
+        columns: usize,
+        /// The mask, rows × ⌈columns/8⌉ U8.
+        mask: String,
+        /// The values, 1 × their number.
+        values: String,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.
