@@ -1,6 +1,6 @@
 //! Low rank under every metric: the exact and the fast route, to the rank of half the bytes, and the two
-//! halves of the exact one (`decompose` serves all budgets, `assemble` cuts it at one); DCT projection, and
-//! the transform alone.
+//! halves of the exact one (`decompose` serves all budgets, `assemble` cuts it at one); Monarch and DCT
+//! projections, and the transform alone.
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=1024` sets the
 //! number of rows; there are twice as many columns.
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array1, Array2};
 use weightpress::budget::Budget;
-use weightpress::factorize::{Atoms, Cosine, Factorize, Form, Problem, Route, Svd};
+use weightpress::factorize::{Atoms, Cosine, Factorize, Form, Monarch, Problem, Route, Svd};
 use weightpress::linalg::{Faer, Kernels, Transform};
 use weightpress::metric::{Metric, Weighting};
 use weightpress::stats::Gram;
@@ -70,8 +70,19 @@ fn all(c: &mut Criterion) {
             let method = Cosine { basis: Atoms::Dct2, ..Cosine::default() };
             pool.install(|| b.iter(|| method.factorize(black_box(group_of_one)).is_ok()))
         });
+        let half = Problem { budget: Budget::Keep(0.5), ..problem.clone() };
+        group.bench_function("monarch, 4x4 blocks, half the bytes", |b| {
+            let method = Monarch { input_blocks: Some(4), ..Monarch::default() };
+            pool.install(|| b.iter(|| method.factorize(black_box(std::slice::from_ref(&half))).is_ok()))
+        });
         group.finish();
     }
+    let blocks = m.isqrt();
+    c.bench_function(&format!("factorize/monarch/{m}x{n} {blocks}x{blocks} blocks, rank 1"), |b| {
+        let method = Monarch { input_blocks: Some(blocks), form: Some(Form::Factors), ..Monarch::default() };
+        let problem = Problem::new("w", w.view(), Budget::Rank(1));
+        pool.install(|| b.iter(|| method.factorize(black_box(std::slice::from_ref(&problem))).is_ok()))
+    });
     c.bench_function(&format!("transform/DCT-II of {m} rows of {n}"), |b| {
         pool.install(|| b.iter(|| Transform::Dct2.rows(black_box(w.view())).is_ok()))
     });

@@ -1,12 +1,17 @@
 //! A Llama-architecture forward pass (RMSNorm, rotary positions, grouped queries, SwiGLU) in which
 //! every linear layer is a weightpress operator, so that a factored checkpoint runs from its factors.
 
-use anyhow::{Context, Result, ensure};
+// Each example uses a part of it.
+#![allow(dead_code)]
+
+use std::ops::Range;
+
+use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array1, Array2, ArrayView2, Axis, Zip, s};
 use rayon::prelude::*;
 use serde::Deserialize;
 use weightpress::checkpoint::{Checkpoint, Loader};
-use weightpress::operator::{LinearOperator, Operator};
+use weightpress::operator::{Dense, LinearOperator, Operator};
 use weightpress::stats::{GramAccumulator, Stats};
 use weightpress::tensor::Tensor;
 
@@ -21,6 +26,43 @@ pub struct Config {
     pub rms_norm_eps: f32,
     pub rope_theta: f64,
     pub vocab_size: usize,
+    model_type: Option<String>,
+    hidden_act: Option<String>,
+    rope_scaling: Option<serde_json::Value>,
+}
+
+impl Config {
+    /// Refuses what this forward pass would get wrong in silence.
+    fn check(&self) -> Result<()> {
+        let known = self.model_type.as_deref().is_none_or(|name| name == "llama");
+        ensure!(known, "model type `{}`: expected llama", self.model_type.as_deref().unwrap_or_default());
+        let scaled = self.rope_scaling.as_ref().is_some_and(|scaling| !scaling.is_null());
+        ensure!(!scaled, "scaled rotary positions (`rope_scaling`) are not supported");
+        let act = self.hidden_act.as_deref().unwrap_or("silu");
+        ensure!(act == "silu", "activation `{act}`: expected silu");
+        let (heads, groups) = (self.num_attention_heads, self.num_key_value_heads);
+        ensure!(heads > 0 && groups > 0 && heads % groups == 0, "{heads} heads in {groups} groups");
+        Ok(())
+    }
+
+    /// Dimensions of a head.
+    fn width(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+}
+
+/// Keys and values of the tokens seen so far, layer by layer.
+#[derive(Clone)]
+pub struct Cache {
+    layers: Vec<(Array2<f32>, Array2<f32>)>,
+}
+
+impl Cache {
+    /// Nothing seen.
+    pub fn new(config: &Config) -> Self {
+        let empty = || Array2::zeros((0, config.num_key_value_heads * config.width()));
+        Cache { layers: (0..config.num_hidden_layers).map(|_| (empty(), empty())).collect() }
+    }
 }
 
 struct Layer {
@@ -38,7 +80,7 @@ struct Layer {
 /// A model ready to run.
 pub struct Llama {
     pub config: Config,
-    embedding: Array2<f32>,
+    embedding: Dense<f32>,
     layers: Vec<Layer>,
     norm: Array1<f32>,
     head: Option<Operator<f32>>,
@@ -55,6 +97,7 @@ impl Llama {
         let path = checkpoint.root().join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        config.check().with_context(|| format!("in {}", path.display()))?;
         let mut weights = checkpoint.loader::<f32>()?;
         let vector = |name: &str| -> Result<Array1<f32>> {
             let stored = checkpoint.get(name)?;
@@ -85,17 +128,21 @@ impl Llama {
             config.vocab_size,
             config.hidden_size
         );
+        let embedding = Dense::new(embedding);
         Ok(Llama { norm: vector("model.norm.weight")?, config, embedding, layers, head })
     }
 
-    /// Final hidden states, tokens × hidden.
-    pub fn hidden(&self, tokens: &[usize], hook: Hook<'_>) -> Result<Array2<f32>> {
+    /// Final hidden states, tokens × hidden, of tokens that follow those in the cache; it takes them in.
+    pub fn extend(&self, tokens: &[usize], cache: &mut Cache, hook: Hook<'_>) -> Result<Array2<f32>> {
         let config = &self.config;
-        let heads = config.num_attention_heads;
-        let width = config.head_dim.unwrap_or(config.hidden_size / heads);
-        let (cos, sin) = rotary(tokens.len(), width, config.rope_theta);
-        let mut x = self.embedding.select(Axis(0), tokens);
-        for (i, layer) in self.layers.iter().enumerate() {
+        let (heads, width) = (config.num_attention_heads, config.width());
+        if let Some(&wrong) = tokens.iter().find(|&&token| token >= config.vocab_size) {
+            bail!("token {wrong} of a vocabulary of {}: the tokenizer is another model's", config.vocab_size);
+        }
+        let seen = cache.layers.first().map_or(0, |(k, _)| k.nrows());
+        let (cos, sin) = rotary(seen..seen + tokens.len(), width, config.rope_theta);
+        let mut x = self.embedding.values().select(Axis(0), tokens);
+        for (i, (layer, (keys, values))) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let name = |part: &str| format!("model.layers.{i}.{part}.weight");
             let h = rms_norm(&x, &layer.input_norm, config.rms_norm_eps);
             for part in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
@@ -106,7 +153,9 @@ impl Llama {
             let v = layer.v.forward(h.view())?;
             rotate(&mut q, width, &cos, &sin);
             rotate(&mut k, width, &cos, &sin);
-            let mixed = attention(&q, &k, &v, heads, config.num_key_value_heads, width);
+            keys.append(Axis(0), k.view())?;
+            values.append(Axis(0), v.view())?;
+            let mixed = attention(&q, keys, values, heads, config.num_key_value_heads, width);
             hook(&name("self_attn.o_proj"), mixed.view())?;
             x += &layer.o.forward(mixed.view())?;
             let h = rms_norm(&x, &layer.post_norm, config.rms_norm_eps);
@@ -121,13 +170,23 @@ impl Llama {
         Ok(rms_norm(&x, &self.norm, config.rms_norm_eps))
     }
 
+    /// The same of a text's first tokens.
+    pub fn hidden(&self, tokens: &[usize], hook: Hook<'_>) -> Result<Array2<f32>> {
+        self.extend(tokens, &mut Cache::new(&self.config), hook)
+    }
+
+    /// Logits, tokens × vocabulary.
+    pub fn logits(&self, hidden: &Array2<f32>) -> Result<Array2<f32>> {
+        Ok(match &self.head {
+            Some(head) => head.forward(hidden.view())?,
+            None => self.embedding.forward(hidden.view())?,
+        })
+    }
+
     /// Sum of −ln p of each target, in nats.
     fn loss(&self, tokens: &[usize], targets: &[usize]) -> Result<f64> {
         let hidden = self.hidden(tokens, &mut |_, _| Ok(()))?;
-        let logits = match &self.head {
-            Some(head) => head.forward(hidden.view())?,
-            None => hidden.dot(&self.embedding.t()),
-        };
+        let logits = self.logits(&hidden)?;
         let each = logits.rows().into_iter().zip(targets).map(|(row, &target)| {
             let top = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
             let sum: f64 = row.iter().map(|&z| f64::from((z - top).exp())).sum();
@@ -151,12 +210,11 @@ impl Llama {
         Ok(losses.iter().sum::<f64>() / count as f64)
     }
 
-    /// Gram matrices of the inputs of all linear layers over a text. Weights that see the same input
-    /// (q, k, v; gate, up) share one.
-    pub fn calibrate(&self, tokens: &[usize], window: usize) -> Result<Stats> {
+    /// Gram matrices of the inputs of all linear layers over windows of text. Weights that see the same
+    /// input (q, k, v; gate, up) share one.
+    pub fn calibrate(&self, windows: &[&[usize]]) -> Result<Stats> {
         // A fixed number of parts, merged in order: the same sums at any number of threads.
         const PARTS: usize = 8;
-        let windows: Vec<&[usize]> = tokens.chunks(window).collect();
         let parts: Vec<_> = windows.chunks(windows.len().div_ceil(PARTS).max(1)).collect();
         let sums = parts.par_iter().map(|part| self.gram_sums(part)).collect::<Result<Vec<_>>>()?;
         let mut sums = sums.into_iter();
@@ -217,9 +275,10 @@ fn rms_norm(x: &Array2<f32>, gain: &Array1<f32>, eps: f32) -> Array2<f32> {
 }
 
 /// cos and sin of position × frequency, tokens × width/2.
-fn rotary(tokens: usize, width: usize, theta: f64) -> (Array2<f32>, Array2<f32>) {
-    let angle = |(p, j): (usize, usize)| p as f64 / theta.powf(2.0 * j as f64 / width as f64);
-    let table = |f: fn(f64) -> f64| Array2::from_shape_fn((tokens, width / 2), |at| f(angle(at)) as f32);
+fn rotary(positions: Range<usize>, width: usize, theta: f64) -> (Array2<f32>, Array2<f32>) {
+    let start = positions.start;
+    let angle = |(p, j): (usize, usize)| (start + p) as f64 / theta.powf(2.0 * j as f64 / width as f64);
+    let table = |f: fn(f64) -> f64| Array2::from_shape_fn((positions.len(), width / 2), |at| f(angle(at)) as f32);
     (table(f64::cos), table(f64::sin))
 }
 
@@ -237,8 +296,9 @@ fn rotate(x: &mut Array2<f32>, width: usize, cos: &Array2<f32>, sin: &Array2<f32
     }
 }
 
-/// Causal attention; groups of query heads share a key-value head.
+/// Causal attention of the last tokens to all; groups of query heads share a key-value head.
 fn attention(q: &Array2<f32>, k: &Array2<f32>, v: &Array2<f32>, heads: usize, kv: usize, width: usize) -> Array2<f32> {
+    let seen = k.nrows() - q.nrows();
     let mut out = Array2::zeros((q.nrows(), heads * width));
     let scale = 1.0 / (width as f32).sqrt();
     for head in 0..heads {
@@ -247,8 +307,10 @@ fn attention(q: &Array2<f32>, k: &Array2<f32>, v: &Array2<f32>, heads: usize, kv
         let shared = s![.., group * width..(group + 1) * width];
         let mut scores = q.slice(own).dot(&k.slice(shared).t());
         for (p, mut row) in scores.rows_mut().into_iter().enumerate() {
-            let top = row.slice(s![..=p]).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            row.indexed_iter_mut().for_each(|(t, z)| *z = if t > p { 0.0 } else { ((*z - top) * scale).exp() });
+            let (mut past, mut future) = row.view_mut().split_at(Axis(0), seen + p + 1);
+            let top = past.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            past.mapv_inplace(|z| ((z - top) * scale).exp());
+            future.fill(0.0);
             let sum = row.sum();
             row /= sum;
         }

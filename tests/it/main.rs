@@ -4,6 +4,7 @@ mod checkpoint;
 mod cli;
 mod convert;
 mod factorize;
+mod journey;
 mod linalg;
 mod metric;
 mod python;
