@@ -254,7 +254,10 @@ impl Worker<'_, '_> {
         };
         match decomposition {
             Some(found) => Ok((within_error(method, group, &found)?, found.notes)),
-            None => Ok((method.factorize(group)?, Vec::new())),
+            None => {
+                let mut notes = Vec::new();
+                Ok((method.factorize_noting(group, &mut notes)?, notes))
+            }
         }
     }
 

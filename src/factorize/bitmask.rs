@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::sparse::{Solver, fraction, outline, single, too_little};
+use super::sparse::{Solver, Start, fraction, outline, single, too_little};
 use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
 use crate::budget::Budget;
 use crate::coder::Rule;
@@ -29,6 +29,8 @@ pub struct Bitmask {
     pub rule: Rule,
     /// Sweeps of the coder.
     pub sweeps: usize,
+    /// What they begin with, under a Gram matrix.
+    pub start: Start,
     /// What is added to the diagonal of a Gram matrix, as a fraction of its mean; by default 0.01 in
     /// SparseGPT's pass, as in its paper, and 0.001 in the coder's sweeps.
     pub damping: Option<f64>,
@@ -39,14 +41,14 @@ pub struct Bitmask {
 
 impl Default for Bitmask {
     fn default() -> Self {
-        Bitmask { rule: Rule::default(), sweeps: 5, damping: None, levels: 0 }
+        Bitmask { rule: Rule::default(), sweeps: 5, start: Start::Auto, damping: None, levels: 0 }
     }
 }
 
 impl Bitmask {
     fn solver(&self) -> Result<Solver> {
         self.damping.map_or(Ok(()), |damping| fraction("damping", damping))?;
-        Ok(Solver { rule: self.rule, sweeps: self.sweeps, damping: self.damping })
+        Ok(Solver { rule: self.rule, sweeps: self.sweeps, start: self.start, damping: self.damping })
     }
 
     fn solve<T: Real>(&self, problem: &Problem<'_, T>, count: usize, notes: &mut Vec<String>) -> Result<Stored<T>> {
@@ -76,6 +78,10 @@ fn outlined<T: Real>(problem: &Problem<'_, T>) -> Outline {
 
 impl<T: Real> Factorize<T> for Bitmask {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+        self.factorize_noting(group, &mut Vec::new())
+    }
+
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
         if let Some(decomposition) = self.decompose(group)? {
             return self.assemble(group, &decomposition);
         }
@@ -86,7 +92,7 @@ impl<T: Real> Factorize<T> for Bitmask {
         }
         let least = || too_little(&problem.budget, price(&outlined(problem), 1).min(before), before);
         let count = count(&outlined(problem), limit).ok_or_else(least)?;
-        Ok(vec![Operator::Bitmask(self.solve(problem, count, &mut Vec::new())?)])
+        Ok(vec![Operator::Bitmask(self.solve(problem, count, notes)?)])
     }
 
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {

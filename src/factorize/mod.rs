@@ -30,6 +30,7 @@ pub use self::armor::{Armor, Solver};
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
+pub use self::sparse::Start;
 pub use self::svd::{Form, Route, Share, Svd};
 pub use self::two_four::TwoFour;
 pub use crate::coder::Rule;
@@ -209,6 +210,15 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
     /// [`Error::Shape`], [`Error::Numerical`] for problems that cannot be solved.
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>>;
 
+    /// The same, for methods without a curve, with what a reader of the report should know added to `notes`.
+    ///
+    /// # Errors
+    /// As [`factorize`](Self::factorize).
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        let _ = notes;
+        self.factorize(group)
+    }
+
     /// Computes what serves every budget, for methods that can: the error curve and the state that
     /// [`assemble`](Self::assemble) cuts. `None` if each budget has to be solved by itself.
     ///
@@ -322,6 +332,9 @@ impl<T: Real> Factorize<T> for Method {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
         self.inner().factorize(group)
     }
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        self.inner().factorize_noting(group, notes)
+    }
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         self.inner().decompose(group)
     }
@@ -339,6 +352,9 @@ impl<T: Real> Factorize<T> for Method {
 impl<T: Real, F: Factorize<T> + ?Sized> Factorize<T> for Box<F> {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
         (**self).factorize(group)
+    }
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        (**self).factorize_noting(group, notes)
     }
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         (**self).decompose(group)

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use ndarray::{Array1, Array2};
+use serde::{Deserialize, Serialize};
 
 use super::{Outline, Problem};
 use crate::budget::Budget;
@@ -18,11 +19,27 @@ const OBS_DAMPING: f64 = 0.01;
 /// Less: what descends further also gets more out of small eigenvalues.
 const CODER_DAMPING: f64 = 0.001;
 
+/// What the coder's sweeps begin with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// Whatever is best known: SparseGPT's result.
+    #[default]
+    Auto,
+    /// The largest weights, as they are.
+    Magnitude,
+    /// Wanda's, as they are.
+    Wanda,
+    /// SparseGPT's result.
+    Sparsegpt,
+}
+
 /// How the sparse methods solve, whatever their pattern.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Solver {
     pub(super) rule: Rule,
     pub(super) sweeps: usize,
+    pub(super) start: Start,
     /// As a fraction of the mean diagonal; by default 1 % for SparseGPT, as in its paper, and 0.1 % for the coder.
     pub(super) damping: Option<f64>,
 }
@@ -44,12 +61,7 @@ impl Solver {
         notes: &mut Vec<String>,
     ) -> Result<Form<T>> {
         let factor = Factor::<T>::new(gram.matrix(), self.damping.unwrap_or(OBS_DAMPING), backend)?;
-        if factor.damping() > self.damping.unwrap_or(OBS_DAMPING) {
-            notes.push(format!("Gram matrix not positive definite: damped by {:.0e} of its mean", factor.damping()));
-        }
-        if factor.dead() > 0 {
-            notes.push(format!("{} inputs are never seen", factor.dead()));
-        }
+        unusual(&factor, self.damping.unwrap_or(OBS_DAMPING), notes);
         let n = gram.dim();
         // An indefinite matrix needs more than what was asked for here as well.
         let raised = factor.damping() / self.damping.unwrap_or(OBS_DAMPING).max(f64::MIN_POSITIVE) > 1.0;
@@ -73,13 +85,10 @@ impl Solver {
         let gram = match (self.rule, &problem.metric.input) {
             (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
             // Where inputs do not interact, Wanda's answer is the best there is, and no weight changes.
-            _ => {
-                let scores = scores(self.rule, problem.weight, squares(&problem.metric, problem.shape().1).view());
-                return Ok(prune(problem.weight, scores.view(), pattern, 0));
-            }
+            _ => return Ok(scored(self.rule, problem, pattern, 0)),
         };
         let form = self.form(gram, problem.backend, notes)?;
-        let start = obs(problem.weight, &form.factor, pattern, 0, None)?;
+        let start = self.first(problem, &form.factor, pattern, 0)?;
         if self.rule == Rule::Sparsegpt {
             return Ok(start);
         }
@@ -92,6 +101,24 @@ impl Solver {
 }
 
 impl Solver {
+    /// SparseGPT's result, or what the sweeps are to begin with instead.
+    fn first<T: Real>(
+        &self,
+        problem: &Problem<'_, T>,
+        factor: &Factor<T>,
+        pattern: Pattern,
+        count: usize,
+    ) -> Result<Coded<T>> {
+        match self.start {
+            Start::Magnitude if self.rule == Rule::Coder => Ok(scored(Rule::Magnitude, problem, pattern, count)),
+            Start::Wanda if self.rule == Rule::Coder => Ok(scored(Rule::Wanda, problem, pattern, count)),
+            _ => {
+                let rows = weights(problem);
+                obs(problem.weight, factor, pattern, count, rows.as_ref().map(|rows| rows.view()))
+            }
+        }
+    }
+
     /// `count` entries anywhere by the rule, over all rows together.
     pub(super) fn free<T: Real>(
         &self,
@@ -99,22 +126,14 @@ impl Solver {
         count: usize,
         notes: &mut Vec<String>,
     ) -> Result<Coded<T>> {
-        let weights = problem.metric.output_scale().map(|scale| scale.mapv(|b| b * b));
+        let weights = weights(problem);
         let row = |i: usize| weights.as_ref().map_or(1.0, |weights| weights[i]);
         let gram = match (self.rule, &problem.metric.input) {
             (Rule::Sparsegpt | Rule::Coder, Weighting::Gram(gram)) => gram,
-            _ => {
-                let mut scores = scores(self.rule, problem.weight, squares(&problem.metric, problem.shape().1).view());
-                for (i, mut scores) in scores.rows_mut().into_iter().enumerate() {
-                    // Nowag's score is a square, the others are not.
-                    scores *= if self.rule == Rule::Nowag { row(i) } else { row(i).sqrt() };
-                }
-                return Ok(prune(problem.weight, scores.view(), Pattern::Free, count));
-            }
+            _ => return Ok(scored(self.rule, problem, Pattern::Free, count)),
         };
         let form = self.form(gram, problem.backend, notes)?;
-        let start =
-            obs(problem.weight, &form.factor, Pattern::Free, count, weights.as_ref().map(|weights| weights.view()))?;
+        let start = self.first(problem, &form.factor, Pattern::Free, count)?;
         if self.rule == Rule::Sparsegpt || self.sweeps == 0 {
             return Ok(start);
         }
@@ -141,8 +160,36 @@ impl Solver {
     }
 }
 
+/// What the squared errors of each row count.
+fn weights<T: Real>(problem: &Problem<'_, T>) -> Option<Array1<f64>> {
+    problem.metric.output_scale().map(|scale| scale.mapv(|b| b * b))
+}
+
+/// The entries of the best scores, as they are.
+fn scored<T: Real>(rule: Rule, problem: &Problem<'_, T>, pattern: Pattern, count: usize) -> Coded<T> {
+    let mut scores = scores(rule, problem.weight, squares(&problem.metric, problem.shape().1).view());
+    // Groups are of one row: what rows count matters where they compete.
+    if let (Pattern::Free, Some(weights)) = (pattern, weights(problem)) {
+        for (mut scores, &weight) in scores.rows_mut().into_iter().zip(&weights) {
+            // Nowag's score is a square, the others are not.
+            scores *= if rule == Rule::Nowag { weight } else { weight.sqrt() };
+        }
+    }
+    prune(problem.weight, scores.view(), pattern, count)
+}
+
 /// Passes over the values once the entries are settled.
 const REFITS: usize = 2;
+
+/// Notes what a Gram matrix needed to be factorized.
+pub(super) fn unusual<T: Real>(factor: &Factor<T>, asked: f64, notes: &mut Vec<String>) {
+    if factor.damping() > asked {
+        notes.push(format!("Gram matrix not positive definite: damped by {:.0e} of its mean", factor.damping()));
+    }
+    if factor.dead() > 0 {
+        notes.push(format!("{} inputs are never seen", factor.dead()));
+    }
+}
 
 /// Refuses a parameter that is no fraction of one.
 pub(super) fn fraction(what: &str, value: f64) -> Result<()> {
@@ -192,4 +239,64 @@ pub(super) fn no_rank(what: &str, budget: &Budget) -> Result<()> {
 /// A budget below the least.
 pub(super) fn too_little(budget: &Budget, least: impl Display, before: u64) -> Error {
     Error::Budget { asked: budget.to_string(), least: format!("{least} bytes of {before}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::{Bitmask, Factorize, TwoFour};
+    use super::*;
+    use crate::operator::LinearOperator;
+    use crate::stats::Gram;
+
+    fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
+        })
+    }
+
+    fn gram(n: usize) -> Array2<f64> {
+        let x = numbers(n, 2 * n, 104_729);
+        x.dot(&x.t()) / (2 * n) as f64
+    }
+
+    #[test]
+    fn sweeps_descend_from_any_start() {
+        let (w, metric) = (numbers(30, 48, 31), Metric::gram(Arc::new(Gram::new("g", gram(48)).unwrap())));
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.65)).metric(metric);
+        let error = |method: &dyn Factorize<f64>| {
+            let found = method.factorize(std::slice::from_ref(&problem)).unwrap();
+            problem.metric.squared((&w - &found[0].to_dense()).view(), problem.backend)
+        };
+        let of = |start, sweeps| {
+            let grouped = error(&TwoFour { start, sweeps, damping: Some(0.0), ..TwoFour::default() });
+            (grouped, error(&Bitmask { start, sweeps, damping: Some(0.0), ..Bitmask::default() }))
+        };
+        for start in [Start::Magnitude, Start::Wanda, Start::Sparsegpt] {
+            let (first, last) = (of(start, 0), of(start, 8));
+            assert!(last.0 < 0.9 * first.0 && last.1 < 0.9 * first.1, "{start:?}: {first:?} to {last:?}");
+        }
+        assert_eq!(of(Start::Auto, 2), of(Start::Sparsegpt, 2));
+        assert_ne!(of(Start::Auto, 0), of(Start::Wanda, 0));
+        // Without sweeps a start is its rule.
+        let wanda = TwoFour { rule: Rule::Wanda, ..TwoFour::default() };
+        assert_eq!(of(Start::Wanda, 0).0, error(&wanda));
+    }
+
+    #[test]
+    fn what_a_gram_matrix_needed_is_noted() {
+        let n = 16;
+        let (w, mut h) = (numbers(24, n, 31), gram(n));
+        h.row_mut(3).fill(0.0);
+        h.column_mut(3).fill(0.0);
+        let metric = Metric::gram(Arc::new(Gram::new("g", h).unwrap()));
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.99)).metric(metric);
+        let armor = super::super::Armor { overhead: 0.5, ..super::super::Armor::default() };
+        for method in [&armor as &dyn Factorize<f64>, &Bitmask::default()] {
+            let mut notes = Vec::new();
+            method.factorize_noting(std::slice::from_ref(&problem), &mut notes).unwrap();
+            assert_eq!(notes, ["1 inputs are never seen"], "{method:?}");
+        }
+    }
 }

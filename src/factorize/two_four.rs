@@ -15,7 +15,7 @@
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
-use super::sparse::{Solver, fraction, outline, single, too_little};
+use super::sparse::{Solver, Start, fraction, outline, single, too_little};
 use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
 use crate::budget::Budget;
 use crate::coder::Rule;
@@ -36,6 +36,8 @@ pub struct TwoFour {
     pub rule: Rule,
     /// Sweeps of the coder.
     pub sweeps: usize,
+    /// What they begin with, under a Gram matrix.
+    pub start: Start,
     /// What is added to the diagonal of a Gram matrix, as a fraction of its mean; by default 0.01 in
     /// SparseGPT's pass, as in its paper, and 0.001 in the coder's sweeps.
     pub damping: Option<f64>,
@@ -43,7 +45,7 @@ pub struct TwoFour {
 
 impl Default for TwoFour {
     fn default() -> Self {
-        TwoFour { n: 2, m: 4, rule: Rule::default(), sweeps: 5, damping: None }
+        TwoFour { n: 2, m: 4, rule: Rule::default(), sweeps: 5, start: Start::Auto, damping: None }
     }
 }
 
@@ -121,7 +123,7 @@ impl<T: Real> Factorize<T> for TwoFour {
 
 impl TwoFour {
     fn settings(&self) -> Result<(Nm, Solver)> {
-        let solver = Solver { rule: self.rule, sweeps: self.sweeps, damping: self.damping };
+        let solver = Solver { rule: self.rule, sweeps: self.sweeps, start: self.start, damping: self.damping };
         self.damping.map_or(Ok(()), |damping| fraction("damping", damping))?;
         Ok((Nm::new(self.n, self.m)?, solver))
     }

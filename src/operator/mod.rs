@@ -22,6 +22,7 @@ mod dense;
 mod index_set;
 mod interpolative;
 mod kernels;
+mod layouts;
 mod monarch;
 mod n_m;
 mod permutation;
@@ -33,6 +34,7 @@ pub use self::block_diagonal::BlockDiagonal;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
+pub use self::layouts::Cutlass;
 pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
 

@@ -1,4 +1,4 @@
-//! `examples/convert.rs`: layers of two block-diagonal tensors become factored weights.
+//! `examples/convert.rs`: layers of two block-diagonal tensors, or of values and a bit mask, become factored weights.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +17,28 @@ fn blocks(name: &str, (count, rows, columns): (usize, usize, usize), dtype: DTyp
     let shape = vec![count, rows, columns];
     let rounded = weightpress::scalar::widen(dtype, &bytes).unwrap();
     (Entry { name: name.into(), dtype, shape, data: Payload::Bytes(bytes.into()) }, rounded)
+}
+
+/// 2×8, 16 bits: the mask and order of values that compressed-tensors writes.
+fn masked(name: &str, mask: [u8; 2], values: &[f32], free: bool) -> Vec<Entry<'static>> {
+    let entry = |part: &str, dtype, shape: &[usize], bytes: Vec<u8>| Entry {
+        name: format!("{name}.{part}"),
+        dtype,
+        shape: shape.into(),
+        data: Payload::Bytes(bytes.into()),
+    };
+    let extents = if free { vec![values.len()] } else { vec![2, values.len() / 2] };
+    let signed = DType::parse("I64").unwrap();
+    let numbers = |numbers: &[i64]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    let mut entries = vec![
+        entry("shape", signed, &[2, 1], numbers(&[2, 8])),
+        entry("compressed", DType::BF16, &extents, narrow(DType::BF16, values).unwrap()),
+        entry("bitmask", DType::U8, &[2, 1], mask.into()),
+    ];
+    if free {
+        entries.push(entry("row_offsets", signed, &[2, 1], numbers(&[0, i64::from(mask[0].count_ones())])));
+    }
+    entries
 }
 
 fn plain(name: &str, shape: &[usize]) -> Entry<'static> {
@@ -79,9 +101,46 @@ fn layers_become_weights_that_multiply_alike() {
 }
 
 #[test]
-fn what_is_no_monarch_layer_is_refused() {
+fn values_with_a_bit_mask_become_weights() {
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(Vec<Entry<'_>>, &str); 4] = [
+    let input = folder.path().join("in.safetensors");
+    // As compressed-tensors 0.12 packs [[0, -0, 0, 0, 1, 2, 0, 3], [5, 4, 0, 0, -9, 0, 0, 8]], with a pair of zeros.
+    let mut entries = masked("a", [0b1010_1100, 0b1001_0011], &[0.0, 0.0, 2.0, 3.0, 5.0, 4.0, -9.0, 8.0], false);
+    entries.extend(masked("b", [0b0000_0111, 0], &[1.0, 2.0, 3.0], true));
+    entries.push(plain("a.bias", &[2]));
+    write_shard(&input, &BTreeMap::new(), entries).unwrap();
+    let out = folder.path().join("out");
+    let (code, printed, errors) = convert(&input, &out, &[]);
+    assert_eq!(code, Some(0), "{printed}{errors}");
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    let mut loader = checkpoint.loader::<f32>().unwrap();
+    let a = ndarray::array![[0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0, 3.0], [5.0, 4.0, 0.0, 0.0, -9.0, 0.0, 0.0, 8.0]];
+    assert_eq!(loader.operator("a.weight").unwrap().to_dense(), a);
+    assert_eq!(loader.operator("a.weight").unwrap().to_string(), "2:4 sparse 2x8");
+    let mut b = Array2::zeros((2, 8));
+    b.row_mut(0).slice_mut(ndarray::s![..3]).assign(&ndarray::array![1.0, 2.0, 3.0]);
+    assert_eq!(loader.operator("b.weight").unwrap().to_dense(), b);
+    assert!(checkpoint.info("a.shape").is_none() && checkpoint.info("b.row_offsets").is_none());
+    assert_eq!(checkpoint.get("a.bias").unwrap().bytes, vec![7; 8]);
+}
+
+#[test]
+fn what_is_no_such_layer_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let values = [1.0; 8];
+    let without = |part: &str| {
+        let entries = masked("net.a", [0x33, 0x33], &values, false);
+        entries.into_iter().filter(|entry| !entry.name.ends_with(part)).collect::<Vec<_>>()
+    };
+    let cases: [(Vec<Entry<'_>>, &str); 9] = [
+        (
+            masked("net.a", [0x33, 0x37], &values, false),
+            "`net.a`: shape mismatch: expected \"two marks in each group\"",
+        ),
+        (masked("net.a", [0x33, 0x33], &values[..6], false), "`net.a`"),
+        (masked("net.a", [0x33, 0x33], &values[..7], true), "`net.a`"),
+        (without("shape"), "net.a.shape"),
+        (without("bitmask"), "net.a.bitmask"),
         (vec![plain("a.weight", &[2, 2])], "blkdiag1"),
         (vec![blocks("a.blkdiag1", (2, 2, 2), DType::F32).0], "a.blkdiag2"),
         (vec![plain("a.blkdiag1", &[4, 2]), plain("a.blkdiag2", &[2, 2, 2])], "blocks x rows x columns"),

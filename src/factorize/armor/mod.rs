@@ -23,7 +23,7 @@ use ndarray::{Array2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use self::state::{Form, State, parts};
-use super::sparse::{fraction, no_rank, squares, too_little};
+use super::sparse::{fraction, no_rank, squares, too_little, unusual};
 use super::svd::mean_input;
 use super::{Factorize, Forecast, Outline, Problem, Share};
 use crate::budget::Budget;
@@ -95,6 +95,10 @@ impl Default for Armor {
 
 impl<T: Real> Factorize<T> for Armor {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+        self.factorize_noting(group, &mut Vec::new())
+    }
+
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
         let Some(first) = group.first() else {
             return Err(Error::shape("a group of at least one weight", 0));
         };
@@ -105,7 +109,7 @@ impl<T: Real> Factorize<T> for Armor {
             let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
             return group.iter().map(dense).collect();
         };
-        let solved = self.solve(group, nm, block).map_err(|e| e.of_tensor(first.name))?;
+        let solved = self.solve(group, nm, block, notes).map_err(|e| e.of_tensor(first.name))?;
         write(group, &solved, nm)
     }
 
@@ -206,7 +210,13 @@ impl Armor {
         rows
     }
 
-    fn solve<'a, T: Real>(&self, group: &[Problem<'a, T>], nm: Nm, block: usize) -> Result<State<'a, T>> {
+    fn solve<'a, T: Real>(
+        &self,
+        group: &[Problem<'a, T>],
+        nm: Nm,
+        block: usize,
+        notes: &mut Vec<String>,
+    ) -> Result<State<'a, T>> {
         let (first, n) = (&group[0], group[0].shape().1);
         let metric = Metric { output: Weighting::Identity, input: mean_input(group)? };
         let squares = squares(&metric, n);
@@ -236,7 +246,9 @@ impl Armor {
         let narrow = squares.mapv(T::from_f64);
         self.sweep(&mut state, &Form::Diagonal(narrow.view()), nm, block, self.diagonal_sweeps)?;
         if let Weighting::Gram(gram) = &metric.input {
-            let damping = Factor::<T>::new(gram.matrix(), self.damping, first.backend)?.damping();
+            let factor = Factor::<T>::new(gram.matrix(), self.damping, first.backend)?;
+            unusual(&factor, self.damping, notes);
+            let damping = factor.damping();
             let ridge = damping * squares.sum() / squares.len().max(1) as f64;
             let mut damped = gram.matrix().mapv(T::from_f64);
             damped.diag_mut().iter_mut().zip(&squares).for_each(|(d, full)| *d = T::from_f64(full + ridge));
