@@ -1,6 +1,6 @@
 //! Applying compressed weights: the dense matrix, two factors at a quarter of the rank, the pivot form at half
-//! the bytes, and block-diagonal factors with a shuffle between them (√n blocks of √n×√n, a Monarch matrix),
-//! side by side, for 1, 16 and 128 tokens.
+//! the bytes, 2:4 sparsity, and block-diagonal factors with a shuffle between them (√n blocks of √n×√n, a Monarch
+//! matrix), side by side, for 1, 16 and 128 tokens.
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
 //! order of the matrix. Bound by bytes at batch 1: expect 2× for half of them where the dense matrix does
@@ -12,7 +12,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
 use weightpress::Result;
 use weightpress::operator::{
-    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Operator, Permutation, Runs, Side,
+    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation, Runs, Side,
 };
 use weightpress::scalar::DType;
 
@@ -44,7 +44,15 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         let pad = Operator::Permutation(Permutation::list(n, (0..b as u32 * b as u32).collect())?);
         Operator::product_of(vec![shuffle()?, blocks()?, shuffle()?, blocks()?, pad])
     };
+    // Every choice of 2 of 4, in no order.
+    let sparse = |dtype| {
+        let ranks = (0..n * (n / 4)).map(|i| (i * 7919 % 104_729 % 6) as u8).collect();
+        let values = Dense::rounded(numbers(n, Nm::TWO_FOUR.values_per_row(n)), dtype)?;
+        NmSparse::new(Nm::TWO_FOUR, n, ranks, values).map(Operator::NmSparse)
+    };
     Ok(vec![
+        ("2:4", sparse(DType::F32)?),
+        ("2:4, bf16", sparse(DType::BF16)?),
         ("Monarch, √n blocks", monarch(DType::F32)?),
         ("Monarch, √n blocks, bf16", monarch(DType::BF16)?),
         ("factors r=n÷4", Operator::product_of(factors.map(dense).into())?),

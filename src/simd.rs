@@ -206,6 +206,12 @@ impl<T: Lanes> Aligned<T> {
         let start = self.0.as_ptr().align_offset(Self::LINE).min(slack);
         &mut self.0[start..start + length]
     }
+
+    /// The numbers that were written before, `length` at most.
+    pub(crate) fn filled(&self, length: usize) -> &[T] {
+        let start = self.0.as_ptr().align_offset(Self::LINE).min(Self::LINE / size_of::<T>());
+        &self.0[start.min(self.0.len())..(start + length).min(self.0.len())]
+    }
 }
 
 /// Takes the first `n` elements off a slice.

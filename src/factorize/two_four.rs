@@ -81,7 +81,8 @@ impl<T: Real> Factorize<T> for TwoFour {
             Point { bytes: problem.bytes(), error: 0.0 },
         ];
         let (m, groups) = (problem.shape().0, nm.groups(problem.shape().1));
-        let ranks = Array2::from_shape_fn((m, groups), |(i, g)| T::from_f64(sparse.ranks()[i * groups + g].into()));
+        let ranks = sparse.ranks();
+        let ranks = Array2::from_shape_fn((m, groups), |(i, g)| T::from_f64(ranks[i * groups + g].into()));
         let state = vec![sparse.values().values().to_owned(), ranks];
         Ok(Some(Decomposition { norm_squared, curve, state, notes }))
     }

@@ -37,6 +37,11 @@ impl<T: Real> Dense<T> {
         Ok(Dense { values, dtype })
     }
 
+    /// A leaf of values that `dtype` holds exactly.
+    pub(super) fn exact(values: Array2<T>, dtype: DType) -> Self {
+        Dense { values, dtype }
+    }
+
     /// The same values with every negative zero made positive.
     pub(super) fn positive_zeros(mut self) -> Self {
         self.values.mapv_inplace(|v| v + T::zero());

@@ -5,135 +5,43 @@
 //! C(M, N) in lexicographic order; a stored value may be zero and keeps its place. On disk the ranks of
 //! a row are packed into bytes: digits in base C(M, N), as many as fit a byte, where that is denser than
 //! whole bits (2:4: three groups a byte, 0.667 bit for each position), else ⌈log₂ C⌉ bits each.
+//! In memory 2:4 in `f32` has a form of its own, for its kernels: 2 bits a position, `bf16` values as they are.
+
+use std::borrow::Cow;
 
 use ndarray::{Array2, ArrayView2};
+use pulp::bytemuck;
 
+use super::kernels::TwoFour;
 use super::sparse::{accumulate, each_row};
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
-use crate::scalar::Real;
+use crate::linalg::pages;
+use crate::scalar::{DType, Real};
 
-/// The pattern N:M: n of every m consecutive inputs are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Nm {
-    n: usize,
-    m: usize,
-}
+mod pattern;
 
-impl Nm {
-    /// 2 of 4, the pattern of sparse tensor cores.
-    pub const TWO_FOUR: Nm = Nm { n: 2, m: 4 };
-    /// The largest M: choices are enumerated, C(8, 4) = 70 at most.
-    pub const LARGEST: usize = 8;
-
-    /// n of every m.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] unless 1 ≤ n < m ≤ 8.
-    pub fn new(n: usize, m: usize) -> Result<Self> {
-        match n >= 1 && n < m && m <= Self::LARGEST {
-            true => Ok(Nm { n, m }),
-            false => Err(Error::Unsupported(format!("{n}:{m} sparsity: expected 1 ≤ n < m ≤ {}", Self::LARGEST))),
-        }
-    }
-
-    /// N, the number of values in a group.
-    pub fn n(self) -> usize {
-        self.n
-    }
-
-    /// M, the inputs in a group.
-    pub fn m(self) -> usize {
-        self.m
-    }
-
-    /// All choices of N of M as bit masks (bit i: input i of the group), in lexicographic order of the
-    /// chosen positions: 01, 02, 03, 12, 13, 23 for 2:4.
-    pub fn masks(self) -> Vec<u8> {
-        let mut all: Vec<u8> = (0..=(1u16 << self.m) - 1).map(|mask| mask as u8).collect();
-        all.retain(|mask| mask.count_ones() as usize == self.n);
-        // The lexicographic order of ascending positions is the falling order of the reversed bits.
-        all.sort_by_key(|mask| std::cmp::Reverse(mask.reverse_bits()));
-        all
-    }
-
-    /// Full groups in a row of `columns` inputs.
-    pub fn groups(self, columns: usize) -> usize {
-        columns / self.m
-    }
-
-    /// Stored values in a row of `columns` inputs.
-    pub fn values_per_row(self, columns: usize) -> usize {
-        self.groups(columns) * self.n + columns % self.m
-    }
-
-    /// (digits in a byte, bits of a digit): the first is 0 where whole bits are packed.
-    fn packing(self) -> (usize, usize) {
-        let choices = self.masks().len();
-        let mut digits = 0;
-        while choices.pow(digits as u32 + 1) <= 256 {
-            digits += 1;
-        }
-        let bits = choices.next_power_of_two().trailing_zeros() as usize;
-        if bits * digits > 8 { (digits, bits) } else { (0, bits) }
-    }
-
-    /// Bytes on disk of the positions of a row of `columns` inputs.
-    pub fn position_bytes(self, columns: usize) -> usize {
-        match self.packing() {
-            (0, bits) => (self.groups(columns) * bits).div_ceil(8),
-            (digits, _) => self.groups(columns).div_ceil(digits),
-        }
-    }
-
-    /// Packs the ranks of a row.
-    fn pack(self, ranks: &[u8]) -> Vec<u8> {
-        let base = self.masks().len() as u8;
-        match self.packing() {
-            (0, bits) => {
-                let mut bytes = vec![0u8; (ranks.len() * bits).div_ceil(8)];
-                for (i, bit) in (0..ranks.len()).flat_map(|i| (0..bits).map(move |bit| (i, bit))) {
-                    let at = i * bits + bit;
-                    bytes[at / 8] |= (ranks[i] >> bit & 1) << (at % 8);
-                }
-                bytes
-            }
-            // The first group of a byte is its lowest digit.
-            (digits, _) => ranks
-                .chunks(digits)
-                .map(|chunk| chunk.iter().rev().fold(0u8, |byte, &rank| byte * base + rank))
-                .collect(),
-        }
-    }
-
-    /// The ranks of a row of `groups` groups; `None` if the bytes are no such thing.
-    fn unpack(self, bytes: &[u8], groups: usize) -> Option<Vec<u8>> {
-        let base = self.masks().len() as u8;
-        let ranks: Vec<u8> = match self.packing() {
-            (0, bits) => {
-                let bit = |at: usize| bytes.get(at / 8).map_or(0, |byte| byte >> (at % 8) & 1);
-                let rank = |i: usize| (0..bits).map(|b| bit(i * bits + b) << b).sum();
-                (0..groups).map(rank).collect()
-            }
-            (digits, _) => {
-                let digit = |i: usize| bytes.get(i / digits).map(|byte| byte / base.pow((i % digits) as u32) % base);
-                (0..groups).map(digit).collect::<Option<_>>()?
-            }
-        };
-        // Packing again finds ranks out of range, wrong lengths and bits beyond the end alike.
-        (ranks.iter().all(|&rank| rank < base) && self.pack(&ranks) == bytes).then_some(ranks)
-    }
-}
+pub use self::pattern::Nm;
 
 /// A matrix of which N of every M consecutive entries of a row are stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NmSparse<T> {
     pattern: Nm,
-    columns: usize,
-    /// Rank of each group's choice, row by row; one byte each, for kernels.
-    ranks: Vec<u8>,
-    values: Dense<T>,
+    shape: (usize, usize),
+    dtype: DType,
     masks: Vec<u8>,
+    stored: Stored<T>,
+}
+
+/// The values and their places, once.
+#[derive(Debug, Clone, PartialEq)]
+enum Stored<T> {
+    /// The rank of each group's choice, a byte each, and the values; row by row.
+    Rows { ranks: Vec<u8>, values: Dense<T> },
+    /// 2:4 in `f32`.
+    Single(TwoFour<f32>),
+    /// The same of `bf16` values, as bits.
+    Half(TwoFour<u16>),
 }
 
 impl<T: Real> NmSparse<T> {
@@ -152,8 +60,19 @@ impl<T: Real> NmSparse<T> {
         if let Some(&rank) = ranks.iter().find(|&&rank| rank as usize >= masks.len()) {
             return Err(Error::shape(format!("ranks below {}", masks.len()), rank));
         }
-        let values = values.positive_zeros();
-        Ok(NmSparse { pattern, columns, ranks, values, masks })
+        let (shape, dtype, values) = ((m, columns), values.dtype(), values.positive_zeros());
+        let stored = match T::as_f32(values.values()).filter(|_| pattern == Nm::TWO_FOUR) {
+            None => Stored::Rows { ranks, values },
+            Some(values) => {
+                let place = |mask: u8| [mask.trailing_zeros() as u8, 7 - mask.leading_zeros() as u8];
+                let (places, values) = (ranks.iter().map(|&rank| place(masks[rank as usize])), values.iter().copied());
+                match dtype {
+                    DType::BF16 => Stored::Half(TwoFour::new(shape, places, values)),
+                    _ => Stored::Single(TwoFour::new(shape, places, values)),
+                }
+            }
+        };
+        Ok(NmSparse { pattern, shape, dtype, masks, stored })
     }
 
     /// Takes the entries of `matrix` that `kept` marks, m×n both, and rounds them to `dtype`.
@@ -161,12 +80,7 @@ impl<T: Real> NmSparse<T> {
     /// # Errors
     /// [`Error::Shape`] unless each full group has exactly N marks and the rest of each row is all marked;
     /// as [`Dense::rounded`].
-    pub fn gather(
-        pattern: Nm,
-        matrix: ArrayView2<'_, T>,
-        kept: ArrayView2<'_, bool>,
-        dtype: crate::scalar::DType,
-    ) -> Result<Self> {
+    pub fn gather(pattern: Nm, matrix: ArrayView2<'_, T>, kept: ArrayView2<'_, bool>, dtype: DType) -> Result<Self> {
         let ((m, n), masks) = (matrix.dim(), pattern.masks());
         if kept.dim() != (m, n) {
             return Err(Error::shape((m, n), kept.dim()));
@@ -195,19 +109,41 @@ impl<T: Real> NmSparse<T> {
     pub fn pattern(&self) -> Nm {
         self.pattern
     }
-    /// The rank of each full group's choice among [`Nm::masks`], row by row.
-    pub fn ranks(&self) -> &[u8] {
-        &self.ranks
+    /// The rank of each full group's choice among [`Nm::masks`], row by row; collected from the form that kernels
+    /// read, if there is one.
+    pub fn ranks(&self) -> Cow<'_, [u8]> {
+        if let Stored::Rows { ranks, .. } = &self.stored {
+            return ranks.into();
+        }
+        let mut ranks = Vec::new();
+        let mut chosen = vec![0u8; self.pattern.groups(self.shape.1)];
+        for i in 0..self.shape.0 {
+            chosen.fill(0);
+            self.row(i, |column, _| {
+                if let Some(mask) = chosen.get_mut(column / self.pattern.m) {
+                    *mask |= 1 << (column % self.pattern.m);
+                }
+            });
+            let rank = |mask: &u8| self.masks.iter().position(|known| known == mask).unwrap_or_default() as u8;
+            ranks.extend(chosen.iter().map(rank));
+        }
+        ranks.into()
     }
-    /// The stored values, m × values of a row.
-    pub fn values(&self) -> &Dense<T> {
-        &self.values
+    /// The stored values, m × values of a row; collected as [`ranks`](Self::ranks).
+    pub fn values(&self) -> Cow<'_, Dense<T>> {
+        if let Stored::Rows { values, .. } = &self.stored {
+            return Cow::Borrowed(values);
+        }
+        let mut values = Vec::with_capacity(self.params());
+        (0..self.shape.0).for_each(|i| self.row(i, |_, value| values.push(value)));
+        let dim = (self.shape.0, self.pattern.values_per_row(self.shape.1));
+        Cow::Owned(Dense::exact(Array2::from_shape_vec(dim, values).unwrap_or_default(), self.dtype))
     }
 
     /// The packed positions, m × [`Nm::position_bytes`].
     pub fn encode_positions(&self) -> Vec<u8> {
-        let groups = self.pattern.groups(self.columns);
-        (0..self.shape().0).flat_map(|i| self.pattern.pack(&self.ranks[i * groups..(i + 1) * groups])).collect()
+        let (groups, ranks) = (self.pattern.groups(self.shape.1), self.ranks());
+        (0..self.shape.0).flat_map(|i| self.pattern.pack(&ranks[i * groups..(i + 1) * groups])).collect()
     }
 
     /// Reads the packed form back.
@@ -231,10 +167,15 @@ impl<T: Real> NmSparse<T> {
 
     /// Calls `each` with the column and value of all that is stored in row i, in ascending order.
     fn row(&self, i: usize, mut each: impl FnMut(usize, T)) {
-        let (groups, m) = (self.pattern.groups(self.columns), self.pattern.m);
-        let row = self.values.values();
+        let (ranks, values) = match &self.stored {
+            Stored::Rows { ranks, values } => (ranks, values),
+            Stored::Single(form) => return form.row(i, |column, value| each(column, T::from_f64(value.into()))),
+            Stored::Half(form) => return form.row(i, |column, value| each(column, T::from_f64(value.into()))),
+        };
+        let (groups, m) = (self.pattern.groups(self.shape.1), self.pattern.m);
+        let row = values.values();
         let mut values = row.row(i).into_iter().copied();
-        for (group, &rank) in self.ranks[i * groups..(i + 1) * groups].iter().enumerate() {
+        for (group, &rank) in ranks[i * groups..(i + 1) * groups].iter().enumerate() {
             let mut mask = self.masks[rank as usize];
             while mask != 0 {
                 let Some(value) = values.next() else { return };
@@ -244,34 +185,60 @@ impl<T: Real> NmSparse<T> {
         }
         values.zip(groups * m..).for_each(|(value, column)| each(column, value));
     }
+
+    /// The product by the kernels of 2:4; `None` if the matrix is not in their form.
+    fn by_kernel(&self, transposed: bool, x: ArrayView2<'_, T>) -> Option<Array2<T>> {
+        if matches!(self.stored, Stored::Rows { .. }) {
+            return None;
+        }
+        let (m, n) = self.shape;
+        let mut y: Array2<T> = pages::zeros((if transposed { n } else { m }, x.ncols()));
+        let (x, to) = (T::as_f32(x)?, bytemuck::cast_slice_mut(y.as_slice_mut()?));
+        match (&self.stored, transposed) {
+            (Stored::Rows { .. }, _) => return None,
+            (Stored::Single(form), false) => form.product(x, to),
+            (Stored::Single(form), true) => form.product_transposed(x, to),
+            (Stored::Half(form), false) => form.product(x, to),
+            (Stored::Half(form), true) => form.product_transposed(x, to),
+        }
+        Some(y)
+    }
 }
 
 impl<T: Real> LinearOperator<T> for NmSparse<T> {
     fn shape(&self) -> (usize, usize) {
-        (self.values.shape().0, self.columns)
+        self.shape
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        assert_eq!(x.nrows(), self.shape.1, "rows of x");
+        if let Some(y) = self.by_kernel(false, x) {
+            return y;
+        }
         let x = x.as_standard_layout();
         each_row(self.shape().0, x.ncols(), self.params(), |i, y| {
             self.row(i, |column, value| accumulate(y, value, x.row(column)));
         })
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        assert_eq!(x.nrows(), self.shape.0, "rows of x");
+        if let Some(y) = self.by_kernel(true, x) {
+            return y;
+        }
         let x = x.as_standard_layout();
-        let mut y = Array2::zeros((self.columns, x.ncols()));
+        let mut y = Array2::zeros((self.shape.1, x.ncols()));
         for (i, from) in x.rows().into_iter().enumerate() {
             self.row(i, |column, value| y.row_mut(column).scaled_add(value, &from));
         }
         y
     }
     fn params(&self) -> usize {
-        self.values.params()
+        self.shape.0 * self.pattern.values_per_row(self.shape.1)
     }
     fn bytes(&self) -> u64 {
-        self.values.bytes() + (self.shape().0 * self.pattern.position_bytes(self.columns)) as u64
+        (self.dtype.bytes(self.params()) + self.shape.0 * self.pattern.position_bytes(self.shape.1)) as u64
     }
     fn flops(&self, columns: usize) -> u64 {
-        self.values.flops(columns)
+        2 * (self.params() * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
         let mut dense = Array2::zeros(self.shape());
@@ -283,69 +250,4 @@ impl<T: Real> LinearOperator<T> for NmSparse<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::scalar::DType;
-
-    #[test]
-    fn masks_are_all_choices_in_lexicographic_order() {
-        assert_eq!(Nm::TWO_FOUR.masks(), [0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100]);
-        assert_eq!(Nm::new(4, 8).unwrap().masks().len(), 70);
-        assert_eq!(Nm::new(7, 8).unwrap().masks().len(), 8);
-        assert!(Nm::new(0, 4).is_err() && Nm::new(4, 4).is_err() && Nm::new(2, 9).is_err());
-    }
-
-    #[test]
-    fn positions_survive_packing_for_every_pattern_and_length() {
-        for (n, m) in (2..=8).flat_map(|m| (1..m).map(move |n| (n, m))) {
-            let pattern = Nm::new(n, m).unwrap();
-            let choices = pattern.masks().len();
-            for groups in [0, 1, 2, 3, 4, 7, 24, 25] {
-                let ranks: Vec<u8> = (0..groups).map(|i| ((i * 7 + 5) % choices) as u8).collect();
-                let bytes = pattern.pack(&ranks);
-                assert_eq!(bytes.len(), pattern.position_bytes(groups * m), "{n}:{m} {groups}");
-                assert_eq!(pattern.unpack(&bytes, groups).as_ref(), Some(&ranks), "{n}:{m} {groups}");
-            }
-        }
-        assert_eq!(Nm::TWO_FOUR.position_bytes(576), 48);
-        // Bytes that no row packs to: digits out of range, and digits beyond the end.
-        assert_eq!(Nm::TWO_FOUR.unpack(&[216], 3), None);
-        assert_eq!(Nm::TWO_FOUR.unpack(&[6], 1), None);
-        assert_eq!(Nm::TWO_FOUR.unpack(&[5, 0], 3), None);
-        assert_eq!(Nm::new(4, 8).unwrap().unpack(&[70], 1), None);
-        assert_eq!(Nm::new(4, 8).unwrap().unpack(&[0x80], 1), None);
-    }
-
-    #[test]
-    fn zeros_keep_their_place_and_lose_their_sign() {
-        let matrix = ndarray::array![[-0.0, 0.0, 3.0, 0.0, 5.0], [0.0, -0.0, -0.0, 0.0, -0.0]];
-        let kept = ndarray::array![[true, false, false, true, true], [false, true, true, false, true]];
-        let sparse = NmSparse::gather(Nm::TWO_FOUR, matrix.view(), kept.view(), DType::BF16).unwrap();
-        assert_eq!(sparse.ranks(), [2, 3]);
-        assert!(sparse.values().values().iter().all(|v: &f64| v.is_sign_positive()));
-        assert_eq!(sparse.to_dense(), ndarray::array![[0.0, 0.0, 0.0, 0.0, 5.0], [0.0; 5]]);
-        let back = NmSparse::decode(Nm::TWO_FOUR, 5, &sparse.encode_positions(), sparse.values().clone()).unwrap();
-        assert_eq!(back, sparse);
-        let wrong = ndarray::array![[true, true, true, false, true], [true, true, false, false, true]];
-        assert!(NmSparse::gather(Nm::TWO_FOUR, matrix.view(), wrong.view(), DType::F32).is_err());
-    }
-
-    #[test]
-    fn multiplies_like_its_dense_form() {
-        for (n, m, rows, columns) in [(2, 4, 5, 13), (1, 4, 3, 8), (4, 8, 7, 27), (3, 5, 1, 5), (2, 4, 2, 3)] {
-            let pattern = Nm::new(n, m).unwrap();
-            let matrix = Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3) % 11) as f64 - 5.0);
-            let masks = pattern.masks();
-            let kept = Array2::from_shape_fn((rows, columns), |(i, j)| {
-                j / m >= columns / m || masks[(i + j / m) % masks.len()] >> (j % m) & 1 == 1
-            });
-            let sparse = NmSparse::gather(pattern, matrix.view(), kept.view(), DType::F64).unwrap();
-            let dense = Array2::from_shape_fn((rows, columns), |at| if kept[at] { matrix[at] } else { 0.0 });
-            assert_eq!(sparse.to_dense(), dense);
-            let x = Array2::from_shape_fn((3, columns), |(i, j)| (i + 2 * j) as f64 - 3.0);
-            assert_eq!(sparse.product(x.t()), dense.dot(&x.t()));
-            let y = Array2::from_shape_fn((rows, 2), |(i, j)| (i * 2 + j) as f64);
-            assert_eq!(sparse.product_transposed(y.view()), dense.t().dot(&y));
-        }
-    }
-}
+mod tests;

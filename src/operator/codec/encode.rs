@@ -63,7 +63,7 @@ impl Encoder {
                     m: leaf.pattern().m(),
                     columns,
                     positions: self.push(name, next, DType::U8, shape, bytes),
-                    values: self.dense(name, next, leaf.values())?,
+                    values: self.dense(name, next, &leaf.values())?,
                 }
             }
             Operator::Bitmask(leaf) => {

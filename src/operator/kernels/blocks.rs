@@ -206,7 +206,8 @@ impl<T: Real, L: Leaf<T>> WithSimd for Part<'_, '_, T, L> {
         let mut all = vec![T::zero(); rows * columns];
         let first = blocks.first().map_or(0, |block| block.output);
         let out = Output { all: &mut all, stride: columns, from: 0, columns, first, scatter: None };
-        Run { job, blocks, out }.with_simd(s);
+        // The function that serves one thread: not compiled twice.
+        s.vectorize(Run { job, blocks, out });
         all
     }
 }

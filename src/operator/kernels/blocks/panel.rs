@@ -3,9 +3,10 @@
 use ndarray::{ArrayView1, ArrayView2, Axis};
 use pulp::Simd;
 
+use super::super::turn::columns;
 use super::{Block, Job, Leaf, NONE, Sources};
 use crate::scalar::Real;
-use crate::simd::{Aligned, LANES, Lanes, transpose};
+use crate::simd::Aligned;
 
 /// x as rows of whole vectors and the row of x that comes first, where that pays: if its columns are contiguous
 /// (a batch of tokens) and the blocks read runs of its rows. Otherwise x itself.
@@ -93,30 +94,5 @@ fn copy<T: Real>(from: ArrayView1<'_, T>, to: &mut [T]) {
     match from.to_slice() {
         Some(from) => to.copy_from_slice(from),
         None => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
-    }
-}
-
-/// Columns that are contiguous, as of a transposed batch: by square tiles.
-#[inline(always)]
-fn columns<S: Simd, T: Real>(s: S, x: ArrayView2<'_, T>, vectors: usize, to: &mut [T]) {
-    let lanes = T::lanes::<S>();
-    let (to, _) = T::vectors_mut::<S>(to);
-    let length = x.nrows();
-    for (v, group) in x.axis_chunks_iter(Axis(1), lanes).enumerate() {
-        let mut lines: [&[T]; LANES] = [&[]; LANES];
-        for (line, column) in lines.iter_mut().zip(group.columns()) {
-            *line = column.to_slice().unwrap_or(&[]);
-        }
-        for start in (0..length).step_by(lanes) {
-            let end = length.min(start + lanes);
-            let mut tile = [T::splat(s, T::zero()); LANES];
-            for (row, line) in tile.iter_mut().zip(&lines[..lanes]) {
-                *row = <T as Lanes>::load(s, line.get(start..end).unwrap_or(&[]));
-            }
-            transpose::<S, T>(s, &mut tile);
-            for (i, &row) in (start..end).zip(&tile) {
-                to[i * vectors + v] = row;
-            }
-        }
     }
 }

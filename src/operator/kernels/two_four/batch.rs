@@ -1,0 +1,279 @@
+//! Many vectors, side by side in the lanes.
+
+use ndarray::{ArrayView2, s};
+use pulp::{Simd, WithSimd};
+
+use super::super::turn;
+use super::{BLOCK, Chunk, Kept, Places, ROWS, TwoFour, WIDTH};
+use crate::simd::{Aligned, Lanes};
+
+/// Vectors of a panel, given how many are left.
+fn vectors(left: usize) -> usize {
+    match left {
+        8.. => 8,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
+/// The panels of a batch: the first vector of each, and how many it has.
+fn panels(all: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let count = vectors(all - from);
+        let panel = (from < all).then_some((from, count));
+        from += count;
+        panel
+    })
+}
+
+/// Panels of x one after the other; a row of one is its vectors.
+pub(super) struct Pack<'a, L> {
+    pub(super) of: &'a TwoFour<L>,
+    pub(super) x: ArrayView2<'a, f32>,
+}
+
+impl<L: Kept> WithSimd for Pack<'_, L> {
+    type Output = Aligned<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Aligned<f32> {
+        let Pack { of, x } = self;
+        let (lanes, length, full) = (f32::lanes::<S>(), of.blocks() * WIDTH, of.columns / 4 * 4);
+        let (all, mut packed) = (x.ncols().div_ceil(lanes), Aligned::default());
+        let to = packed.numbers(length * all * lanes);
+        for (from, vectors) in panels(all) {
+            let to = &mut to[from * length * lanes..][..vectors * length * lanes];
+            let x = x.slice(s![.., from * lanes..x.ncols().min((from + vectors) * lanes)]);
+            fill(s, x.slice(s![..full, ..]), vectors, to);
+            for (i, to) in to.chunks_exact_mut(vectors * lanes).enumerate().skip(full) {
+                if let Some(i) = of.column(i) {
+                    to.iter_mut().zip(x.row(i)).for_each(|(to, from)| *to = *from);
+                }
+            }
+        }
+        packed
+    }
+}
+
+/// The same for the transposed product: all of x, in panels of 4 vectors or 1.
+fn narrow_panels(all: usize) -> impl Iterator<Item = (usize, usize)> {
+    let whole = all / 4 * 4;
+    (0..whole).step_by(4).map(|from| (from, 4)).chain((whole..all).map(|from| (from, 1)))
+}
+
+/// All of x as panels that [`Transposed`] reads.
+pub(super) struct PackRows<'a> {
+    pub(super) x: ArrayView2<'a, f32>,
+}
+
+impl WithSimd for PackRows<'_> {
+    type Output = Aligned<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Aligned<f32> {
+        let (x, lanes, mut packed) = (self.x, f32::lanes::<S>(), Aligned::default());
+        let (all, length) = (x.ncols().div_ceil(lanes), x.nrows() * lanes);
+        let to = packed.numbers(length * all);
+        for (from, vectors) in narrow_panels(all) {
+            let x = x.slice(s![.., from * lanes..x.ncols().min((from + vectors) * lanes)]);
+            fill(s, x, vectors, &mut to[from * length..][..vectors * length]);
+        }
+        packed
+    }
+}
+
+/// x, in the first numbers of rows of whole vectors.
+#[inline(always)]
+fn fill<S: Simd>(s: S, x: ArrayView2<'_, f32>, vectors: usize, to: &mut [f32]) {
+    if x.strides()[0] == 1 && x.strides()[1] != 1 {
+        return turn::columns(s, x, vectors, to);
+    }
+    for (to, from) in to.chunks_exact_mut(vectors * f32::lanes::<S>()).zip(x.rows()) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    }
+}
+
+/// Rows `first..` of W·x, as many as y holds, for x as [`Pack`] packs it.
+pub(super) struct Product<'a, L> {
+    pub(super) of: &'a TwoFour<L>,
+    pub(super) x: &'a Aligned<f32>,
+    pub(super) first: usize,
+    pub(super) b: usize,
+    pub(super) y: &'a mut [f32],
+}
+
+impl<L: Kept> WithSimd for Product<'_, L> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Product { of, x, first, b, y } = self;
+        let (lanes, length, mut sums) = (f32::lanes::<S>(), of.blocks() * WIDTH, Aligned::default());
+        let all = b.div_ceil(lanes);
+        let x = x.filled(length * all * lanes);
+        for (i, y) in y.chunks_mut(BLOCK * b).enumerate() {
+            let rows = first + i * BLOCK..first + i * BLOCK + (y.len() / b).next_multiple_of(ROWS);
+            for (from, vectors) in panels(all) {
+                let sums = sums.numbers(rows.len() * vectors * lanes);
+                sums.fill(0.0);
+                let x = &x[from * length * lanes..][..vectors * length * lanes];
+                let rows = rows.clone();
+                match vectors {
+                    8 => s.vectorize(Panel::<L, 8, 1> { of, x, rows, sums }),
+                    4 => s.vectorize(Panel::<L, 4, 1> { of, x, rows, sums }),
+                    2 => s.vectorize(Panel::<L, 2, 2> { of, x, rows, sums }),
+                    _ => s.vectorize(Panel::<L, 1, 4> { of, x, rows, sums }),
+                }
+                for (y, sums) in y.chunks_exact_mut(b).zip(sums.chunks_exact(vectors * lanes)) {
+                    let y = &mut y[from * lanes..];
+                    let count = y.len().min(sums.len());
+                    y[..count].copy_from_slice(&sums[..count]);
+                }
+            }
+        }
+    }
+}
+
+/// Some rows times a panel of V vectors, R rows at a time.
+struct Panel<'a, L, const V: usize, const R: usize> {
+    of: &'a TwoFour<L>,
+    x: &'a [f32],
+    rows: std::ops::Range<usize>,
+    sums: &'a mut [f32],
+}
+
+impl<L: Kept, const V: usize, const R: usize> WithSimd for Panel<'_, L, V, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Panel { of, x, rows, sums } = self;
+        let (x, _) = S::as_simd_f32s(x);
+        let (sums, _) = S::as_mut_simd_f32s(sums);
+        let (x, _) = x.as_chunks::<V>().0.as_chunks::<WIDTH>();
+        let (sums, _) = sums.as_chunks_mut::<V>().0.as_chunks_mut::<R>();
+        for (block, x) in x.iter().enumerate() {
+            let at = block * of.padded() + rows.start;
+            let (chunks, places) = (&of.chunks[at..at + rows.len()], &of.places[at..at + rows.len()]);
+            let (chunks, places) = (chunks.as_chunks::<R>().0, places.as_chunks::<R>().0);
+            for ((sums, chunks), places) in sums.iter_mut().zip(chunks).zip(places) {
+                *sums = tile(s, x, chunks, places, *sums);
+            }
+        }
+    }
+}
+
+/// sums + chunks · x.
+#[inline(always)]
+fn tile<S: Simd, L: Kept, const V: usize, const R: usize>(
+    s: S,
+    x: &[[S::f32s; V]; WIDTH],
+    chunks: &[Chunk<L>; R],
+    places: &[Places; R],
+    mut sums: [[S::f32s; V]; R],
+) -> [[S::f32s; V]; R] {
+    // Few sums would wait for each other: those of the second value of each group are summed apart.
+    let mut others = [[s.splat_f32s(0.0); V]; R];
+    for (h, groups) in x.as_chunks::<4>().0.as_chunks::<8>().0.iter().enumerate() {
+        let mut words = places.map(|places| places[h]);
+        for (g, group) in groups.iter().enumerate() {
+            for (r, word) in words.iter_mut().enumerate() {
+                let (first, second) = (*word & 3, *word >> 2 & 3);
+                *word >>= 4;
+                let pair = &chunks[r].0.as_chunks().0[8 * h + g];
+                let value = L::splat(s, pair, false);
+                for (sum, &x) in sums[r].iter_mut().zip(&group[first as usize]) {
+                    *sum = s.mul_add_e_f32s(value, x, *sum);
+                }
+                let value = L::splat(s, pair, true);
+                let sums = if V < 8 { &mut others } else { &mut sums };
+                for (sum, &x) in sums[r].iter_mut().zip(&group[second as usize]) {
+                    *sum = s.mul_add_e_f32s(value, x, *sum);
+                }
+            }
+        }
+    }
+    if V < 8 {
+        for (sum, other) in sums.as_flattened_mut().iter_mut().zip(others.as_flattened()) {
+            *sum = s.add_f32s(*sum, *other);
+        }
+    }
+    sums
+}
+
+/// Wᵀ·x in one block of columns, 64×b, for x as [`PackRows`] packs it.
+pub(super) struct Transposed<'a, L> {
+    pub(super) of: &'a TwoFour<L>,
+    pub(super) x: &'a Aligned<f32>,
+    pub(super) block: usize,
+    pub(super) b: usize,
+}
+
+impl<L: Kept> WithSimd for Transposed<'_, L> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) -> Vec<f32> {
+        let Transposed { of, x, block, b } = self;
+        let (lanes, m) = (f32::lanes::<S>(), of.rows);
+        let all = b.div_ceil(lanes);
+        let (x, mut memory) = (x.filled(m * lanes * all), Aligned::default());
+        let (sums, at) = (memory.numbers(WIDTH * lanes * all), block * of.padded());
+        for start in (0..m).step_by(BLOCK) {
+            let rows = start..m.min(start + BLOCK);
+            let (chunks, places) = (&of.chunks[at..][rows.clone()], &of.places[at..][rows.clone()]);
+            for (from, vectors) in narrow_panels(all) {
+                let width = vectors * lanes;
+                let x = &x[from * lanes * m + start * width..][..rows.len() * width];
+                let sums = &mut sums[from * lanes * WIDTH..][..width * WIDTH];
+                match vectors {
+                    4 => s.vectorize(Spread::<L, 4> { chunks, places, x, sums }),
+                    _ => s.vectorize(Spread::<L, 1> { chunks, places, x, sums }),
+                }
+            }
+        }
+        let mut y = vec![0.0; WIDTH * b];
+        for (from, vectors) in narrow_panels(all).map(|(from, vectors)| (from * lanes, vectors * lanes)) {
+            let sums = sums[from * WIDTH..][..vectors * WIDTH].chunks_exact(vectors);
+            for (y, sums) in y.chunks_exact_mut(b).zip(sums) {
+                y[from..].iter_mut().zip(sums).for_each(|(y, sum)| *y = *sum);
+            }
+        }
+        y
+    }
+}
+
+/// Some chunks, each value times its row of V vectors, added to the rows of sums that the places say.
+struct Spread<'a, L, const V: usize> {
+    chunks: &'a [Chunk<L>],
+    places: &'a [Places],
+    x: &'a [f32],
+    sums: &'a mut [f32],
+}
+
+impl<L: Kept, const V: usize> WithSimd for Spread<'_, L, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Spread { chunks, places, x, sums } = self;
+        let (x, _) = S::as_simd_f32s(x).0.as_chunks::<V>();
+        let (sums, _) = S::as_mut_simd_f32s(sums).0.as_chunks_mut::<V>();
+        let (groups, _) = sums.as_chunks_mut::<4>();
+        for ((chunk, places), x) in chunks.iter().zip(places).zip(x) {
+            let values = chunk.0.as_chunks::<2>().0;
+            let mut words = u64::from(places[0]) | u64::from(places[1]) << 32;
+            for (group, pair) in groups.iter_mut().zip(values) {
+                for second in [false, true] {
+                    let value = L::splat(s, pair, second);
+                    for (sum, &x) in group[words as usize & 3].iter_mut().zip(x) {
+                        *sum = s.mul_add_e_f32s(value, x, *sum);
+                    }
+                    words >>= 2;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+use ndarray::{Array2, ShapeBuilder};
+
+use super::*;
+
+const PLACES: [[u8; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
+
+/// Small integers, so that every order of summation is exact, in f32 and in bf16.
+fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 31 + j * 17 + seed * 5) % 13) as f32 - 6.0)
+}
+
+fn architectures() -> Vec<Arch> {
+    #[allow(unused_mut)]
+    let mut all = vec![Arch::Scalar, Arch::new()];
+    #[cfg(target_arch = "x86_64")]
+    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+    all
+}
+
+/// A matrix and its packed form.
+fn example<L: Kept>(m: usize, n: usize) -> (TwoFour<L>, Array2<f32>) {
+    let (all, groups) = (numbers(m, n, 1), n / 4);
+    let pair = |i: usize, g: usize| PLACES[(i * 5 + g * 7 + g / 6) % 6];
+    let kept = |i: usize, j: usize| j / 4 >= groups || pair(i, j / 4).contains(&((j % 4) as u8));
+    let dense = Array2::from_shape_fn((m, n), |at| if kept(at.0, at.1) { all[at] } else { 0.0 });
+    let values: Vec<f32> = all.indexed_iter().filter(|((i, j), _)| kept(*i, *j)).map(|(_, v)| *v).collect();
+    let places = (0..m).flat_map(|i| (0..groups).map(move |g| pair(i, g)));
+    (TwoFour::new((m, n), places, values.into_iter()), dense)
+}
+
+fn check<L: Kept>(m: usize, n: usize, batches: &[usize]) {
+    let (packed, dense) = example::<L>(m, n);
+    for i in 0..m {
+        let (mut row, mut last) = (vec![0.0; n], None);
+        packed.row(i, |column, value| {
+            assert!(last.replace(column) < Some(column), "{m}x{n}: ascending");
+            row[column] = value;
+        });
+        assert_eq!(row, dense.row(i).to_vec(), "{m}x{n}");
+    }
+    for &b in batches {
+        let (x, z) = (numbers(n, b, 2), numbers(m, b, 3));
+        let (y, t) = (dense.dot(&x), dense.t().dot(&z));
+        for arch in architectures() {
+            for layout in 0..3 {
+                // Row-major, its transpose (a batch of tokens), every second column of something wider.
+                let view = |x: &Array2<f32>| match layout {
+                    0 => x.clone(),
+                    1 => Array2::from_shape_fn(x.raw_dim().f(), |at| x[at]),
+                    _ => {
+                        Array2::from_shape_fn((x.nrows(), 2 * b), |(i, j)| if j % 2 == 0 { x[(i, j / 2)] } else { 9.0 })
+                    }
+                };
+                let step = if layout == 2 { 2 } else { 1 };
+                let case = format!("{m}x{n}, batch {b}, layout {layout}, {arch:?}");
+                let mut got = Array2::from_elem((m, b), 7.0);
+                if let Some(to) = got.as_slice_mut() {
+                    packed.product_by(arch, view(&x).slice(ndarray::s![.., ..;step]), to);
+                }
+                assert_eq!(got, y, "{case}");
+                let mut got = Array2::from_elem((n, b), 7.0);
+                if let Some(to) = got.as_slice_mut() {
+                    packed.product_transposed_by(arch, view(&z).slice(ndarray::s![.., ..;step]), to);
+                }
+                assert_eq!(got, t, "{case}, transposed");
+            }
+        }
+    }
+}
+
+#[test]
+fn equals_the_dense_product() {
+    for (m, n) in
+        [(1, 0), (1, 1), (3, 2), (2, 3), (1, 4), (5, 7), (8, 62), (9, 63), (7, 64), (17, 67), (33, 131), (8, 256)]
+    {
+        check::<f32>(m, n, &[0, 1, 2, 3, 15, 16, 17, 33, 70]);
+        check::<u16>(m, n, &[1, 2, 16, 35]);
+    }
+    check::<f32>(4, 65, &[128, 200]);
+    check::<u16>(4, 66, &[128]);
+}
+
+#[test]
+fn blocks_of_rows_and_threads_change_nothing() {
+    // More rows than a block; from 2^20 multiply-adds on, several threads.
+    check::<f32>(1030, 130, &[1, 17]);
+    check::<f32>(4099, 20, &[1, 2]);
+    check::<u16>(4099, 513, &[1]);
+}
+
+#[test]
+fn only_what_is_stored_meets_what_is_not_finite() {
+    let (packed, dense) = example::<f32>(2, 5);
+    let mut x = numbers(5, 1, 2);
+    let skipped = (0..4).find(|&j| dense[(0, j)] == 0.0).unwrap_or(0);
+    x[(skipped, 0)] = f32::INFINITY;
+    for arch in architectures() {
+        let mut y = [0.0; 2];
+        packed.product_by(arch, x.view(), &mut y);
+        assert!(y[0].is_finite(), "{arch:?}");
+    }
+}

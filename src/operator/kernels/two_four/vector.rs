@@ -1,0 +1,236 @@
+//! One vector: each of the stored values meets its input by a permutation of the 32 that they are stored for.
+
+use ndarray::ArrayView2;
+use pulp::{Arch, Scalar, Simd, bytemuck};
+
+use super::{Chunk, KEPT, Kept, Places, TwoFour, WIDTH};
+use crate::simd::Aligned;
+
+/// Rows whose sums are kept, a register for each: few turns of the stream are worth more than the first cache.
+const BLOCK: usize = 4096;
+/// Bytes between what is multiplied and what is asked for: a core alone does not fetch ahead far enough.
+const AHEAD: usize = 8192;
+
+/// The numbers of a register.
+pub(super) fn lanes(arch: Arch) -> usize {
+    match arch {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        Arch::V4(_) => 16,
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => 8,
+        _ => 4,
+    }
+}
+
+/// The columns of x one after the other, each in whole chunks.
+pub(super) fn pack<L: Kept>(of: &TwoFour<L>, x: ArrayView2<'_, f32>) -> Aligned<f32> {
+    let (length, mut packed) = (of.blocks() * WIDTH, Aligned::default());
+    let full = of.columns / 4 * 4;
+    for (column, to) in x.columns().into_iter().zip(packed.numbers(length * x.ncols()).chunks_exact_mut(length.max(1)))
+    {
+        to.iter_mut().zip(column).take(full).for_each(|(to, from)| *to = *from);
+        (full..length).for_each(|i| to[i] = of.column(i).map_or(0.0, |i| column[i]));
+    }
+    packed
+}
+
+/// Rows `first..` of y = W·x, as many as y holds; column by column.
+pub(super) fn run<L: Kept>(arch: Arch, of: &TwoFour<L>, x: &Aligned<f32>, first: usize, b: usize, y: &mut [f32]) {
+    let length = of.blocks() * WIDTH;
+    for (column, x) in x.filled(length * b).chunks_exact(length.max(1)).enumerate() {
+        let (x, _) = x.as_chunks();
+        let y = y[column..].iter_mut().step_by(b);
+        match arch {
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            Arch::V4(s) => s.vectorize(Column { s, of, x, first, y }),
+            #[cfg(target_arch = "x86_64")]
+            Arch::V3(s) => s.vectorize(Column { s, of, x, first, y }),
+            _ => pulp::NullaryFnOnce::call(Column { s: Scalar, of, x, first, y }),
+        }
+    }
+}
+
+/// The sums of a chunk, at a width of its own.
+trait Pick: Simd {
+    /// What a column block holds of x.
+    type Inputs;
+    fn inputs(x: &[f32; WIDTH]) -> Self::Inputs;
+    /// Asks for the chunks that come later.
+    #[inline(always)]
+    fn prefetch<L>(self, _: &Chunk<L>) {}
+    /// sum + the products of a chunk, in any lane.
+    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, sum: Self::f32s) -> Self::f32s;
+}
+
+/// Some rows times one column of x.
+struct Column<'a, S, L, Y> {
+    s: S,
+    of: &'a TwoFour<L>,
+    x: &'a [[f32; WIDTH]],
+    first: usize,
+    y: Y,
+}
+
+impl<'a, S: Pick, L: Kept, Y: ExactSizeIterator<Item = &'a mut f32>> pulp::NullaryFnOnce for Column<'_, S, L, Y> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Column { s, of, x, first, mut y } = self;
+        let (padded, mut sums) = (of.padded(), Vec::with_capacity(BLOCK));
+        for start in (first..first + y.len()).step_by(BLOCK) {
+            let count = y.len().min(BLOCK);
+            sums.clear();
+            sums.resize(count, s.splat_f32s(0.0));
+            for (block, x) in x.iter().enumerate() {
+                let x = S::inputs(x);
+                let at = block * padded + start;
+                let (chunks, places) = (&of.chunks[at..at + count], &of.places[at..at + count]);
+                for ((sum, kept), places) in sums.iter_mut().zip(chunks).zip(places) {
+                    s.prefetch(kept);
+                    *sum = s.chunk(kept, places, &x, *sum);
+                }
+            }
+            y.by_ref().zip(&sums).for_each(|(y, sum)| *y = s.reduce_sum_f32s(*sum));
+        }
+    }
+}
+
+impl Pick for Scalar {
+    type Inputs = [f32; WIDTH];
+    #[inline(always)]
+    fn inputs(x: &[f32; WIDTH]) -> Self::Inputs {
+        *x
+    }
+    #[inline(always)]
+    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &[f32; WIDTH], sum: f32) -> f32 {
+        let mut sums = [sum, 0.0];
+        for (i, pair) in kept.0.as_chunks::<2>().0.iter().enumerate() {
+            let place = places[i / 8] >> (i % 8 * 4);
+            let group = &x.as_chunks::<4>().0[i];
+            for k in 0..2 {
+                sums[k] += pair[k].wide() * group[(place >> (2 * k) & 3) as usize];
+            }
+        }
+        sums[0] + sums[1]
+    }
+}
+
+/// A register of stored values, widened.
+pub(crate) trait Load: Sized {
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    fn sixteen(s: pulp::x86::V4, from: &[Self; 16]) -> std::arch::x86_64::__m512;
+    #[cfg(target_arch = "x86_64")]
+    fn eight(s: pulp::x86::V3, from: &[Self; 8]) -> std::arch::x86_64::__m256;
+}
+
+impl Load for f32 {
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[inline(always)]
+    fn sixteen(_: pulp::x86::V4, from: &[f32; 16]) -> std::arch::x86_64::__m512 {
+        bytemuck::cast(*from)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn eight(_: pulp::x86::V3, from: &[f32; 8]) -> std::arch::x86_64::__m256 {
+        bytemuck::cast(*from)
+    }
+}
+
+impl Load for u16 {
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[inline(always)]
+    fn sixteen(s: pulp::x86::V4, from: &[u16; 16]) -> std::arch::x86_64::__m512 {
+        let wide = s.avx512f._mm512_cvtepu16_epi32(bytemuck::cast(*from));
+        bytemuck::cast(s.avx512f._mm512_slli_epi32::<16>(wide))
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn eight(s: pulp::x86::V3, from: &[u16; 8]) -> std::arch::x86_64::__m256 {
+        let wide = s.avx2._mm256_cvtepu16_epi32(bytemuck::cast(*from));
+        bytemuck::cast(s.avx2._mm256_slli_epi32::<16>(wide))
+    }
+}
+
+/// Asks for the lines of the chunk that comes [`AHEAD`] bytes later.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch<L>(kept: &Chunk<L>) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in (0..size_of::<Chunk<L>>()).step_by(64) {
+        let at = std::ptr::from_ref(kept).wrapping_byte_add(AHEAD + line).cast();
+        // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a
+        // program can see and faults on no address, so that one beyond the chunks does no harm, and the pointer to
+        // it was computed by wrapping arithmetic.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(at);
+        }
+    }
+}
+
+/// Where the group of a lane begins among the numbers that a permutation chooses from.
+#[cfg(target_arch = "x86_64")]
+const GROUPS: [u32; 16] = [0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28];
+/// What brings the place of a lane down to the lowest bits.
+#[cfg(target_arch = "x86_64")]
+const SHIFTS: [u32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
+
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+impl Pick for pulp::x86::V4 {
+    type Inputs = [std::arch::x86_64::__m512; WIDTH / 16];
+    #[inline(always)]
+    fn inputs(x: &[f32; WIDTH]) -> Self::Inputs {
+        bytemuck::cast(*x)
+    }
+    #[inline(always)]
+    fn prefetch<L>(self, kept: &Chunk<L>) {
+        prefetch(kept);
+    }
+    #[inline(always)]
+    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, mut sum: Self::f32s) -> Self::f32s {
+        const { assert!(KEPT == 32) };
+        /// (a & b) | c.
+        const AND_OR: i32 = 0xEA;
+        let f = self.avx512f;
+        let three = f._mm512_set1_epi32(3);
+        for (h, kept) in kept.0.as_chunks::<16>().0.iter().enumerate() {
+            let word = f._mm512_set1_epi32(places[h] as i32);
+            let shifted = f._mm512_srlv_epi32(word, bytemuck::cast(SHIFTS));
+            let from = f._mm512_ternarylogic_epi32::<AND_OR>(shifted, three, bytemuck::cast(GROUPS));
+            let picked = f._mm512_permutex2var_ps(x[2 * h], from, x[2 * h + 1]);
+            sum = bytemuck::cast(f._mm512_fmadd_ps(L::sixteen(self, kept), picked, bytemuck::cast(sum)));
+        }
+        sum
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Pick for pulp::x86::V3 {
+    type Inputs = [std::arch::x86_64::__m256; WIDTH / 8];
+    #[inline(always)]
+    fn inputs(x: &[f32; WIDTH]) -> Self::Inputs {
+        bytemuck::cast(*x)
+    }
+    #[inline(always)]
+    fn prefetch<L>(self, kept: &Chunk<L>) {
+        prefetch(kept);
+    }
+    #[inline(always)]
+    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, mut sum: Self::f32s) -> Self::f32s {
+        const LOW: [u32; 8] = [0, 0, 4, 4, 0, 0, 4, 4];
+        let (f, avx) = (self.avx2, self.avx);
+        let three = avx._mm256_set1_epi32(3);
+        let shifts: [[u32; 8]; 2] = bytemuck::cast(SHIFTS);
+        for (q, kept) in kept.0.as_chunks::<8>().0.iter().enumerate() {
+            let word = avx._mm256_set1_epi32(places[q / 2] as i32);
+            let shifted = f._mm256_srlv_epi32(word, bytemuck::cast(shifts[q % 2]));
+            let from = f._mm256_or_si256(f._mm256_and_si256(shifted, three), bytemuck::cast(LOW));
+            let low = f._mm256_permutevar8x32_ps(x[2 * q], from);
+            let high = f._mm256_permutevar8x32_ps(x[2 * q + 1], from);
+            let picked = avx._mm256_blend_ps::<0xF0>(low, high);
+            sum = bytemuck::cast(self.fma._mm256_fmadd_ps(L::eight(self, kept), picked, bytemuck::cast(sum)));
+        }
+        sum
+    }
+}
