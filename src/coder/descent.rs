@@ -1,7 +1,6 @@
 //! Exact group coordinate descent under the full quadratic form.
 
-use ndarray::{Array2, ArrayView2, Axis, s};
-use pulp::Arch;
+use ndarray::{Array2, ArrayView2, s};
 
 use super::table::Masks;
 use super::{BLOCK, Coded, LANES, STRIP, Strip, Tables, check, each, join, strips};
@@ -127,15 +126,13 @@ pub fn descend<T: Real>(
     Ok(descent.solution())
 }
 
-#[inline(always)]
-pub(super) fn load<T: Copy + Default>(a: &Array2<T>, row: usize, lane: usize) -> [T; LANES] {
+pub(super) fn load<T: Real>(a: &Array2<T>, row: usize, lane: usize) -> [T; LANES] {
     let row = a.row(row);
     let lanes = row.as_slice().and_then(|row| row[lane..].first_chunk());
-    lanes.copied().unwrap_or([T::default(); LANES])
+    lanes.copied().unwrap_or([T::zero(); LANES])
 }
 
-#[inline(always)]
-pub(super) fn store<T: Copy>(a: &mut Array2<T>, row: usize, lane: usize, values: [T; LANES]) {
+pub(super) fn store<T: Real>(a: &mut Array2<T>, row: usize, lane: usize, values: [T; LANES]) {
     if let Some(row) = a.row_mut(row).as_slice_mut() {
         row[lane..lane + LANES].copy_from_slice(&values);
     }
@@ -144,7 +141,6 @@ pub(super) fn store<T: Copy>(a: &mut Array2<T>, row: usize, lane: usize, values:
 fn pass<T: Real>(strip: &mut Strip<T>, form: ArrayView2<'_, T>, tables: &Tables<T>, choice: Choice<'_, T>) {
     let groups: Vec<(usize, usize, &Masks, &[T])> = tables.groups().collect();
     let mut forces = Array2::zeros((BLOCK, strip.width()));
-    let arch = Arch::new();
     let mut at = 0;
     while at < groups.len() {
         let start = groups[at].0;
@@ -157,30 +153,20 @@ fn pass<T: Real>(strip: &mut Strip<T>, form: ArrayView2<'_, T>, tables: &Tables<
         let rows = form.slice(s![start..end, ..]);
         matmul_into(T::one(), rows, strip.error.view(), T::zero(), forces.view_mut());
         let diagonal = form.slice(s![start..end, start..end]);
-        let diagonal = diagonal.as_standard_layout();
-        // The same additions in the same order at any width of the machine's vectors.
-        arch.dispatch(|| {
-            for lane in (0..strip.width()).step_by(LANES) {
-                let mut tile = [[T::zero(); LANES]; BLOCK];
-                for (to, from) in tile.iter_mut().zip(forces.rows()) {
-                    from.iter().skip(lane).zip(to).for_each(|(&from, to)| *to = from);
-                }
-                let mut price = [T::zero(); LANES];
-                if let Choice::Priced(prices) = choice {
-                    prices.iter().skip(strip.first + lane).zip(&mut price).for_each(|(&from, to)| *to = from);
-                }
-                for &(first, size, masks, inverses) in block {
-                    let step = Step { first, size, masks, inverses, lane, offset: first - start };
-                    step.take(
-                        strip,
-                        &mut tile[..end - start],
-                        diagonal.view(),
-                        &price,
-                        matches!(choice, Choice::Values),
-                    );
-                }
+        for lane in (0..strip.width()).step_by(LANES) {
+            let mut tile = [[T::zero(); LANES]; BLOCK];
+            for (to, from) in tile.iter_mut().zip(forces.rows()) {
+                from.iter().skip(lane).zip(to).for_each(|(&from, to)| *to = from);
             }
-        });
+            let mut price = [T::zero(); LANES];
+            if let Choice::Priced(prices) = choice {
+                prices.iter().skip(strip.first + lane).zip(&mut price).for_each(|(&from, to)| *to = from);
+            }
+            for &(first, size, masks, inverses) in block {
+                let step = Step { first, size, masks, inverses, lane, offset: first - start };
+                step.take(strip, &mut tile[..end - start], diagonal, &price, matches!(choice, Choice::Values));
+            }
+        }
     }
 }
 
@@ -197,7 +183,6 @@ struct Step<'a, T> {
 
 impl<T: Real> Step<'_, T> {
     /// Solves the group, and brings the forces of the later columns of the block up to date.
-    #[inline(always)]
     fn take(
         &self,
         strip: &mut Strip<T>,
@@ -223,63 +208,39 @@ impl<T: Real> Step<'_, T> {
             }
             // The target is not in `old`: H·(coded − target) loses the coded part only.
         }
-        let (chosen, new) = if fixed {
-            let chosen = self.current(strip);
-            (chosen, self.masks.values(self.inverses, &g, &chosen))
-        } else {
-            self.masks.solve(self.inverses, &g, price)
-        };
-        let bits = chosen.map(|mask| self.masks.bits[mask]);
-        let mut delta = [[T::zero(); LANES]; Nm::LARGEST];
+        let chosen = if fixed { self.current(strip) } else { self.masks.best(self.inverses, &g, price) };
+        let new = self.masks.values(self.inverses, &g, &chosen);
         for i in 0..self.size {
             let target: [T; LANES] = load(&strip.target, self.first + i, self.lane);
-            let mut error = [T::zero(); LANES];
+            let (mut delta, mut error) = ([T::zero(); LANES], [T::zero(); LANES]);
             for l in 0..LANES {
-                delta[i][l] = new[i][l] - old[i][l];
+                delta[l] = new[i][l] - old[i][l];
                 error[l] = new[i][l] - target[l];
             }
             store(&mut strip.coded, self.first + i, self.lane, new[i]);
             store(&mut strip.error, self.first + i, self.lane, error);
-            store(&mut strip.kept, self.first + i, self.lane, bits.map(|bits| bits >> i & 1 == 1));
+            let row = form.row(self.offset + i);
+            let later = self.offset + self.size;
+            for (force, &h) in forces[later..].iter_mut().zip(row.iter().skip(later)) {
+                for l in 0..LANES {
+                    force[l] += h * delta[l];
+                }
+            }
         }
-        let later = self.offset + self.size;
-        let rows: [&[T]; Nm::LARGEST] =
-            std::array::from_fn(|i| if i < self.size { row(form, self.offset + i, later) } else { &[] });
-        // Pairs of inputs, so that a force is loaded and stored half as often.
-        for i in (0..self.size).step_by(2) {
-            let (a, b) = (delta[i], delta[i + 1]);
-            if i + 1 < self.size {
-                for ((force, &ha), &hb) in forces[later..].iter_mut().zip(rows[i]).zip(rows[i + 1]) {
-                    for l in 0..LANES {
-                        force[l] = force[l] + ha * a[l] + hb * b[l];
-                    }
-                }
-            } else {
-                for (force, &ha) in forces[later..].iter_mut().zip(rows[i]) {
-                    for l in 0..LANES {
-                        force[l] += ha * a[l];
-                    }
-                }
+        if !fixed {
+            for (l, &mask) in chosen.iter().enumerate() {
+                (0..self.size).for_each(|i| strip.kept[(self.first + i, self.lane + l)] = false);
+                self.masks.places[mask].iter().for_each(|&i| strip.kept[(self.first + i, self.lane + l)] = true);
             }
         }
     }
 
     /// The mask that each lane has.
-    #[inline(always)]
     fn current(&self, strip: &Strip<T>) -> [usize; LANES] {
-        let mut bits = [0u8; LANES];
-        for i in 0..self.size {
-            let kept: [bool; LANES] = load(&strip.kept, self.first + i, self.lane);
-            for l in 0..LANES {
-                bits[l] |= u8::from(kept[l]) << i;
-            }
-        }
-        bits.map(|bits| self.masks.bits.iter().position(|&known| known == bits).unwrap_or(0))
+        std::array::from_fn(|l| {
+            let kept = |i: &usize| strip.kept[(self.first + i, self.lane + l)];
+            let places: Vec<usize> = (0..self.size).filter(kept).collect();
+            self.masks.places.iter().position(|known| *known == places).unwrap_or(0)
+        })
     }
-}
-
-/// A row of H from a column on.
-#[inline(always)]
-fn row<'a, T>(form: ArrayView2<'a, T>, row: usize, from: usize) -> &'a [T] {
-    form.index_axis_move(Axis(0), row).to_slice().map_or(&[], |row| &row[from..])
 }

@@ -9,15 +9,8 @@ use crate::scalar::Real;
 pub(crate) type Lanes<T> = [[T; LANES]; Nm::LARGEST];
 
 impl Masks {
-    /// For each lane the mask of the largest gain, of equal ones the first, and −H_PP⁻¹·g_P for that mask P, zero
-    /// elsewhere. Inlined, like all that it calls: whoever calls it decides on the instructions.
-    #[inline(always)]
-    pub(crate) fn solve<T: Real>(
-        &self,
-        inverses: &[T],
-        g: &Lanes<T>,
-        price: &[T; LANES],
-    ) -> ([usize; LANES], Lanes<T>) {
+    /// The mask of the largest gain for each lane; of equal ones the first.
+    pub(crate) fn best<T: Real>(&self, inverses: &[T], g: &Lanes<T>, price: &[T; LANES]) -> [usize; LANES] {
         const PRODUCTS: usize = Nm::LARGEST * (Nm::LARGEST + 1) / 2;
         let mut products = [[T::zero(); LANES]; PRODUCTS];
         let mut at = 0;
@@ -34,7 +27,6 @@ impl Masks {
         // As numbers of the compute type, so that both selections are of one width.
         let mut chosen = [T::zero(); LANES];
         let mut number = T::zero();
-        let mut new = [[T::zero(); LANES]; Nm::LARGEST];
         for (mask, which) in self.products.iter().enumerate() {
             let inverse = &inverses[mask * self.stride..];
             let mut gain = [T::zero(); LANES];
@@ -46,40 +38,17 @@ impl Masks {
             }
             let count = T::from_f64(self.places[mask].len() as f64);
             for l in 0..LANES {
-                gain[l] -= count * price[l];
-            }
-            // Values of pairs cost less than finding the chosen mask's later, lane by lane.
-            if let (true, &[a, b], &[aa, ab, bb, ..]) = (self.pairs, self.places[mask].as_slice(), inverse) {
-                let (mut first, mut second) = ([T::zero(); LANES], [T::zero(); LANES]);
-                for l in 0..LANES {
-                    first[l] = T::zero() - aa * g[a][l] - ab * g[b][l];
-                    second[l] = T::zero() - ab * g[a][l] - bb * g[b][l];
-                }
-                for (i, new) in new.iter_mut().enumerate().take(self.size) {
-                    let value = match i {
-                        i if i == a => first,
-                        i if i == b => second,
-                        _ => [T::zero(); LANES],
-                    };
-                    for l in 0..LANES {
-                        new[l] = if gain[l] > best[l] { value[l] } else { new[l] };
-                    }
-                }
-            }
-            for l in 0..LANES {
-                let better = gain[l] > best[l];
-                best[l] = if better { gain[l] } else { best[l] };
+                let gain = gain[l] - count * price[l];
+                let better = gain > best[l];
+                best[l] = if better { gain } else { best[l] };
                 chosen[l] = if better { number } else { chosen[l] };
             }
             number += T::one();
         }
-        let chosen = chosen.map(|number| number.wide() as usize);
-        let new = if self.pairs { new } else { self.values(inverses, g, &chosen) };
-        (chosen, new)
+        chosen.map(|number| number.wide() as usize)
     }
 
     /// −H_PP⁻¹·g_P for each lane's mask P, zero elsewhere.
-    #[inline(always)]
     pub(crate) fn values<T: Real>(&self, inverses: &[T], g: &Lanes<T>, chosen: &[usize; LANES]) -> Lanes<T> {
         let mut new = [[T::zero(); LANES]; Nm::LARGEST];
         for (l, &mask) in chosen.iter().enumerate() {

@@ -32,10 +32,6 @@ pub(crate) struct Masks {
     pub size: usize,
     /// Positions of each mask, ascending.
     pub places: Vec<Vec<usize>>,
-    /// The same as bits.
-    pub bits: Vec<u8>,
-    /// Whether all masks are pairs.
-    pub pairs: bool,
     /// For each mask, which products gᵢ·gⱼ (i ≤ j, numbered rows first) its gain sums.
     pub products: Vec<Vec<usize>>,
     /// Numbers that each inverse takes.
@@ -56,8 +52,7 @@ impl Masks {
             .map(|pairs: Vec<(usize, usize)>| pairs.into_iter().map(|(i, j)| number(i, j)).collect())
             .collect();
         let most = places.iter().map(Vec::len).max().unwrap_or(0);
-        let pairs = places.iter().all(|places| places.len() == 2);
-        Masks { size, places, bits: masks.to_vec(), pairs, products, stride: most * (most + 1) / 2 }
+        Masks { size, places, products, stride: most * (most + 1) / 2 }
     }
 }
 

@@ -217,16 +217,6 @@ fn zeros_ties_and_negative_zeros_leave_two_slots_in_each_group() {
 }
 
 #[test]
-fn a_form_in_any_order_of_memory_gives_the_same() {
-    let (w, h) = (numbers(20, 70, 3), form(70, 90, 5));
-    let tables = Tables::new(h.view(), 0.0, Pattern::Groups(Nm::TWO_FOUR));
-    let start = two_four(Rule::Magnitude, &w, &h);
-    let symmetric = (&h + &h.t()) / 2.0;
-    let [rows, columns] = [symmetric.view(), symmetric.t()].map(|h| descend(w.view(), h, &tables, &start, 2).unwrap());
-    assert!((&rows.values - &columns.values).iter().all(|d| d.abs() < 1e-12) && rows.kept == columns.kept);
-}
-
-#[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let (w, h) = (numbers(600, 80, 3).mapv(|v| v as f32), form(80, 90, 5));
     let run = || {

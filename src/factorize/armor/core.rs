@@ -12,7 +12,6 @@
 use std::ops::Range;
 
 use ndarray::{Array2, Axis, s};
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::state::{Form, State};
@@ -57,7 +56,6 @@ struct Batch<T> {
 
 impl<T: Real> Tile<'_, T> {
     /// All groups of all rows once.
-    #[inline(always)]
     fn pass(&self, batch: &mut Batch<T>) {
         let (height, width) = (self.height, self.width);
         for i in 0..height {
@@ -77,13 +75,14 @@ impl<T: Real> Tile<'_, T> {
                         (0..LANES).for_each(|l| g[a][l] -= h * old[l]);
                     }
                 }
-                let (chosen, new) = masks.solve(inverses, &g, &[T::zero(); LANES]);
+                let chosen = masks.best(inverses, &g, &[T::zero(); LANES]);
+                let new = masks.values(inverses, &g, &chosen);
                 for a in 0..size {
                     let at = line.start + start + a;
                     for l in (0..LANES).filter(|&l| inverse[l] > T::zero()) {
                         change[start + a][l] = new[a][l] - batch.values[at][l];
                         batch.values[at][l] = new[a][l];
-                        batch.kept[at][l] = masks.bits[chosen[l]] >> a & 1 == 1;
+                        batch.kept[at][l] = masks.places[chosen[l]].contains(&a);
                     }
                     let row = self.form.row(start + a);
                     for (g, &h) in gradient[start + size..].iter_mut().zip(row.iter().skip(start + size)) {
@@ -96,7 +95,6 @@ impl<T: Real> Tile<'_, T> {
     }
 
     /// What a change of row i means for the gradient of the rows below.
-    #[inline(always)]
     fn spread(&self, batch: &mut Batch<T>, i: usize, change: &[[T; LANES]]) {
         let (height, width) = (self.height, self.width);
         if i + 1 == height {
@@ -136,8 +134,7 @@ impl<T: Real> State<'_, T> {
             let blocks: Vec<usize> = (0..self.rows.len()).collect();
             let run = |blocks: &[usize]| {
                 let mut batch = self.gather(blocks, &squares, &right, &range, height);
-                // The same additions in the same order at any width of the machine's vectors.
-                Arch::new().dispatch(|| tile.pass(&mut batch));
+                tile.pass(&mut batch);
                 batch
             };
             let batches: Vec<Batch<T>> = match rayon::current_thread_index() {

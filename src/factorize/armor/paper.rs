@@ -170,7 +170,8 @@ fn swap(
                 g[a][0] = block[(i, first + a)] / scale - (0..size).map(|b| h[(a, b)] * old(b)).sum::<f64>();
             }
             for (_, _, masks, inverses) in tables.groups() {
-                let (chosen, new) = masks.solve(inverses, &g, &[0.0; LANES]);
+                let chosen = masks.best(inverses, &g, &[0.0; LANES]);
+                let new = masks.values(inverses, &g, &chosen);
                 for (a, new) in new.iter().enumerate().take(size) {
                     let place = (rows.start + i, columns.start + first + a);
                     state.core.values[place] = new[0];
