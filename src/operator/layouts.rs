@@ -1,5 +1,7 @@
 //! 2:4 matrices in the layouts of others: what older checkpoints hold, and what sparse tensor cores read.
 
+use std::borrow::Cow;
+
 use ndarray::Array2;
 
 use super::{Dense, LinearOperator, Nm, NmSparse};
@@ -10,9 +12,9 @@ use crate::scalar::{DType, Real};
 ///
 /// The layout belongs to a version of a library at run time: nothing of it is ever stored.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Cutlass<'a, T> {
+pub struct Cutlass<'a, T: Real> {
     /// The stored values, m × n/2, row by row.
-    pub values: &'a Dense<T>,
+    pub values: Cow<'a, Dense<T>>,
     /// Positions, m × n/16 in the order of memory: 4 bits for each group of four, 4 groups in a word, words
     /// reordered as [`NmSparse::to_cutlass`] says.
     pub metadata: Array2<u16>,
@@ -128,10 +130,10 @@ mod tests {
                     mask[i * n.div_ceil(8) + j / 8] |= 1 << (j % 8);
                 }
             }
-            let read = NmSparse::from_bitmask((m, n), &mask, expected.values().clone()).unwrap();
+            let read = NmSparse::from_bitmask((m, n), &mask, expected.values().into_owned()).unwrap();
             assert_eq!(read, expected);
             mask[0] ^= 1;
-            assert!(NmSparse::from_bitmask((m, n), &mask, expected.values().clone()).is_err());
+            assert!(NmSparse::from_bitmask((m, n), &mask, expected.values().into_owned()).is_err());
         }
         // What the package itself writes of [[0, -0, 0, 0, 1, 2, 0, 3], [5, 4, 3, 2, -9, 0, 0, 8]]: ties go anywhere.
         let values = Dense::new(ndarray::array![[0.0f32, -0.0, 2.0, 3.0], [5.0, 4.0, -9.0, 8.0]]);
