@@ -201,10 +201,10 @@ impl Monarch {
     /// One choice of block numbers, within bytes or at a rank.
     fn solve<T: Real>(&self, problem: &Problem<'_, T>, cut: Cut) -> Result<Operator<T>> {
         let layouts = self.layouts(problem.shape(), problem.dtype, || by_energy(problem))?;
-        if let (Cut::Rank(1), Some(layout)) = (cut, Self::cheapest(&layouts, 1)) {
-            if let Some(slices) = rank_one(problem, layout)? {
-                return layout.operator(&slices, problem.backend);
-            }
+        if let (Cut::Rank(1), Some(layout)) = (cut, Self::cheapest(&layouts, 1))
+            && let Some(slices) = rank_one(problem, layout)?
+        {
+            return layout.operator(&slices, problem.backend);
         }
         // The slices are the same in all layouts.
         let slices = Slices::new(problem, &layouts[0])?;
