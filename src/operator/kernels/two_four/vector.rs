@@ -1,14 +1,17 @@
 //! One vector: each of the stored values meets its input by a permutation of the 32 that they are stored for.
 
 use ndarray::ArrayView2;
-use pulp::{Arch, Scalar, Simd, bytemuck};
+#[cfg(target_arch = "x86_64")]
+use pulp::bytemuck;
+use pulp::{Arch, Scalar, Simd};
 
-use super::{Chunk, KEPT, Kept, Places, TwoFour, WIDTH};
+use super::{Chunk, Kept, Places, TwoFour, WIDTH};
 use crate::simd::Aligned;
 
 /// Rows whose sums are kept, a register for each: few turns of the stream are worth more than the first cache.
 const BLOCK: usize = 4096;
 /// Bytes between what is multiplied and what is asked for: a core alone does not fetch ahead far enough.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 8192;
 
 /// The numbers of a register.
@@ -170,7 +173,7 @@ fn prefetch<L>(kept: &Chunk<L>) {
 }
 
 /// Where the group of a lane begins among the numbers that a permutation chooses from.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 const GROUPS: [u32; 16] = [0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28];
 /// What brings the place of a lane down to the lowest bits.
 #[cfg(target_arch = "x86_64")]
@@ -189,7 +192,7 @@ impl Pick for pulp::x86::V4 {
     }
     #[inline(always)]
     fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, mut sum: Self::f32s) -> Self::f32s {
-        const { assert!(KEPT == 32) };
+        const { assert!(super::KEPT == 32) };
         /// (a & b) | c.
         const AND_OR: i32 = 0xEA;
         let f = self.avx512f;
