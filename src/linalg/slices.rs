@@ -57,7 +57,7 @@ pub struct SingularTriplet<T> {
 /// Sources: Golub and Van Loan, *Matrix Computations*, chapter 8; Dao et al., *Monarch*, ICML 2022, for the use.
 ///
 /// # Errors
-/// [`Error::NonFinite`] if a slice holds a NaN or an infinity; [`Error::Numerical`] if the backend does not
+/// [`Error::NonFinite`](crate::Error::NonFinite) if a slice holds a NaN or an infinity; [`Error::Numerical`](crate::Error::Numerical) if the backend does not
 /// converge for a large one.
 pub fn leading_triplets<T: Real>(slices: &[ArrayView2<'_, T>]) -> Result<Vec<SingularTriplet<T>>> {
     leading_triplets_by(Arch::new(), slices)

@@ -10,7 +10,11 @@ impl<T: Real> Operator<T> {
     /// The m×n matrix that Monarch layers hold as `blkdiag1` (w1, k×q×p) and `blkdiag2` (w2, l×s×r): with
     /// k·q = l·r, n ≤ k·p and m ≤ l·s,
     ///
-    /// > h[κ·q + j] = Σ_π w1[κ,j,π]·x[κ·p + π],  g[λ·r + ρ] = h[ρ·l + λ],  y[σ·l + λ] = Σ_ρ w2[λ,σ,ρ]·g[λ·r + ρ]
+    /// ```text
+    /// h[κ·q + j] = Σ_π w1[κ,j,π]·x[κ·p + π]
+    /// g[λ·r + ρ] = h[ρ·l + λ]
+    /// y[σ·l + λ] = Σ_ρ w2[λ,σ,ρ]·g[λ·r + ρ]
+    /// ```
     ///
     /// x is padded with zeros to k·p, y is cropped to m, as the layers do it. l need not divide q.
     ///

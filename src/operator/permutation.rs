@@ -93,7 +93,7 @@ impl Permutation {
         Self::of(shape, Order::Grid { rows, columns, runs }, sources)
     }
 
-    /// y_i = x_{list[i]}, or 0 where `list[i]` is n; the shape is list.len() × n.
+    /// y_i = x_{σ(i)} with σ(i) = `list[i]`, or 0 where that is n; the shape is list.len() × n.
     ///
     /// # Errors
     /// [`Error::Shape`] if an entry is above n or occurs twice below it, or there are
