@@ -4,6 +4,7 @@ use half::bf16;
 use ndarray::{Array2, ArrayView2};
 
 use super::kernels::{Job, block_product};
+use super::permutation::LONGEST;
 use super::{LinearOperator, Permutation};
 use crate::error::{Error, Result};
 use crate::linalg::pages;
@@ -38,11 +39,17 @@ impl<T: Real> BlockDiagonal<T> {
     /// A leaf stored in `dtype`; the values are rounded to it now (to nearest, ties to even).
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many values as the blocks hold; [`Error::UnsupportedDType`] if
+    /// [`Error::Shape`] if there are not as many values as the blocks hold, or more than 2²⁶ rows or
+    /// columns; [`Error::UnsupportedDType`] if
     /// `dtype` holds no floats; [`Error::NonFinite`] if a value is not finite or overflows `dtype`.
     pub fn rounded(mut values: Vec<T>, extents: Vec<(usize, usize)>, dtype: DType) -> Result<Self> {
         if !dtype.is_float() {
             return Err(Error::UnsupportedDType { dtype });
+        }
+        // Blocks of no size take no bytes, however long they say they are.
+        let sides = [extents.iter().map(|e| e.0 as u128).sum::<u128>(), extents.iter().map(|e| e.1 as u128).sum()];
+        if let Some(&side) = sides.iter().find(|&&side| side > LONGEST as u128) {
+            return Err(Error::shape("at most 2^26 rows and columns", side));
         }
         if Some(values.len()) != count(&extents) {
             return Err(Error::shape(format!("{} blocks", extents.len()), format!("{} values", values.len())));
@@ -203,6 +210,8 @@ mod tests {
         assert!(matches!(BlockDiagonal::new(numbers(5), vec![(2, 3)]), Err(Error::Shape { .. })));
         assert!(BlockDiagonal::new(numbers(5), vec![(usize::MAX, 3)]).is_err());
         assert!(BlockDiagonal::new(vec![f64::NAN], vec![(1, 1)]).is_err());
+        assert!(BlockDiagonal::<f64>::new(vec![], vec![(1 << 40, 0)]).is_err());
+        assert!(BlockDiagonal::<f64>::new(vec![], vec![(usize::MAX, 0), (1, 0)]).is_err());
         assert!(BlockDiagonal::rounded(numbers(6), vec![(2, 3)], DType::U8).is_err());
         assert!(BlockDiagonal::rounded(vec![1e6], vec![(1, 1)], DType::F16).is_err());
     }

@@ -49,7 +49,7 @@ pub enum Runs {
 /// In the maps: nothing is there.
 pub(crate) const NONE: u32 = u32::MAX;
 /// Longer permutations are refused: no weight is that large, only a hostile file would say so.
-const LONGEST: usize = 1 << 26;
+pub(super) const LONGEST: usize = 1 << 26;
 
 impl Permutation {
     /// The transpose of a grid of runs, padded or cropped to m×n.
@@ -60,7 +60,8 @@ impl Permutation {
     /// [`Error::Shape`] if the larger of m and n is not the length of the grid, the table is not rows × columns
     /// long, uniform runs are of length 0, or the grid is longer than 2²⁶.
     pub fn grid(shape: (usize, usize), rows: usize, columns: usize, runs: Runs) -> Result<Self> {
-        let cells = rows.checked_mul(columns).filter(|&cells| cells <= LONGEST);
+        // (Each by itself as well: a grid of no rows may have any number of columns.)
+        let cells = rows.checked_mul(columns).filter(|cells| rows.max(columns).max(*cells) <= LONGEST);
         let (cells, total) = match (cells, &runs) {
             (Some(cells), Runs::Uniform(run)) if *run > 0 => (cells, cells.checked_mul(*run)),
             (Some(cells), Runs::Table(table)) if table.len() == cells => {
@@ -235,6 +236,7 @@ mod tests {
         assert!(Permutation::grid((0, 0), 2, 3, Runs::Uniform(0)).is_err());
         assert!(Permutation::grid((1 << 27, 1), 1, 1 << 27, Runs::Uniform(1)).is_err());
         assert!(Permutation::grid((6, 6), 2, 3, Runs::Table(vec![1; 5])).is_err());
+        assert!(Permutation::grid((0, 0), 0, usize::MAX, Runs::Uniform(1)).is_err());
         assert!(Permutation::grid((1, 1), usize::MAX, 3, Runs::Uniform(1)).is_err());
         assert!(Permutation::grid((1, 1), 3, 3, Runs::Uniform(usize::MAX)).is_err());
     }

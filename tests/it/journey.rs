@@ -38,7 +38,7 @@ fn the_bundled_model_is_calibrated_compressed_and_evaluated() {
     assert!((number(dense, "bits_per_byte") - before.log2()).abs() < 1e-9);
     assert!(number(dense, "decode_tokens_per_second") > 0.0);
 
-    // Windows change what a token sees, decoding one by one does not.
+    // What is not measured is not reported.
     let one = ["--text", &text("heldout.txt"), "--tokens", "100", "--window", "100", "--decode", "0", "--json"];
     let (code, printed, _) = run("evaluate", [&[MODEL][..], &one].concat());
     assert_eq!(code, Some(0));

@@ -142,7 +142,9 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             let stored = self.source.tensor(name)?;
             let extents = match (table, stored.shape) {
                 // (Blocks of no size would cost a file nothing.)
-                (None, &[count, rows, columns]) if rows * columns > 0 || count <= 1 => vec![(rows, columns); count],
+                (None, &[count, rows, columns]) if (rows > 0 && columns > 0) || count <= 1 => {
+                    vec![(rows, columns); count]
+                }
                 (Some((shape, table)), [_]) if matches!(shape[..], [_, 2]) => {
                     table.as_chunks::<2>().0.iter().map(|&[rows, columns]| (rows as usize, columns as usize)).collect()
                 }
