@@ -5,6 +5,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
+use super::permutation::LONGEST;
 use super::sparse::{accumulate, each_row};
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
@@ -84,8 +85,8 @@ impl<T: Real> Bitmask<T> {
     /// [`Error::Shape`] if mask and values do not fit each other.
     pub fn decode((m, n): (usize, usize), mask: &[u8], values: Dense<T>) -> Result<Self> {
         let width = n.div_ceil(8);
-        if n == 0 {
-            return Err(Error::shape("at least one column", n));
+        if n == 0 || n > LONGEST {
+            return Err(Error::shape("1 to 2^26 columns", n));
         }
         if m.checked_mul(width) != Some(mask.len()) {
             return Err(Error::shape(format!("a mask of {m} x {width} bytes"), mask.len()));
@@ -178,6 +179,7 @@ mod tests {
         let values = Dense::new(ndarray::array![[1.0f32]]);
         assert!(Bitmask::decode((1, 3), &[0b1000], values.clone()).is_err());
         assert!(Bitmask::decode((1, 3), &[0b11], values.clone()).is_err());
+        assert!(Bitmask::decode((0, usize::MAX), &[], values.clone()).is_err());
         assert!(Bitmask::decode((2, 3), &[1], values).is_err());
     }
 }

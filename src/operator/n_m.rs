@@ -13,6 +13,7 @@ use ndarray::{Array2, ArrayView2};
 use pulp::bytemuck;
 
 use super::kernels::TwoFour;
+use super::permutation::LONGEST;
 use super::sparse::{accumulate, each_row};
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
@@ -151,11 +152,11 @@ impl<T: Real> NmSparse<T> {
     /// # Errors
     /// [`Error::Shape`] if the bytes are no positions of this pattern.
     pub fn decode(pattern: Nm, columns: usize, positions: &[u8], values: Dense<T>) -> Result<Self> {
-        let (m, width) = (values.shape().0, pattern.position_bytes(columns));
-        if columns == 0 {
-            return Err(Error::shape("at least one column", columns));
+        if columns == 0 || columns > LONGEST {
+            return Err(Error::shape("1 to 2^26 columns", columns));
         }
-        if positions.len() != m * width {
+        let (m, width) = (values.shape().0, pattern.position_bytes(columns));
+        if m.checked_mul(width) != Some(positions.len()) {
             return Err(Error::shape(format!("{m} x {width} bytes of positions"), positions.len()));
         }
         let groups = pattern.groups(columns);

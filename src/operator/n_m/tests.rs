@@ -38,6 +38,9 @@ fn zeros_keep_their_place_and_lose_their_sign() {
     assert!(sparse.values().values().iter().all(|v: &f64| v.is_sign_positive()));
     assert_eq!(sparse.to_dense(), ndarray::array![[0.0, 0.0, 0.0, 0.0, 5.0], [0.0; 5]]);
     let back = NmSparse::decode(Nm::TWO_FOUR, 5, &sparse.encode_positions(), sparse.values().into_owned()).unwrap();
+    // A pattern whose positions are whole bits, and a length whose positions no computer could count.
+    let (wide, none) = (Nm::new(4, 8).unwrap(), Dense::new(ndarray::Array2::zeros((0, 0))));
+    assert!(NmSparse::<f64>::decode(wide, usize::MAX, &[], none).is_err());
     assert_eq!(back, sparse);
     let wrong = ndarray::array![[true, true, true, false, true], [true, true, false, false, true]];
     assert!(NmSparse::gather(Nm::TWO_FOUR, matrix.view(), wrong.view(), DType::F32).is_err());
