@@ -10,7 +10,7 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
 use weightpress::linalg::krylov::{Krylov, Plain, leading_subspace};
-use weightpress::linalg::{Faer, leading_triplets};
+use weightpress::linalg::{Faer, SparseCoder, Stop, leading_triplets};
 use weightpress::scalar::Real;
 
 fn order() -> usize {
@@ -34,10 +34,11 @@ fn kernels<T: Real>(c: &mut Criterion, pool: &rayon::ThreadPool, scalar: &str) {
     let plain = Plain { matrix: a.view(), backend: &Faer };
     let how = Krylov { tolerance: 1.0, ..Krylov::new(n / 4, 0) };
     // As the rank-one Monarch projection cuts a matrix: n slices of √n×√n.
+    let signals = matrix::<T>(4 * n, n).slice_move(s![..;-1, ..]);
     let side = n.isqrt();
     let cut = |i: usize| a.slice(s![i / side * side..(i / side + 1) * side, i % side * side..(i % side + 1) * side]);
     let slices: Vec<_> = (0..side * side).map(cut).collect();
-    let rows: [(&str, &(dyn Fn() -> bool + Sync)); 10] = [
+    let rows: [(&str, &(dyn Fn() -> bool + Sync)); 11] = [
         ("gemm", &|| !faer.matmul(black_box(a.view()), a.view()).is_empty()),
         ("gemm, few rows by a transpose", &|| !faer.matmul(black_box(eighth.view()), a.t()).is_empty()),
         ("gram", &|| !faer.gram(black_box(a.view())).is_empty()),
@@ -47,6 +48,10 @@ fn kernels<T: Real>(c: &mut Criterion, pool: &rayon::ThreadPool, scalar: &str) {
         ("cholesky", &|| faer.cholesky(black_box(spd.view())).is_ok()),
         ("orthonormalize", &|| !faer.orthonormalize(black_box(a.view())).is_empty()),
         ("pivoted_r of the upper half", &|| !faer.pivoted_r(black_box(half.view())).order.is_empty()),
+        ("batch-omp of 4n signals, s = n/32", &|| match SparseCoder::new(black_box(a.view())) {
+            Ok(coder) => coder.encode(signals.view(), Stop::nonzeros(n / 32)).is_ok(),
+            Err(_) => false,
+        }),
         ("krylov, r = n/4", &|| leading_subspace(black_box(&plain), &how, &Faer).is_ok()),
     ];
     let mut group = c.benchmark_group(format!("linalg/{scalar}/{n}"));

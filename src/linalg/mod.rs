@@ -18,6 +18,7 @@ mod faer;
 pub mod krylov;
 #[cfg(feature = "lapack")]
 mod lapack;
+mod omp;
 pub(crate) mod pages;
 mod product;
 mod slices;
@@ -26,6 +27,7 @@ mod transform;
 pub use self::faer::Faer;
 #[cfg(feature = "lapack")]
 pub use self::lapack::Lapack;
+pub use self::omp::{SparseCoder, SparseCodes, Stop};
 pub(crate) use self::product::matmul_into;
 use self::product::{mirror, upper_triangle};
 pub use self::slices::{SingularTriplet, leading_triplets};
