@@ -19,7 +19,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ndarray::{Array1, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
@@ -38,6 +38,27 @@ pub enum Weighting {
     Diagonal(Arc<Array1<f64>>),
     /// A symmetric positive semidefinite matrix; it may be singular.
     Gram(Arc<Gram>),
+}
+
+impl Weighting {
+    /// Whether both are the same form.
+    pub(crate) fn same(&self, other: &Weighting) -> bool {
+        match (self, other) {
+            (Weighting::Identity, Weighting::Identity) => true,
+            (Weighting::Diagonal(a), Weighting::Diagonal(b)) => Arc::ptr_eq(a, b) || a == b,
+            (Weighting::Gram(a), Weighting::Gram(b)) => Arc::ptr_eq(a, b) || a.matrix() == b.matrix(),
+            _ => false,
+        }
+    }
+
+    /// X·A for rows X.
+    pub(crate) fn times(&self, x: ArrayView2<'_, f64>, backend: &dyn Backend) -> Array2<f64> {
+        match self {
+            Weighting::Identity => x.to_owned(),
+            Weighting::Diagonal(a) => &x * &**a,
+            Weighting::Gram(gram) => f64::kernels(backend).matmul(x, gram.matrix()),
+        }
+    }
 }
 
 /// A metric with its numbers: error² = tr(B·Δ·A·Δᵀ).

@@ -19,6 +19,7 @@ use crate::scalar::{DType, Real, check_finite};
 mod armor;
 mod bitmask;
 mod cosine;
+mod cospadi;
 mod monarch;
 mod pivot;
 mod sparse;
@@ -29,6 +30,7 @@ mod two_four;
 pub use self::armor::{Armor, Solver};
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
+pub use self::cospadi::{Coding, Cospadi, Init};
 pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
 pub use self::sparse::Start;
 pub use self::svd::{Form, Route, Share, Svd};
@@ -269,11 +271,13 @@ pub enum Method {
     Bitmask(Bitmask),
     /// A 2:4 core between block-diagonal wrappers.
     Armor(Armor),
+    /// Sparse codes over a dictionary.
+    Cospadi(Cospadi),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor", "cospadi"];
 
     /// A built-in method with its default parameters.
     ///
@@ -287,6 +291,7 @@ impl Method {
             "two-four" => Ok(Method::TwoFour(TwoFour::default())),
             "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
             "armor" => Ok(Method::Armor(Armor::default())),
+            "cospadi" => Ok(Method::Cospadi(Cospadi::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -301,6 +306,7 @@ impl Method {
             Method::TwoFour(method) => method,
             Method::Bitmask(method) => method,
             Method::Armor(method) => method,
+            Method::Cospadi(method) => method,
         }
     }
 
@@ -313,6 +319,7 @@ impl Method {
             Method::TwoFour(_) => "two-four",
             Method::Bitmask(_) => "bitmask",
             Method::Armor(_) => "armor",
+            Method::Cospadi(_) => "cospadi",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use serde::{Deserialize, Serialize};
 
 use super::{Outline, Problem};
@@ -139,25 +139,45 @@ impl Solver {
         }
         let tables = Tables::new(gram.matrix(), form.ridge, Pattern::Free);
         let mut descent = Descent::new(problem.weight, form.damped.view(), &tables, &start)?;
-        // The price at which single entries would number `count`; then what the sweeps say of it.
-        let worth = |((i, j), w): ((usize, usize), &T)| w.wide().powi(2) * form.damped[(j, j)].wide() * row(i);
-        let mut worths: Vec<f64> = problem.weight.indexed_iter().map(worth).collect();
-        let place = count.min(worths.len().saturating_sub(1));
-        let mut price = match worths.is_empty() {
-            true => return Ok(start),
-            false => *worths.select_nth_unstable_by(place, |a, b| b.total_cmp(a)).1,
-        };
-        for _ in 0..self.sweeps {
-            let of_row = |i: usize| T::from_f64(price / row(i).max(f64::MIN_POSITIVE));
-            let prices: Vec<T> = (0..problem.shape().0).map(of_row).collect();
-            let stored = descent.sweep_priced(&prices).max(1);
-            // Counts fall about with the square root of the price.
-            price *= (stored as f64 / count.max(1) as f64).powi(2).clamp(0.25, 4.0);
-        }
-        descent.settle(count, row);
-        (0..REFITS).for_each(|_| descent.refit());
+        let Some(price) = first_price(problem.weight, form.damped.diag(), count, row) else { return Ok(start) };
+        at_a_price(&mut descent, price, problem.shape().0, count, self.sweeps, row);
         Ok(descent.solution())
     }
+}
+
+/// The price at which single entries, by themselves, would number `count`; `None` where there are none.
+pub(super) fn first_price<T: Real>(
+    target: ArrayView2<'_, T>,
+    diagonal: ArrayView1<'_, T>,
+    count: usize,
+    row: impl Fn(usize) -> f64,
+) -> Option<f64> {
+    let worth = |((i, j), w): ((usize, usize), &T)| w.wide().powi(2) * diagonal[j].wide() * row(i);
+    let mut worths: Vec<f64> = target.indexed_iter().map(worth).collect();
+    let place = count.min(worths.len().checked_sub(1)?);
+    Some(*worths.select_nth_unstable_by(place, |a, b| b.total_cmp(a)).1)
+}
+
+/// Sweeps at a price that is moved until about `count` entries are stored, then exactly so many, refitted.
+/// Rows weigh against each other by `row`. Returns the last price.
+pub(super) fn at_a_price<T: Real>(
+    descent: &mut Descent<'_, T>,
+    mut price: f64,
+    rows: usize,
+    count: usize,
+    sweeps: usize,
+    row: impl Fn(usize) -> f64 + Send + Sync,
+) -> f64 {
+    for _ in 0..sweeps {
+        let of_row = |i: usize| T::from_f64(price / row(i).max(f64::MIN_POSITIVE));
+        let prices: Vec<T> = (0..rows).map(of_row).collect();
+        let stored = descent.sweep_priced(&prices).max(1);
+        // Counts fall about with the square root of the price.
+        price *= (stored as f64 / count.max(1) as f64).powi(2).clamp(0.25, 4.0);
+    }
+    descent.settle(count, row);
+    (0..REFITS).for_each(|_| descent.refit());
+    price
 }
 
 /// What the squared errors of each row count.

@@ -19,8 +19,7 @@
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
-use self::exact::spectrum;
-pub(super) use self::exact::{Spectrum, plain_spectrum};
+pub(super) use self::exact::{Spectrum, plain_spectrum, spectrum};
 use super::pivot::interpolate;
 use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
 use crate::budget::Budget;
@@ -132,16 +131,16 @@ impl Svd {
 }
 
 /// A group as one matrix D·W, with the input metric of each block of columns.
-struct Joint<T: Real> {
-    weight: Array2<T>,
+pub(super) struct Joint<T: Real> {
+    pub(super) weight: Array2<T>,
     /// D's diagonal.
-    scale: Option<Array1<f64>>,
+    pub(super) scale: Option<Array1<f64>>,
     /// (columns, input weighting) from left to right.
-    blocks: Vec<(usize, Weighting)>,
+    pub(super) blocks: Vec<(usize, Weighting)>,
 }
 
 impl<T: Real> Joint<T> {
-    fn new(method: &Svd, group: &[Problem<'_, T>]) -> Result<Self> {
+    pub(super) fn new(method: &Svd, group: &[Problem<'_, T>]) -> Result<Self> {
         let shapes: Vec<_> = group.iter().map(Problem::shape).collect();
         method.joint_shape(&shapes)?;
         let views: Vec<_> = group.iter().map(|p| p.weight).collect();
@@ -186,13 +185,7 @@ fn output_scale<T: Real>(group: &[Problem<'_, T>], stacked: bool) -> Result<Opti
 pub(super) fn mean_input<T: Real>(group: &[Problem<'_, T>]) -> Result<Weighting> {
     use std::sync::Arc;
     let first = &group[0].metric.input;
-    let same = |other: &Weighting| match (first, other) {
-        (Weighting::Identity, Weighting::Identity) => true,
-        (Weighting::Diagonal(a), Weighting::Diagonal(b)) => Arc::ptr_eq(a, b) || a == b,
-        (Weighting::Gram(a), Weighting::Gram(b)) => Arc::ptr_eq(a, b) || a.matrix() == b.matrix(),
-        _ => false,
-    };
-    if group.iter().all(|p| same(&p.metric.input)) {
+    if group.iter().all(|p| first.same(&p.metric.input)) {
         return Ok(first.clone());
     }
     let n = group[0].shape().1;

@@ -13,7 +13,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{Faer, Kernels, matmul_into};
+use super::{Faer, matmul_into};
 use crate::error::{Error, Result};
 use crate::scalar::{Real, check_finite};
 

@@ -31,6 +31,17 @@ fn methods() -> Vec<Method> {
     texts.push("type = 'armor'\noverhead = 1.0\nsweeps = 2\ndiagonal-sweeps = 2".into());
     texts.push("type = 'two-four'\nn = 4\nm = 8\nsweeps = 2".into());
     texts.push("type = 'two-four'\nn = 1\nm = 3\nsweeps = 2".into());
+    for rest in [
+        "form = 'factors'",
+        "form = 'factors'\nsolver = 'one-shot'\nratio = 2.0",
+        "form = 'factors'\nsolver = 'ksvd'\niterations = 2",
+        "form = 'factors'\npattern = [2, 4]\nrounds = 2",
+        "solver = 'one-shot'\ninit = 'rows'",
+        "pattern = [1, 3]",
+        "ratio = 1.5\nrounds = 3",
+    ] {
+        texts.push(format!("type = 'cospadi'\n{rest}"));
+    }
     for basis in ["identity", "dct2", "dct3", "auto"] {
         for side in ["left", "right", "both"] {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));

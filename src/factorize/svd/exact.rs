@@ -25,7 +25,7 @@ pub(in crate::factorize) fn plain_spectrum<T: Real>(w: Array2<T>, backend: &dyn 
 /// A short side up to this is squared in f64 at once.
 const SQUARE_IN_F64: usize = 2048;
 
-pub(super) fn spectrum<T: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+pub(in crate::factorize) fn spectrum<T: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
     let (m, n) = joint.weight.dim();
     if m.min(n) > SQUARE_IN_F64 {
         let quick = metric_spectrum::<T, f32>(joint, backend)?;
@@ -121,7 +121,7 @@ fn count_above(values: &[f64], relative: f64) -> usize {
     values.iter().take_while(|&&v| v > floor).count()
 }
 
-pub(super) fn scale_columns<P: Real>(block: &mut ndarray::ArrayViewMut2<'_, P>, weighting: &Weighting) {
+pub(in crate::factorize) fn scale_columns<P: Real>(block: &mut ndarray::ArrayViewMut2<'_, P>, weighting: &Weighting) {
     if let Weighting::Diagonal(a) = weighting {
         for (mut column, &a) in block.columns_mut().into_iter().zip(a.iter()) {
             column.mapv_inplace(|v| v * P::from_f64(a.sqrt()));

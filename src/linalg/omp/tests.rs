@@ -1,6 +1,7 @@
 use ndarray::{Array2, s};
 
 use super::*;
+use crate::linalg::Kernels;
 
 fn numbers(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
