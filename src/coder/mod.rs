@@ -24,12 +24,14 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
+mod conjugate;
 mod descent;
 mod obs;
 mod score;
 mod search;
 mod table;
 
+pub use self::conjugate::conjugate;
 pub use self::descent::{Descent, descend};
 pub use self::obs::{Factor, obs};
 pub(crate) use self::score::normalised;

@@ -4,7 +4,7 @@ use ndarray::{Array2, Axis, s};
 
 use super::super::sparse::{at_a_price, first_price};
 use super::signals::{Model, Signals};
-use crate::coder::{Coded, Descent, Pattern, Tables, prune};
+use crate::coder::{Coded, Descent, Pattern, Tables, conjugate, prune};
 use crate::error::Result;
 use crate::metric::Weighting;
 use crate::operator::Nm;
@@ -23,6 +23,8 @@ pub(super) enum Entries {
 
 /// Conjugate-gradient steps for weights that see different inputs.
 const STEPS: usize = 4;
+/// And steps towards the values of codes that are settled.
+const CONJUGATE: usize = 8;
 /// What is added to a diagonal, as a fraction of its mean: of the dictionary's normal equations, where it only
 /// holds unused atoms in place, and of the atoms' Gram matrix.
 const HOLD: f64 = 1e-7;
@@ -124,10 +126,10 @@ impl<T: Real> Signals<'_, T> {
             let row = |i: usize| self.rows[rows[i]];
             let share = |count: usize, upto: usize| (count as u128 * upto as u128 / coded_rows.max(1) as u128) as usize;
             let start = |kept: Array2<bool>| Coded { values: model.codes.values.select(Axis(0), &rows), kept };
-            let coded = match entries {
-                Entries::All => Coded { kept: Array2::from_elem(target.dim(), true), values: target },
+            let single = T::cast(damped.view());
+            let mut coded = match entries {
+                Entries::All => Coded { kept: Array2::from_elem(target.dim(), true), values: target.clone() },
                 Entries::Groups(nm) => {
-                    let form = T::cast(damped.view());
                     let tables = Tables::new(damped.view(), 0.0, Pattern::Groups(nm));
                     let kept = model.codes.kept.select(Axis(0), &rows);
                     let start = if kept.iter().any(|&kept| kept) {
@@ -136,24 +138,26 @@ impl<T: Real> Signals<'_, T> {
                         let scores = target.mapv(|c| c.wide().abs()) * damped.diag().mapv(f64::sqrt);
                         prune(target.view(), scores.view(), Pattern::Groups(nm), 0)
                     };
-                    crate::coder::descend(target.view(), form.view(), &tables, &start, sweeps)?
+                    crate::coder::descend(target.view(), single.view(), &tables, &start, sweeps)?
                 }
                 Entries::Free(count) => {
                     let count = share(count, before + rows.len()) - share(count, before);
-                    let form = T::cast(damped.view());
                     let tables = Tables::new(damped.view(), 0.0, Pattern::Free);
                     let kept = model.codes.kept.select(Axis(0), &rows);
-                    let first = first_price(target.view(), form.diag(), count, row).unwrap_or(0.0);
+                    let first = first_price(target.view(), single.diag(), count, row).unwrap_or(0.0);
                     let start = match kept.iter().any(|&kept| kept) {
                         true => start(kept),
                         false => Coded { values: target.clone(), kept: Array2::from_elem(target.dim(), true) },
                     };
-                    let mut descent = Descent::new(target.view(), form.view(), &tables, &start)?;
+                    let mut descent = Descent::new(target.view(), single.view(), &tables, &start)?;
                     let price = model.prices[part].unwrap_or(first);
                     model.prices[part] = Some(at_a_price(&mut descent, price, rows.len(), count, sweeps, row));
                     descent.solution()
                 }
             };
+            if entries != Entries::All {
+                conjugate(target.view(), single.view(), &mut coded, CONJUGATE)?;
+            }
             before += rows.len();
             for (i, &at) in rows.iter().enumerate() {
                 model.codes.values.row_mut(at).assign(&coded.values.row(i));

@@ -8,7 +8,7 @@ use crate::factorize::pivot::interpolate;
 use crate::factorize::svd::{Joint, Spectrum, Svd, spectrum};
 
 /// Where between full codes and the most atoms a search looks first, and how far from the best of these then.
-const LOOK: [f64; 3] = [0.3, 0.6, 0.9];
+const LOOK: [f64; 3] = [0.3, 0.65, 0.95];
 const CLOSER: f64 = 0.15;
 /// Rounds of a candidate.
 const TRIAL: usize = 3;
