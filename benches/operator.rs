@@ -12,7 +12,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
 use weightpress::Result;
 use weightpress::operator::{
-    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation, Runs, Side,
+    Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation, Runs,
+    Side,
 };
 use weightpress::scalar::DType;
 
@@ -50,7 +51,11 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         let values = Dense::rounded(numbers(n, Nm::TWO_FOUR.values_per_row(n)), dtype)?;
         NmSparse::new(Nm::TWO_FOUR, n, ranks, values).map(Operator::NmSparse)
     };
+    // Half the bytes: a bit for each entry, and 15 of 32 values.
+    let kept = Array2::from_shape_fn((n, n), |(i, j)| (i * 31 + j * 17 + i * j) % 32 < 15);
+    let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
     Ok(vec![
+        ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),
         ("2:4, bf16", sparse(DType::BF16)?),
         ("Monarch, √n blocks", monarch(DType::F32)?),

@@ -4,9 +4,11 @@
 //! and no offsets are stored, since counting bits gives them. A stored value may be zero.
 
 use ndarray::{Array2, ArrayView2};
+use pulp::Arch;
 
+use super::kernels::MaskedRow;
 use super::permutation::LONGEST;
-use super::sparse::{accumulate, each_row};
+use super::sparse::each_row;
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real};
@@ -103,19 +105,12 @@ impl<T: Real> Bitmask<T> {
         Self::assemble((m, n), words, values)
     }
 
-    /// Calls `each` with the column and value of all that is stored in row i, in ascending order.
-    fn row(&self, i: usize, mut each: impl FnMut(usize, T)) {
+    /// What row i stores.
+    fn row(&self, i: usize) -> MaskedRow<'_, T> {
         let per_row = self.columns.div_ceil(64);
-        let row = self.values.values();
-        let mut values = row.iter().skip(self.offsets[i]).copied();
-        for (k, &word) in self.words[i * per_row..(i + 1) * per_row].iter().enumerate() {
-            let mut word = word;
-            while word != 0 {
-                let Some(value) = values.next() else { return };
-                each(k * 64 + word.trailing_zeros() as usize, value);
-                word &= word - 1;
-            }
-        }
+        let values = self.values.values().to_slice().unwrap_or_default();
+        let values = values.get(self.offsets[i]..).unwrap_or_default();
+        MaskedRow { words: &self.words[i * per_row..(i + 1) * per_row], values }
     }
 }
 
@@ -124,16 +119,20 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
         (self.offsets.len() - 1, self.columns)
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let x = x.as_standard_layout();
-        each_row(self.shape().0, x.ncols(), self.params(), |i, y| {
-            self.row(i, |column, value| accumulate(y, value, x.row(column)));
+        let (arch, b) = (Arch::new(), x.ncols());
+        // To whole words of the mask: a kernel may look at columns that do not exist.
+        let mut packed = vec![T::zero(); self.columns.next_multiple_of(64) * b];
+        packed.iter_mut().zip(x.iter()).for_each(|(to, &from)| *to = from);
+        each_row(self.shape().0, b, self.params(), |i, y| match y {
+            [y] => *y = self.row(i).dot(arch, &packed),
+            y => self.row(i).times(arch, &packed, y),
         })
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let x = x.as_standard_layout();
         let mut y = Array2::zeros((self.columns, x.ncols()));
         for (i, from) in x.rows().into_iter().enumerate() {
-            self.row(i, |column, value| y.row_mut(column).scaled_add(value, &from));
+            self.row(i).entries().for_each(|(column, value)| y.row_mut(column).scaled_add(value, &from));
         }
         y
     }
@@ -149,7 +148,7 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
     fn to_dense(&self) -> Array2<T> {
         let mut dense = Array2::zeros(self.shape());
         for i in 0..self.shape().0 {
-            self.row(i, |column, value| dense[(i, column)] = value);
+            self.row(i).entries().for_each(|(column, value)| dense[(i, column)] = value);
         }
         dense
     }
@@ -161,7 +160,7 @@ mod tests {
 
     #[test]
     fn multiplies_and_round_trips_for_lengths_around_a_word() {
-        for (m, n) in [(3, 1), (2, 8), (4, 63), (3, 64), (5, 65), (2, 130), (0, 5)] {
+        for (m, n) in [(3, 1), (2, 8), (4, 63), (3, 64), (5, 65), (2, 130), (0, 5), (7, 300)] {
             let matrix = Array2::from_shape_fn((m, n), |(i, j)| ((i * 7 + j * 3) % 11) as f64 - 5.0);
             // Row 1 is empty; among the rest some stored values are zero.
             let kept = Array2::from_shape_fn((m, n), |(i, j)| i != 1 && (i + j * j) % 3 != 0);
@@ -172,6 +171,13 @@ mod tests {
             assert_eq!(sparse.product(x.t()), dense.dot(&x.t()));
             let y = Array2::from_shape_fn((m, 2), |(i, j)| (i * 2 + j) as f64);
             assert_eq!(sparse.product_transposed(y.view()), dense.t().dot(&y));
+            for b in [1, 5, 16, 70] {
+                let x = Array2::from_shape_fn((n, b), |(i, j)| ((i * 3 + j * 5) % 7) as f64 - 3.0);
+                assert_eq!(sparse.product(x.view()), dense.dot(&x), "{m}x{n}, batch {b}");
+                let narrow = |a: &Array2<f64>| a.mapv(|v| v as f32);
+                let single = Bitmask::gather(narrow(&matrix).view(), kept.view(), DType::F32).unwrap();
+                assert_eq!(single.product(narrow(&x).view()), narrow(&dense).dot(&narrow(&x)), "{m}x{n}, batch {b}");
+            }
             let mask = sparse.encode_mask();
             assert_eq!((mask.len() + 2 * sparse.params()) as u64, sparse.bytes());
             assert_eq!(Bitmask::decode((m, n), &mask, sparse.values().clone()).unwrap(), sparse);

@@ -36,7 +36,7 @@ impl Cospadi {
         let (first, mut last) = sizes.range().ok_or_else(least)?;
         let rank = start.found.values.len();
         if rank == 0 {
-            return Ok(start.nothing(self.form));
+            return Ok(start.nothing(self.form, self.pattern.is_some()));
         }
         last = last.min(rank);
         let first = first.min(last);
@@ -189,9 +189,10 @@ impl<T: Real> Start<'_, T> {
     }
 
     /// The model of a weight that the metric does not see: one atom of zeros.
-    fn nothing(&self, form: Form) -> Model<T> {
+    fn nothing(&self, form: Form, pattern: bool) -> Model<T> {
         let (m, n) = self.signals.weight.dim();
-        let codes = Coded { values: Array2::zeros((m, 1)), kept: Array2::default((m, 1)) };
+        // Of less than a whole group of atoms a pattern keeps all.
+        let codes = Coded { values: Array2::zeros((m, 1)), kept: Array2::from_elem((m, 1), pattern) };
         let pivots = (form == Form::Pivot).then(|| crate::operator::IndexSet::new(m, vec![0]).ok()).flatten();
         Model { error: 0.0, ..Model::new(Array2::zeros((1, n)), codes, pivots).with_units() }
     }

@@ -1,8 +1,10 @@
 //! Products of structured leaves with many vectors.
 
+mod bit_mask;
 mod blocks;
 mod turn;
 mod two_four;
 
+pub(crate) use self::bit_mask::MaskedRow;
 pub(crate) use self::blocks::{Job, block_product};
 pub(crate) use self::two_four::TwoFour;
