@@ -92,6 +92,10 @@ class Checkpoint:
                     x = part.apply(x)
                 return x
             return Operator((parts[0].shape[0], parts[-1].shape[1]), product, " . ".join(p.text for p in parts))
+        if op == "mixture":
+            atoms, c = [self.build(part) for part in node["atoms"]], self.tensor(node["coefficients"]).astype("f8")[0]
+            text = "mixture %dx%d of %d" % (*atoms[0].shape, len(atoms))
+            return Operator(atoms[0].shape, lambda x: sum(c * a.apply(x) for c, a in zip(c, atoms)), text)
         if op == "shared":
             if node["id"] not in self.shared:
                 self.shared[node["id"]] = self.build(node["node"])

@@ -20,6 +20,7 @@ mod armor;
 mod bitmask;
 mod cosine;
 mod cospadi;
+mod masa;
 mod monarch;
 mod pivot;
 mod sparse;
@@ -31,6 +32,7 @@ pub use self::armor::{Armor, Solver};
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::cospadi::{Coding, Cospadi, Init};
+pub use self::masa::Masa;
 pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
 pub use self::sparse::Start;
 pub use self::svd::{Form, Route, Share, Svd};
@@ -273,11 +275,13 @@ pub enum Method {
     Armor(Armor),
     /// Sparse codes over a dictionary.
     Cospadi(Cospadi),
+    /// Matrix atoms shared across layers.
+    Masa(Masa),
 }
 
 impl Method {
     /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor", "cospadi"];
+    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor", "cospadi", "masa"];
 
     /// A built-in method with its default parameters.
     ///
@@ -292,6 +296,7 @@ impl Method {
             "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
             "armor" => Ok(Method::Armor(Armor::default())),
             "cospadi" => Ok(Method::Cospadi(Cospadi::default())),
+            "masa" => Ok(Method::Masa(Masa::default())),
             _ => {
                 Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
             }
@@ -307,6 +312,7 @@ impl Method {
             Method::Bitmask(method) => method,
             Method::Armor(method) => method,
             Method::Cospadi(method) => method,
+            Method::Masa(method) => method,
         }
     }
 
@@ -320,6 +326,7 @@ impl Method {
             Method::Bitmask(_) => "bitmask",
             Method::Armor(_) => "armor",
             Method::Cospadi(_) => "cospadi",
+            Method::Masa(_) => "masa",
         }
     }
 }

@@ -3,15 +3,21 @@
 //! Costs 1 bit for each of the m·n entries, whatever the pattern: rows may hold any number of values,
 //! and no offsets are stored, since counting bits gives them. A stored value may be zero.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::Arch;
 
 use super::kernels::MaskedRow;
 use super::permutation::LONGEST;
-use super::sparse::each_row;
+use super::sparse::{each_panel, each_row};
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
+use crate::linalg::matmul_into;
 use crate::scalar::{DType, Real};
+
+/// Up to so many vectors, each by itself.
+const FEW: usize = 4;
+/// Rows that are written out at a time.
+const PANEL: usize = 64;
 
 /// A matrix of which the marked entries are stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -119,14 +125,30 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
         (self.offsets.len() - 1, self.columns)
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let (arch, b) = (Arch::new(), x.ncols());
+        let (arch, (m, _), b) = (Arch::new(), self.shape(), x.ncols());
         // To whole words of the mask: a kernel may look at columns that do not exist.
-        let mut packed = vec![T::zero(); self.columns.next_multiple_of(64) * b];
-        packed.iter_mut().zip(x.iter()).for_each(|(to, &from)| *to = from);
-        each_row(self.shape().0, b, self.params(), |i, y| match y {
-            [y] => *y = self.row(i).dot(arch, &packed),
-            y => self.row(i).times(arch, &packed, y),
-        })
+        let width = self.columns.next_multiple_of(64);
+        if b <= FEW {
+            let mut packed = vec![T::zero(); width * b];
+            for (to, from) in packed.chunks_mut(width).zip(x.columns()) {
+                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+            }
+            return each_row(m, b, self.params(), |i, y| {
+                y.iter_mut().zip(packed.chunks(width)).for_each(|(y, x)| *y = self.row(i).dot(arch, x));
+            });
+        }
+        let mut y = Array2::zeros((m, b));
+        let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
+            let mut rows = Array2::zeros((y.nrows(), width));
+            for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
+                if let Some(row) = row.as_slice_mut() {
+                    self.row(at * PANEL + i).spread(arch, row);
+                }
+            }
+            matmul_into(T::one(), rows.slice(s![.., ..self.columns]), x, T::zero(), y);
+        };
+        each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), m * self.columns * b, panel);
+        y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let x = x.as_standard_layout();

@@ -23,6 +23,7 @@ mod index_set;
 mod interpolative;
 mod kernels;
 mod layouts;
+mod mixture;
 mod monarch;
 mod n_m;
 mod permutation;
@@ -35,6 +36,7 @@ pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
 pub use self::layouts::Cutlass;
+pub use self::mixture::Mixture;
 pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
 
@@ -108,6 +110,8 @@ pub enum Operator<T: Real> {
     NmSparse(NmSparse<T>),
     /// Entries anywhere, marked by one bit each.
     Bitmask(Bitmask<T>),
+    /// A weighted sum of atoms.
+    Mixture(Mixture<T>),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -158,6 +162,7 @@ impl<T: Real> Operator<T> {
             Operator::Permutation(node) => node,
             Operator::NmSparse(node) => node,
             Operator::Bitmask(node) => node,
+            Operator::Mixture(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -176,6 +181,9 @@ impl<T: Real> Operator<T> {
         fn visit<T: Real>(operator: &Operator<T>, seen: &mut Vec<*const Operator<T>>) -> u64 {
             match operator {
                 Operator::Product(parts) | Operator::Sum(parts) => parts.iter().map(|part| visit(part, seen)).sum(),
+                Operator::Mixture(leaf) => {
+                    leaf.coefficients().bytes() + leaf.atoms().iter().map(|atom| visit(atom, seen)).sum::<u64>()
+                }
                 Operator::Shared(inner) if seen.contains(&Arc::as_ptr(inner)) => 0,
                 Operator::Shared(inner) => {
                     seen.push(Arc::as_ptr(inner));
@@ -295,6 +303,7 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::Permutation(_) => write!(f, "permutation {m}x{n}"),
             Operator::NmSparse(leaf) => write!(f, "{}:{} sparse {m}x{n}", leaf.pattern().n(), leaf.pattern().m()),
             Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
+            Operator::Mixture(leaf) => write!(f, "mixture {m}x{n} of {}", leaf.atoms().len()),
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),

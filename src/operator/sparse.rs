@@ -22,6 +22,19 @@ pub(super) fn each_row<T: Real>(m: usize, b: usize, stored: usize, row: impl Fn(
     Array2::from_shape_vec((m, b), y).unwrap_or_default()
 }
 
+/// Calls for each of some panels of rows, with its number; `work` multiply-adds decide about threads.
+pub(super) fn each_panel<T: Send, I>(panels: I, work: usize, call: impl Fn((usize, T)) + Sync + Send)
+where
+    I: ExactSizeIterator<Item = T> + Send,
+{
+    let panels: Vec<_> = panels.enumerate().collect();
+    if work < PARALLEL_FROM || rayon::current_thread_index().is_some() {
+        panels.into_iter().for_each(call);
+    } else {
+        panels.into_par_iter().for_each(call);
+    }
+}
+
 /// y += value·x.
 #[inline]
 pub(super) fn accumulate<T: Real>(y: &mut [T], value: T, x: ArrayView1<'_, T>) {

@@ -10,7 +10,7 @@ use ndarray::Array2;
 use weightpress::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use weightpress::operator::codec::{Encoder, FORMAT_VERSION, Header, METADATA_KEY, Tree};
 use weightpress::operator::{
-    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Operator, Permutation, Runs, Side,
+    BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Mixture, Operator, Permutation, Runs, Side,
 };
 use weightpress::run::{Options, Silent};
 use weightpress::scalar::DType;
@@ -172,7 +172,9 @@ fn by_hand(folder: &Path) -> Result<PathBuf> {
         leaf(9, 6, DType::F64)?,
         Operator::product_of(vec![leaf(9, 4, DType::BF16)?, Operator::Shared(shared.clone())])?,
     ])?;
-    let other = Operator::product_of(vec![leaf(5, 4, DType::F32)?, Operator::Shared(shared)])?;
+    let other = Operator::product_of(vec![leaf(5, 4, DType::F32)?, Operator::Shared(shared.clone())])?;
+    let atoms = vec![Operator::Shared(shared), leaf(4, 6, DType::BF16)?];
+    let mixture = Operator::Mixture(Mixture::new(dense(1, 2, DType::F32)?, atoms)?);
     let list =
         Operator::product_of(vec![pivots(400, &[7, 399], dense(398, 2, DType::BF16)?)?, leaf(2, 3, DType::F32)?])?;
     let long = pivots(70_000, &[3, 65_537], dense(69_998, 2, DType::F16)?)?;
@@ -197,7 +199,15 @@ fn by_hand(folder: &Path) -> Result<PathBuf> {
 
     let mut encoder = Encoder::new();
     let mut weights = BTreeMap::new();
-    let all = [("sum", sum), ("other", other), ("list", list), ("long", long), ("alike", alike), ("ragged", ragged)];
+    let all = [
+        ("sum", sum),
+        ("other", other),
+        ("list", list),
+        ("long", long),
+        ("alike", alike),
+        ("ragged", ragged),
+        ("mixture", mixture),
+    ];
     for (name, operator) in all {
         let tree = Tree { shape: operator.shape(), dtype: "F32".into(), operator: encoder.encode(name, &operator)? };
         weights.insert(name.to_owned(), tree);

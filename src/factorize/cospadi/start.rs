@@ -103,9 +103,11 @@ impl Cospadi {
         let kernels = T::kernels(backend);
         let mut atoms = match self.init {
             Init::Svd => {
-                let scales = start.found.values[..k].iter().map(|v| T::from_f64(1.0 / v.max(f64::MIN_POSITIVE).sqrt()));
+                // What the metric does not see becomes zero, and then any orthogonal direction.
+                let floor = 1e-13 * start.found.values[0];
+                let scale = |v: &f64| if *v > floor { T::from_f64(1.0 / v.sqrt()) } else { T::zero() };
+                let scales = start.found.values[..k].iter().map(scale);
                 let directions = kernels.matmul(y.t(), start.found.vectors.slice(s![.., ..k]));
-                // Orthonormal but for rounding, and for what the metric does not see.
                 kernels.orthonormalize((directions * &scales.collect::<ndarray::Array1<T>>()).view())
             }
             Init::Rows => {

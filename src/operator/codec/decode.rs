@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::{Error, Result};
 use crate::operator::{
-    Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Nm, NmSparse, Operator, Permutation, Runs,
+    Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Mixture, Nm, NmSparse, Operator, Permutation, Runs,
 };
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
@@ -89,6 +89,9 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
                 let (rows, bytes) = self.bytes(mask)?;
                 let leaf = Bitmask::decode((rows, *columns), bytes, self.dense(values)?);
                 Operator::Bitmask(leaf.map_err(|e| e.of_tensor(mask))?)
+            }
+            Node::Mixture { coefficients, atoms } => {
+                Operator::Mixture(Mixture::new(self.dense(coefficients)?, self.all(atoms, depth)?)?)
             }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,

@@ -74,6 +74,10 @@ impl Encoder {
                     values: self.dense(name, next, leaf.values())?,
                 }
             }
+            Operator::Mixture(leaf) => Node::Mixture {
+                coefficients: self.dense(name, next, leaf.coefficients())?,
+                atoms: self.all(name, next, leaf.atoms())?,
+            },
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {

@@ -142,6 +142,13 @@ pub enum Node {
         /// The values, 1 × their number.
         values: String,
     },
+    /// [`Operator::Mixture`].
+    Mixture {
+        /// 1 × atoms.
+        coefficients: String,
+        /// As many nodes.
+        atoms: Vec<Node>,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.

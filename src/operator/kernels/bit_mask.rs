@@ -1,15 +1,14 @@
 //! Products of a matrix of which a bit mask says what is stored.
 //!
 //! One vector: 16 bits of the mask spread as many stored values as they have over 16 lanes, which meet their
-//! inputs there (AVX-512's expand); elsewhere bit by bit. Many: they lie side by side in the lanes, and each
-//! stored value times one row of x is added to sums in registers.
+//! inputs there (AVX-512's expand); elsewhere bit by bit. Many: some rows are written out, by the same
+//! instruction, and multiplied as what they are, which costs less than to look for each value's inputs.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Arch;
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+use pulp::Simd;
 
 use crate::scalar::Real;
-
-/// Vectors of sums for a row at a time.
-const SIDE: usize = 4;
 
 /// Row i of a bit-mask matrix.
 #[derive(Debug, Clone, Copy)]
@@ -48,9 +47,15 @@ impl<T: Real> MaskedRow<'_, T> {
         sums[0] + sums[1]
     }
 
-    /// y = row·x for x of n×b, rows contiguous.
-    pub(crate) fn times(self, arch: Arch, x: &[T], y: &mut [T]) {
-        arch.dispatch(Times { row: self, x, y });
+    /// Writes the row out, zeros included, to whole words of the mask.
+    pub(crate) fn spread(self, arch: Arch, to: &mut [T]) {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if let (Arch::V4(simd), Some((values, _))) = (arch, single(self.values, &[])) {
+            return simd.vectorize(Spread { simd, words: self.words, values, to: pulp::bytemuck::cast_slice_mut(to) });
+        }
+        let _ = arch;
+        to.fill(T::zero());
+        self.entries().for_each(|(column, value)| to[column] = value);
     }
 }
 
@@ -75,59 +80,62 @@ impl pulp::NullaryFnOnce for Expand<'_> {
 
     #[inline(always)]
     fn call(self) -> f32 {
+        use super::prefetch;
         use pulp::bytemuck::cast;
-        let (simd, mut values) = (self.simd, self.values);
+        /// Bytes between what is multiplied and what is asked for.
+        const AHEAD: usize = 4096;
+        let simd = self.simd;
         let mut sums = [simd.splat_f32s(0.0); 4];
+        let mut values = self.values;
         for (&word, x) in self.words.iter().zip(self.x.as_chunks::<64>().0) {
+            // The 64 values that come next, of which the word takes some.
+            let next = match values.first_chunk::<64>() {
+                Some(whole) => whole,
+                None => &std::array::from_fn(|i| values.get(i).copied().unwrap_or_default()),
+            };
+            prefetch(next, AHEAD);
+            let mut taken = 0;
             for (part, (sum, x)) in sums.iter_mut().zip(x.as_chunks::<16>().0).enumerate() {
                 let mask = (word >> (16 * part)) as u16;
-                let stored = match values.first_chunk::<16>() {
-                    Some(&whole) => whole,
-                    // The last values of the matrix.
-                    None => std::array::from_fn(|i| values.get(i).copied().unwrap_or_default()),
-                };
+                // At most 16 bits for each part before this one: never beyond 48.
+                let stored = next[taken.min(48)..].first_chunk::<16>().copied().unwrap_or_default();
                 let spread = simd.avx512f._mm512_maskz_expand_ps(mask, cast(stored));
                 *sum = simd.mul_add_e_f32s(cast(spread), cast(*x), *sum);
-                values = values.get(mask.count_ones() as usize..).unwrap_or_default();
+                taken += mask.count_ones() as usize;
             }
+            values = values.get(taken..).unwrap_or_default();
         }
         let [a, b, c, d] = sums;
         simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))
     }
 }
 
-struct Times<'a, T> {
-    row: MaskedRow<'a, T>,
-    x: &'a [T],
-    y: &'a mut [T],
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+struct Spread<'a> {
+    simd: pulp::x86::V4,
+    words: &'a [u64],
+    values: &'a [f32],
+    to: &'a mut [f32],
 }
 
-impl<T: Real> WithSimd for Times<'_, T> {
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+impl pulp::NullaryFnOnce for Spread<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) {
-        let (b, width) = (self.y.len(), SIDE * T::lanes::<S>());
-        for (tile, y) in self.y.chunks_mut(width).enumerate() {
-            let mut sums = [T::splat(s, T::zero()); SIDE];
-            let start = tile * width;
-            if y.len() == width {
-                for (column, value) in self.row.entries() {
-                    let value = T::splat(s, value);
-                    let (x, _) = T::vectors::<S>(&self.x[column * b + start..][..width]);
-                    sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum = T::fma(s, value, x, *sum));
-                }
-            } else {
-                let vectors = y.len().div_ceil(T::lanes::<S>());
-                for (column, value) in self.row.entries() {
-                    let value = T::splat(s, value);
-                    let x = &self.x[column * b + start..][..y.len()];
-                    for (sum, x) in sums.iter_mut().zip(x.chunks(T::lanes::<S>())).take(vectors) {
-                        *sum = T::fma(s, value, T::load(s, x), *sum);
-                    }
-                }
+    fn call(self) {
+        use pulp::bytemuck::cast;
+        let mut values = self.values;
+        for (&word, to) in self.words.iter().zip(self.to.as_chunks_mut::<64>().0) {
+            for (part, to) in to.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                let mask = (word >> (16 * part)) as u16;
+                let stored = match values.first_chunk::<16>() {
+                    Some(&whole) => whole,
+                    None => std::array::from_fn(|i| values.get(i).copied().unwrap_or_default()),
+                };
+                *to = cast(self.simd.avx512f._mm512_maskz_expand_ps(mask, cast(stored)));
+                values = values.get(mask.count_ones() as usize..).unwrap_or_default();
             }
-            y.chunks_mut(T::lanes::<S>()).zip(sums).for_each(|(y, sum)| T::store(s, y, sum));
         }
     }
 }

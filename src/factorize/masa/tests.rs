@@ -1,0 +1,137 @@
+use ndarray::Array1;
+
+use super::*;
+use crate::linalg::{Faer, Kernels};
+use crate::metric::{Metric, Weighting};
+use crate::stats::Gram;
+
+fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        ((i * 7919 + j * factor + i * i * j + factor * 13) % 1009) as f64 / 504.5 - 1.0
+    })
+}
+
+fn gram(n: usize, factor: usize) -> Weighting {
+    let x = numbers(n, 2 * n, factor);
+    Weighting::Gram(Arc::new(Gram::new("g", x.dot(&x.t()) / (2 * n) as f64).unwrap()))
+}
+
+fn problems<'a>(weights: &'a [Array2<f64>], metrics: &[Metric], keep: f64) -> Vec<Problem<'a, f64>> {
+    let metric = |l: usize| metrics[l % metrics.len()].clone();
+    let of = |(l, w): (usize, &'a Array2<f64>)| Problem::new("w", w.view(), Budget::Keep(keep)).metric(metric(l));
+    weights.iter().enumerate().map(of).collect()
+}
+
+fn error(group: &[Problem<'_, f64>], found: &[Operator<f64>]) -> f64 {
+    group.iter().zip(found).map(|(p, o)| p.error_of(o)).sum()
+}
+
+#[test]
+fn matrix_pca_is_the_svd_of_the_unfolding() {
+    let (m, n, count) = (5, 7, 6);
+    let weights: Vec<_> = (0..count).map(|l| numbers(m, n, 31 + 17 * l)).collect();
+    let group = problems(&weights, &[Metric::frobenius()], 0.9);
+    let layers = Layers::new(&group).unwrap();
+    let unfolding = Array2::from_shape_fn((m * n, count), |(i, l)| weights[l][(i / n, i % n)]);
+    let sigma = Kernels::<f64>::svd(&Faer, unfolding.view()).unwrap().values;
+    for atoms in 1..=count {
+        let masa = Masa { atoms: Some(atoms), runs: 1, residual: false, rounds: 1 };
+        let found = layers.solve(&masa, atoms, u64::MAX, 1).unwrap();
+        let tail: f64 = sigma.iter().skip(atoms).map(|s| s * s).sum();
+        assert!((found.error - tail).abs() < 1e-9 * sigma[0] * sigma[0], "{atoms}: {} {tail}", found.error);
+        let captured = 1.0 - tail / sigma.mapv(|s| s * s).sum();
+        assert!((layers.captured(atoms) - captured).abs() < 1e-12);
+    }
+}
+
+#[test]
+fn planted_atoms_are_found_in_any_metric() {
+    let (m, n) = (8, 6);
+    let atoms = [numbers(m, n, 31), numbers(m, n, 104_729)];
+    let weights: Vec<_> = (0..7).map(|l| &atoms[0] * (1.0 + l as f64) + &atoms[1] * (3.0 - l as f64)).collect();
+    let own: Vec<Metric> = (0..7).map(|l| Metric { input: gram(n, 7 + l), ..Metric::frobenius() }).collect();
+    for metrics in [vec![Metric::frobenius()], own] {
+        let group = problems(&weights, &metrics, 0.6);
+        let found = Masa { atoms: Some(2), ..Masa::default() }.factorize(&group).unwrap();
+        let norm: f64 = group.iter().map(|p| p.metric.squared(p.weight, p.backend)).sum();
+        assert!(error(&group, &found) < 1e-12 * norm);
+        assert!(Operator::total_bytes(&found) as f64 <= 0.6 * (7 * m * n * 8) as f64);
+    }
+    // And without being told how many.
+    let group = problems(&weights, &[Metric::frobenius()], 0.6);
+    let mut notes = Vec::new();
+    let found = Masa::default().factorize_noting(&group, &mut notes).unwrap();
+    assert!(error(&group, &found) < 1e-6, "{notes:?}");
+    assert_eq!(notes.len(), 1, "{notes:?}");
+}
+
+#[test]
+fn identical_layers_need_one_atom_and_unrelated_ones_none() {
+    let (m, n) = (12, 10);
+    let same: Vec<_> = (0..5).map(|_| numbers(m, n, 31)).collect();
+    let group = problems(&same, &[Metric::frobenius()], 0.3);
+    let found = Masa::default().factorize(&group).unwrap();
+    assert!(error(&group, &found) < 1e-18 * 1e6);
+    let mut notes = Vec::new();
+    // Orthogonal to each other, and each of low rank.
+    let unrelated: Vec<_> = (0..5)
+        .map(|l| Array2::from_shape_fn((m, n), |(i, j)| if j / 2 == l { numbers(m, 1, 31 + l)[(i, 0)] } else { 0.0 }))
+        .collect();
+    let group = problems(&unrelated, &[Metric::frobenius()], 0.5);
+    let found = Masa::default().factorize_noting(&group, &mut notes).unwrap();
+    assert!(error(&group, &found) < 1e-12 && notes.iter().any(|note| note.contains("little in common")), "{notes:?}");
+    assert!(found.iter().all(|operator| matches!(operator, Operator::Product(_))));
+}
+
+#[test]
+fn runs_are_where_layers_change() {
+    let (m, n) = (6, 5);
+    let (a, b) = (numbers(m, n, 31), numbers(m, n, 104_729));
+    let weights: Vec<_> = (0..8).map(|l| if l < 3 { &a * (1.0 + l as f64) } else { &b * (l as f64 - 1.0) }).collect();
+    let group = problems(&weights, &[Metric::frobenius()], 0.9);
+    let layers = Layers::new(&group).unwrap();
+    assert_eq!(layers.cut(2, 2).unwrap(), [(0..3, 1), (3..8, 1)]);
+    assert_eq!(layers.cut(2, 1).unwrap(), [(0..8, 2)]);
+    assert_eq!(layers.cut(1, 4).unwrap(), [(0..8, 1)]);
+    let three = layers.cut(4, 3).unwrap();
+    assert_eq!((three.len(), three.iter().map(|run| run.1).sum::<usize>()), (3, 4));
+    // One pool captures what two runs do, at least.
+    let solve = |runs| {
+        let masa = Masa { atoms: Some(2), runs, residual: false, rounds: 1 };
+        layers.solve(&masa, 2, u64::MAX, 1).unwrap()
+    };
+    assert!(solve(1).error <= solve(2).error + 1e-9 && solve(2).error < 1e-9 * layers.energy());
+    assert_eq!(solve(2).runs.len(), 2);
+}
+
+#[test]
+fn rounds_descend_in_each_layers_own_metric() {
+    let (m, n) = (14, 9);
+    let common = numbers(m, n, 3);
+    let weights: Vec<_> = (0..6).map(|l| &common * (1.0 + l as f64 / 3.0) + numbers(m, n, 31 + 17 * l) * 0.7).collect();
+    let output = Weighting::Diagonal(Arc::new(Array1::from_shape_fn(m, |i| 0.5 + (i % 4) as f64)));
+    let metrics: Vec<Metric> = (0..6).map(|l| Metric { input: gram(n, 7 + 100 * l), output: output.clone() }).collect();
+    let group = problems(&weights, &metrics, 0.7);
+    let layers = Layers::new(&group).unwrap();
+    for residual in [false, true] {
+        let mut last = f64::INFINITY;
+        for rounds in 1..5 {
+            let masa = Masa { atoms: Some(2), runs: 1, residual, rounds };
+            let found = layers.solve(&masa, 2, (0.7 * (6 * m * n * 8) as f64) as u64, rounds).unwrap();
+            // Ranks may move between layers as the residuals change: a hair of slack for that.
+            assert!(found.error <= last * (1.0 + 1e-3), "{residual} {rounds}: {} after {last}", found.error);
+            last = found.error;
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_shared_is_refused() {
+    let weights = [numbers(4, 3, 31), numbers(4, 3, 7)];
+    let group = problems(&weights, &[Metric::frobenius()], 0.5);
+    assert!(matches!(Masa { atoms: Some(3), ..Masa::default() }.factorize(&group), Err(Error::Unsupported(_))));
+    assert!(matches!(Masa { atoms: Some(2), ..Masa::default() }.factorize(&group), Err(Error::Budget { .. })));
+    let other = [numbers(4, 3, 31), numbers(3, 4, 7)];
+    let group = problems(&other, &[Metric::frobenius()], 0.5);
+    assert!(matches!(Masa::default().factorize(&group), Err(Error::Shape { .. })));
+}
