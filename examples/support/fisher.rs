@@ -1,7 +1,7 @@
 //! Fisher sums: the squares of the loss's gradients, by a reverse pass written out for this architecture.
 //!
-//! (candle's automatic differentiation was looked at: its forward pass alone takes as long per token as this
-//! whole pass, and it is 138 more crates. Tests hold this one against finite differences.)
+//! Written out rather than left to an automatic differentiator, which would bring more crates than the rest of
+//! the examples have. Tests hold it against finite differences.
 
 // Each example uses a part of it.
 #![allow(dead_code)]

@@ -27,7 +27,7 @@ pub fn exp(x: f32) -> f32 {
     p * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()))
 }
 
-/// erf to 2·10⁻⁷ (Abramowitz and Stegun, 7.1.26, is too coarse; this is W. J. Cody's scheme by exp).
+/// erf to some 10⁻⁷.
 #[inline(always)]
 fn erf(x: f32) -> f32 {
     let a = x.abs();
