@@ -1,32 +1,32 @@
-//! Gram matrices of the inputs of a language model's linear layers (Llama architecture), over a text.
+//! Calibration statistics of a language model's linear layers (Llama architecture) over a text.
 //!
 //! ```text
 //! cargo run --release --example calibrate -- MODEL --text calibration.txt --out gram.safetensors
+//! cargo run --release --example calibrate -- MODEL --text calibration.txt --fisher fisher.safetensors
 //! ```
 //!
 //! Windows are spread evenly over the whole text. The file is what `compress --stats` reads: one mean of x·xᵀ for
-//! each input site, shared by the weights that see the same input. (Fisher sums need gradients, which this forward
-//! pass has none of.)
+//! each input site, shared by the weights that see the same input. `--fisher FILE` writes the squares of the loss's
+//! gradients, summed over rows and columns, which the metrics `fisher` and `gram-fisher` need.
 //!
 //! Exit codes: 0 done, 2 the input was refused, 1 something failed on the way.
 
-mod support {
-    pub mod exit;
-    pub mod llama;
-    pub mod text;
-}
+mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Parser;
 use weightpress::checkpoint::Checkpoint;
+use weightpress::run::Observer;
+use weightpress::stats::{Kind, Stats};
 
 use support::exit;
 use support::llama::Llama;
-use support::text::Tokens;
+use support::progress::Bar;
+use support::text::{Tokens, windows};
 
 #[derive(Parser)]
 #[command(about = "Calibration statistics of a language model over a text")]
@@ -36,9 +36,18 @@ struct Arguments {
     /// The text; of the kind that the model will see
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// The statistics file to write
+    /// The file of Gram matrices to write
+    #[arg(long, value_name = "FILE", required_unless_present = "fisher")]
+    out: Option<PathBuf>,
+    /// The file of Fisher sums to write
     #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    fisher: Option<PathBuf>,
+    /// Tokens to take gradients over
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    fisher_tokens: usize,
+    /// Tokens of one gradient
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    fisher_window: usize,
     /// Tokens to run the model over
     #[arg(long, value_name = "N", default_value_t = 16_384)]
     tokens: usize,
@@ -55,21 +64,38 @@ fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let model = Llama::load(&checkpoint)?;
     let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, &arguments.text)?;
-    let (all, window) = (&tokens.ids, arguments.window);
-    ensure!(window > 0 && arguments.tokens >= window, "{} tokens in windows of {window}", arguments.tokens);
-    let (text, has) = (arguments.text.display(), all.len());
-    ensure!(has >= window, "{text} has {has} tokens, fewer than a window of {window}");
-    let count = (arguments.tokens / window).min(has / window);
-    let apart = (has - window) as f64 / (count.max(2) - 1) as f64;
-    let windows: Vec<&[usize]> =
-        (0..count).map(|i| (i as f64 * apart) as usize).map(|at| &all[at..at + window]).collect();
-    let start = Instant::now();
-    let stats = model.calibrate(&windows)?;
-    stats.save(&arguments.out, Some((count * window) as u64))?;
+    if let Some(out) = &arguments.out {
+        let windows = windows(&tokens.ids, &arguments.text, arguments.tokens, arguments.window)?;
+        let (start, bar) = (Instant::now(), Bar::default());
+        bar.stage("Gram", model.layers.len() as u64);
+        let stats = model.calibrate(&windows, &|i| bar.advance(1, &format!("layer {i}")))?;
+        drop(bar);
+        write(&checkpoint, stats, out, &windows, start)?;
+    }
+    if let Some(out) = &arguments.fisher {
+        let windows = windows(&tokens.ids, &arguments.text, arguments.fisher_tokens, arguments.fisher_window)?;
+        let (start, bar) = (Instant::now(), Bar::default());
+        bar.stage("Fisher", windows.len() as u64);
+        let stats = model.fisher(&windows, &|_| bar.advance(1, ""))?;
+        drop(bar);
+        write(&checkpoint, stats, out, &windows, start)?;
+    }
+    Ok(())
+}
+
+fn write(checkpoint: &Checkpoint, mut stats: Stats, out: &Path, windows: &[&[usize]], start: Instant) -> Result<()> {
+    // Whoever uses the statistics with another checkpoint is told.
+    for tensor in checkpoint.tensors() {
+        if stats.has(&tensor.name, Kind::Gram) || stats.has(&tensor.name, Kind::FisherRow) {
+            stats.set_origin(&tensor.name, checkpoint.get(&tensor.name)?);
+        }
+    }
+    let length = windows.first().map_or(0, |window| window.len());
+    stats.save(out, Some((windows.len() * length) as u64))?;
     exit::answer(&format!(
-        "{} windows of {window} tokens in {:.1} s, written to {}",
+        "{} windows of {length} tokens in {:.1} s, written to {}",
         windows.len(),
         start.elapsed().as_secs_f64(),
-        arguments.out.display()
+        out.display()
     ))
 }

@@ -193,10 +193,11 @@ fn bundled(arguments: &Arguments) -> Result<()> {
         Ok(text.into_iter().map(usize::from).collect())
     };
     let heldout = read("heldout.txt")?;
-    let bits = |model: &Llama| -> Result<f64> { Ok(model.mean_loss(&heldout, WINDOW)? / std::f64::consts::LN_2) };
+    let bits =
+        |model: &Llama| -> Result<f64> { Ok(model.mean_loss(&heldout, WINDOW, &|_| ())? / std::f64::consts::LN_2) };
 
     let start = std::time::Instant::now();
-    let mut stats = model.calibrate(&read("calibration.txt")?.chunks(WINDOW).collect::<Vec<_>>())?;
+    let mut stats = model.calibrate(&read("calibration.txt")?.chunks(WINDOW).collect::<Vec<_>>(), &|_| ())?;
     // Gradients take an automatic differentiator; these were computed once, on the same text.
     let fisher = Stats::open(&[folder.join("fisher.safetensors")])?;
     for tensor in checkpoint.tensors().filter(|t| fisher.has(&t.name, Kind::FisherRow)) {

@@ -1,4 +1,5 @@
-//! Perplexity and speed of language models (Llama architecture) on a text: dense or factored, side by side.
+//! Perplexity and speed of language models (Llama architecture) on a text, or how far the sentence embeddings of
+//! encoders (BERT architecture) move: dense or factored, side by side.
 //!
 //! ```text
 //! cargo run --release --example evaluate -- examples/model --text examples/model/heldout.txt
@@ -6,27 +7,27 @@
 //! ```
 //!
 //! The first tokens of the text are cut into windows; every token but the very first is scored once. A factored
-//! checkpoint runs from its factors: no weight is rebuilt.
+//! checkpoint runs from its factors: no weight is rebuilt. Encoders are compared with the first one given, on the
+//! paragraphs of the text that have 60 to 400 characters.
 //!
 //! Exit codes: 0 done, 2 the input was refused, 1 something failed on the way.
 
-mod support {
-    pub mod exit;
-    pub mod llama;
-    pub mod text;
-}
+mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde::Serialize;
 use weightpress::checkpoint::Checkpoint;
+use weightpress::run::Observer;
 
+use support::bert::{Bert, Moved, paragraphs};
 use support::exit;
-use support::llama::{Cache, Llama};
+use support::llama::{Cache, Llama, text_of};
+use support::progress::Bar;
 use support::text::Tokens;
 
 #[derive(Parser)]
@@ -47,6 +48,9 @@ struct Arguments {
     /// Tokens to decode one by one for the speed; 0 leaves it out
     #[arg(long, value_name = "N", default_value_t = 64)]
     decode: usize,
+    /// Paragraphs to embed, for encoders
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    paragraphs: usize,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -71,6 +75,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    if model_type(&Checkpoint::open(&arguments.models[0])?)?.as_deref() == Some("bert") {
+        return encoders(arguments);
+    }
     let scores = arguments.models.iter().map(|model| score(model, arguments)).collect::<Result<Vec<_>>>()?;
     if arguments.json {
         return exit::answer(&serde_json::to_string_pretty(&scores)?);
@@ -107,6 +114,62 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// What config.json says of the architecture, if it says anything.
+fn model_type(checkpoint: &Checkpoint) -> Result<Option<String>> {
+    let (path, text) = text_of(checkpoint, "config.json")?;
+    let config: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    Ok(config["model_type"].as_str().map(str::to_owned))
+}
+
+/// What one encoder scored.
+#[derive(Serialize)]
+struct EncoderScore {
+    model: PathBuf,
+    file_bytes: u64,
+    compressed_weights: usize,
+    tokens_per_second: f64,
+    /// Against the first one.
+    moved: Moved,
+}
+
+fn encoders(arguments: &Arguments) -> Result<()> {
+    let (mut scores, mut first) = (Vec::new(), None);
+    for path in &arguments.models {
+        let checkpoint = Checkpoint::open(path)?;
+        let model = Bert::load(&checkpoint)?;
+        let sentences = paragraphs(checkpoint.root(), &arguments.text, arguments.paragraphs)?;
+        let tokens: usize = sentences.iter().map(Vec::len).sum();
+        let (start, bar) = (Instant::now(), Bar::default());
+        bar.stage("evaluating", tokens as u64);
+        let embeddings = model.embed_all(&sentences, &|done| bar.advance(done as u64, ""))?;
+        drop(bar);
+        let seconds = start.elapsed().as_secs_f64();
+        let first = first.get_or_insert_with(|| embeddings.clone());
+        ensure!(first.dim() == embeddings.dim(), "embeddings of {:?} and of {:?}", first.dim(), embeddings.dim());
+        scores.push(EncoderScore {
+            model: path.clone(),
+            file_bytes: checkpoint.file_bytes(),
+            compressed_weights: checkpoint.trees()?.len(),
+            tokens_per_second: tokens as f64 / seconds,
+            moved: Moved::between(first, &embeddings),
+        });
+    }
+    if arguments.json {
+        return exit::answer(&serde_json::to_string_pretty(&scores)?);
+    }
+    for EncoderScore { model, file_bytes, compressed_weights, tokens_per_second, moved } in &scores {
+        exit::answer(&format!(
+            "{}: {compressed_weights} weights from their factors, {file_bytes} bytes, {tokens_per_second:.0} tokens per second\n  \
+             mean cosine {:.4}, Spearman {:.4}, same nearest neighbour {:.3}",
+            model.display(),
+            moved.mean_cosine,
+            moved.spearman,
+            moved.same_neighbour
+        ))?;
+    }
+    Ok(())
+}
+
 fn score(path: &Path, arguments: &Arguments) -> Result<Score> {
     let checkpoint = Checkpoint::open(path)?;
     let model = Llama::load(&checkpoint)?;
@@ -120,7 +183,10 @@ fn score(path: &Path, arguments: &Arguments) -> Result<Score> {
         arguments.text.display()
     );
     let start = Instant::now();
-    let loss = model.mean_loss(&tokens.ids, window)?;
+    let bar = Bar::default();
+    bar.stage("evaluating", count as u64 - 1);
+    let loss = model.mean_loss(&tokens.ids, window, &|scored| bar.advance(scored as u64, ""))?;
+    drop(bar);
     let seconds = start.elapsed().as_secs_f64();
     let (mut prefill, mut decode) = (None, None);
     if arguments.decode > 0 {
@@ -148,7 +214,7 @@ fn step_by_step(model: &Llama, tokens: &[usize]) -> Result<()> {
     let mut cache = Cache::new(&model.config);
     for token in tokens {
         let hidden = model.extend(&[*token], &mut cache, &mut |_, _| Ok(()))?;
-        std::hint::black_box(model.logits(&hidden)?);
+        std::hint::black_box(model.logits(hidden.view())?);
     }
     Ok(())
 }

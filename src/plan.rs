@@ -63,7 +63,8 @@ impl Recipe {
     /// [`Error::Refused`] with all weights that cannot be compressed as asked.
     pub fn plan<'c>(&self, checkpoint: &'c Checkpoint, stats: &'c Stats) -> Result<Plan<'c>> {
         self.check()?;
-        let mut planner = Planner { recipe: self, stats, refused: Vec::new(), missing: Vec::new(), passed: Vec::new() };
+        let mut planner =
+            Planner { recipe: self, checkpoint, stats, refused: Vec::new(), missing: Vec::new(), passed: Vec::new() };
         let mut jobs = Vec::new();
         for (rule, members) in planner.groups(checkpoint)? {
             jobs.extend(planner.job(rule, &members));
@@ -80,6 +81,7 @@ impl Recipe {
 
 struct Planner<'a> {
     recipe: &'a Recipe,
+    checkpoint: &'a Checkpoint,
     stats: &'a Stats,
     refused: Vec<(String, String)>,
     missing: Vec<String>,
@@ -149,7 +151,11 @@ impl Planner<'_> {
         if self.missing.len() > before {
             return None;
         }
-        let result = self.forecast(rule, &names, &outlines);
+        let origins = names.iter().try_for_each(|name| match rule.metric.needs().is_empty() {
+            true => Ok(()),
+            false => self.stats.check_origin(name, self.checkpoint.get(name)?),
+        });
+        let result = origins.map_err(|e| e.to_string()).and_then(|()| self.forecast(rule, &names, &outlines));
         let bytes = outlines.iter().map(Outline::bytes).sum();
         let (forecast, kept) = match (result, rule.on_error) {
             (Ok(forecast), _) => (forecast, None),

@@ -10,7 +10,7 @@ use ndarray::{ArrayView2, CowArray, Ix2, NdFloat};
 use safetensors::Dtype as Stored;
 
 use crate::error::{Error, Result};
-use crate::linalg::{Backend, Kernels};
+use crate::linalg::{Backend, Kernels, pages};
 use crate::simd::Lanes;
 
 /// A dtype as it is stored in a file.
@@ -220,7 +220,9 @@ pub fn widen<T: Real>(dtype: DType, bytes: &[u8]) -> Result<Vec<T>> {
         if !rest.is_empty() {
             return Err(Error::shape(format!("a multiple of {N} bytes"), bytes.len()));
         }
-        Ok(chunks.iter().map(|chunk| read(*chunk)).collect())
+        let mut values = pages::with_capacity(chunks.len());
+        values.extend(chunks.iter().map(|chunk| read(*chunk)));
+        Ok(values)
     }
     match dtype {
         DType::F64 => each(bytes, |b| T::from_f64(f64::from_le_bytes(b))),

@@ -9,8 +9,9 @@
 //! | `w.fisher_col` | n | the same, summed over each column |
 //! | `w.fisher` | m×n | the same, not summed; stands in for the two above |
 //!
-//! and in its metadata `tokens` (a number) and `gram_alias` (a JSON object, `"x.gram": "w.gram"`:
-//! layers that see the same input share one matrix). Files are mapped, and read per key.
+//! and in its metadata `tokens` (a number), `gram_alias` (a JSON object, `"x.gram": "w.gram"`: layers that see the
+//! same input share one matrix) and `origin` (a JSON object from weight to fingerprint: what they were collected
+//! on). Files are mapped, and read per key.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
@@ -25,6 +26,7 @@ use crate::tensor::{Stored, Tensor};
 mod fisher;
 mod gram;
 mod kind;
+mod origin;
 mod save;
 
 pub use self::gram::{Gram, GramAccumulator};
@@ -46,6 +48,8 @@ pub struct Stats {
     given: BTreeMap<String, Given>,
     /// Key to key.
     aliases: BTreeMap<String, String>,
+    /// Weight to fingerprint.
+    origins: BTreeMap<String, String>,
     tokens: Option<u64>,
     cache: Mutex<Cache>,
 }
@@ -108,6 +112,14 @@ impl Stats {
                         stats.add_alias(key, of)?;
                     }
                 }
+            }
+            for shard in file.shards() {
+                let Some(text) = shard.metadata.get(origin::ORIGIN) else { continue };
+                let Object(origins) = serde_json::from_str::<Object<String>>(text).map_err(|e| Error::Checkpoint {
+                    path: shard.path().into(),
+                    detail: format!("`{}` in the metadata: {e}", origin::ORIGIN),
+                })?;
+                stats.origins.extend(origins);
             }
             for tensor in file.tensors() {
                 if let Some(other) = stats.places.insert(tensor.name.clone(), stats.files.len()) {

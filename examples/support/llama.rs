@@ -4,16 +4,18 @@
 // Each example uses a part of it.
 #![allow(dead_code)]
 
-use std::ops::Range;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use ndarray::{Array1, Array2, ArrayView2, Axis, Zip, s};
+use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use serde::Deserialize;
 use weightpress::checkpoint::{Checkpoint, Loader};
 use weightpress::operator::{Dense, LinearOperator, Operator};
-use weightpress::stats::{GramAccumulator, Stats};
 use weightpress::tensor::Tensor;
+
+use super::attention::{Heads, Rotary, attention};
+use super::math::{losses, rms_norm, swiglu};
 
 /// The fields of config.json that matter here.
 #[derive(Debug, Clone, Deserialize)]
@@ -32,10 +34,22 @@ pub struct Config {
 }
 
 impl Config {
+    /// Reads and checks a model's config.json.
+    pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
+        let (path, text) = text_of(checkpoint, "config.json")?;
+        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        config.check().with_context(|| format!("in {}", path.display()))?;
+        Ok(config)
+    }
+
     /// Refuses what this forward pass would get wrong in silence.
     fn check(&self) -> Result<()> {
         let known = self.model_type.as_deref().is_none_or(|name| name == "llama");
-        ensure!(known, "model type `{}`: expected llama", self.model_type.as_deref().unwrap_or_default());
+        ensure!(
+            known,
+            "model type `{}`: expected llama or, to evaluate, bert",
+            self.model_type.as_deref().unwrap_or_default()
+        );
         let scaled = self.rope_scaling.as_ref().is_some_and(|scaling| !scaling.is_null());
         ensure!(!scaled, "scaled rotary positions (`rope_scaling`) are not supported");
         let act = self.hidden_act.as_deref().unwrap_or("silu");
@@ -45,44 +59,140 @@ impl Config {
         Ok(())
     }
 
-    /// Dimensions of a head.
-    fn width(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    pub fn heads(&self) -> Heads {
+        let width = self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads);
+        Heads { queries: self.num_attention_heads, keys: self.num_key_value_heads, width }
+    }
+
+    /// The turns of tokens that follow `seen` others.
+    pub fn rotary(&self, seen: usize, tokens: usize) -> Rotary {
+        Rotary::new(seen..seen + tokens, self.heads().width, self.rope_theta)
     }
 }
 
-/// Keys and values of the tokens seen so far, layer by layer.
+/// Keys and values of the tokens seen so far, layer by layer, tokens × features.
 #[derive(Clone)]
 pub struct Cache {
-    layers: Vec<(Array2<f32>, Array2<f32>)>,
+    layers: Vec<Seen>,
 }
+
+/// What one layer has seen.
+pub type Seen = (Array2<f32>, Array2<f32>);
 
 impl Cache {
     /// Nothing seen.
     pub fn new(config: &Config) -> Self {
-        let empty = || Array2::zeros((0, config.num_key_value_heads * config.width()));
-        Cache { layers: (0..config.num_hidden_layers).map(|_| (empty(), empty())).collect() }
+        Cache { layers: (0..config.num_hidden_layers).map(|_| nothing_seen(config)).collect() }
     }
 }
 
-struct Layer {
-    input_norm: Array1<f32>,
-    post_norm: Array1<f32>,
-    q: Operator<f32>,
-    k: Operator<f32>,
-    v: Operator<f32>,
-    o: Operator<f32>,
-    gate: Operator<f32>,
-    up: Operator<f32>,
-    down: Operator<f32>,
+/// The start of one layer's cache.
+pub fn nothing_seen(config: &Config) -> Seen {
+    let Heads { keys, width, .. } = config.heads();
+    (Array2::zeros((0, keys * width)), Array2::zeros((0, keys * width)))
+}
+
+/// The linear layers of a block, in the order in which they are applied.
+pub const LINEAR: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// The name of a weight of layer `i`.
+pub fn weight_name(i: usize, part: &str) -> String {
+    format!("model.layers.{i}.{part}.weight")
+}
+
+/// One block. All activations are features × tokens.
+pub struct Layer {
+    pub input_norm: Array1<f32>,
+    pub post_norm: Array1<f32>,
+    pub q: Operator<f32>,
+    pub k: Operator<f32>,
+    pub v: Operator<f32>,
+    pub o: Operator<f32>,
+    pub gate: Operator<f32>,
+    pub up: Operator<f32>,
+    pub down: Operator<f32>,
+}
+
+impl Layer {
+    /// Layer `i` of a checkpoint.
+    pub fn load(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint, i: usize) -> Result<Self> {
+        let mut linear = |part: &str| weights.operator(&weight_name(i, part));
+        Ok(Layer {
+            input_norm: vector(checkpoint, &weight_name(i, "input_layernorm"))?,
+            post_norm: vector(checkpoint, &weight_name(i, "post_attention_layernorm"))?,
+            q: linear("self_attn.q_proj")?,
+            k: linear("self_attn.k_proj")?,
+            v: linear("self_attn.v_proj")?,
+            o: linear("self_attn.o_proj")?,
+            gate: linear("mlp.gate_proj")?,
+            up: linear("mlp.up_proj")?,
+            down: linear("mlp.down_proj")?,
+        })
+    }
+
+    /// The linear layers, as [`LINEAR`] names them.
+    pub fn linear_mut(&mut self) -> [&mut Operator<f32>; 7] {
+        let Layer { q, k, v, o, gate, up, down, .. } = self;
+        [q, k, v, o, gate, up, down]
+    }
+
+    /// Refuses weights that do not fit the configuration.
+    fn check(&mut self, i: usize, config: &Config) -> Result<()> {
+        let (Heads { queries, keys, width }, hidden) = (config.heads(), config.hidden_size);
+        let ffn = self.gate.shape().0;
+        let (own, shared) = ((queries * width, hidden), (keys * width, hidden));
+        let expected = [own, shared, shared, (hidden, queries * width), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
+        for ((part, linear), (m, n)) in LINEAR.iter().zip(self.linear_mut()).zip(expected) {
+            let (rows, columns) = linear.shape();
+            ensure!(
+                (rows, columns) == (m, n),
+                "{} is {rows}x{columns}, where config.json needs {m}x{n}",
+                weight_name(i, part)
+            );
+        }
+        for (part, norm) in [("input_layernorm", &self.input_norm), ("post_attention_layernorm", &self.post_norm)] {
+            ensure!(
+                norm.len() == hidden,
+                "{} has {} numbers, where config.json needs {hidden}",
+                weight_name(i, part),
+                norm.len()
+            );
+        }
+        Ok(())
+    }
+
+    /// The input of `o` from that of `q`, `k` and `v`; takes keys and values into the cache.
+    pub fn attend(&self, h: &Array2<f32>, seen: &mut Seen, turns: &Rotary, heads: Heads) -> Result<Array2<f32>> {
+        let (mut q, mut k, v) = (self.q.apply(h.view())?, self.k.apply(h.view())?, self.v.apply(h.view())?);
+        turns.rotate(&mut q);
+        turns.rotate(&mut k);
+        seen.0.append(Axis(0), k.t())?;
+        seen.1.append(Axis(0), v.t())?;
+        Ok(attention(&q, seen.0.view(), seen.1.view(), heads, true))
+    }
+
+    /// The input of `down` from that of `gate` and `up`.
+    pub fn gated(&self, h: &Array2<f32>) -> Result<Array2<f32>> {
+        let mut gate = self.gate.apply(h.view())?;
+        swiglu(&mut gate, &self.up.apply(h.view())?);
+        Ok(gate)
+    }
 }
 
 /// A model ready to run.
 pub struct Llama {
     pub config: Config,
+    pub layers: Vec<Layer>,
+    pub norm: Array1<f32>,
     embedding: Dense<f32>,
-    layers: Vec<Layer>,
-    norm: Array1<f32>,
     head: Option<Operator<f32>>,
 }
 
@@ -94,80 +204,73 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 impl Llama {
     /// Loads a Hugging Face folder, dense or factored.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        let path = checkpoint.root().join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
-        config.check().with_context(|| format!("in {}", path.display()))?;
+        let mut model = Self::without_layers(checkpoint)?;
         let mut weights = checkpoint.loader::<f32>()?;
-        let vector = |name: &str| -> Result<Array1<f32>> {
-            let stored = checkpoint.get(name)?;
-            Ok(weightpress::scalar::widen::<f32>(stored.dtype, stored.bytes)?.into())
-        };
-        let layer = |weights: &mut Loader<'_, f32>, i: usize| -> Result<Layer> {
-            let mut linear = |name: &str| weights.operator(&format!("model.layers.{i}.{name}.weight"));
-            Ok(Layer {
-                input_norm: vector(&format!("model.layers.{i}.input_layernorm.weight"))?,
-                post_norm: vector(&format!("model.layers.{i}.post_attention_layernorm.weight"))?,
-                q: linear("self_attn.q_proj")?,
-                k: linear("self_attn.k_proj")?,
-                v: linear("self_attn.v_proj")?,
-                o: linear("self_attn.o_proj")?,
-                gate: linear("mlp.gate_proj")?,
-                up: linear("mlp.up_proj")?,
-                down: linear("mlp.down_proj")?,
-            })
-        };
-        let layers = (0..config.num_hidden_layers).map(|i| layer(&mut weights, i)).collect::<Result<_>>()?;
-        let has_head = checkpoint.info("lm_head.weight").is_some();
-        let head = if has_head { Some(weights.operator("lm_head.weight")?) } else { None };
-        let embedding = checkpoint.get(EMBEDDING)?.matrix::<f32>()?.into_owned();
-        let (rows, columns) = embedding.dim();
-        ensure!(
-            columns == config.hidden_size && rows == config.vocab_size,
-            "{EMBEDDING} is {rows}x{columns}, config.json says {}x{}",
-            config.vocab_size,
-            config.hidden_size
-        );
-        let embedding = Dense::new(embedding);
-        Ok(Llama { norm: vector("model.norm.weight")?, config, embedding, layers, head })
+        for i in 0..model.config.num_hidden_layers {
+            let mut layer = Layer::load(&mut weights, checkpoint, i)?;
+            layer.check(i, &model.config)?;
+            model.layers.push(layer);
+        }
+        Ok(model)
     }
 
-    /// Final hidden states, tokens × hidden, of tokens that follow those in the cache; it takes them in.
+    /// What is not in a layer.
+    pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+        let config = Config::read(checkpoint)?;
+        let has_head = checkpoint.info("lm_head.weight").is_some();
+        let head = if has_head { Some(checkpoint.loader()?.operator("lm_head.weight")?) } else { None };
+        let embedding = checkpoint.get(EMBEDDING)?.matrix::<f32>()?.into_owned();
+        let expected = (config.vocab_size, config.hidden_size);
+        let head_shape = head.as_ref().map_or(expected, LinearOperator::shape);
+        for (name, (rows, columns)) in [(EMBEDDING, embedding.dim()), ("lm_head.weight", head_shape)] {
+            ensure!(
+                (rows, columns) == expected,
+                "{name} is {rows}x{columns}, config.json says {}x{}",
+                expected.0,
+                expected.1
+            );
+        }
+        let norm = vector(checkpoint, "model.norm.weight")?;
+        ensure!(
+            norm.len() == config.hidden_size,
+            "model.norm.weight has {} numbers, config.json says {}",
+            norm.len(),
+            config.hidden_size
+        );
+        Ok(Llama { norm, config, embedding: Dense::new(embedding), layers: Vec::new(), head })
+    }
+
+    /// The embeddings of tokens, features × tokens.
+    pub fn embed(&self, tokens: &[usize]) -> Result<Array2<f32>> {
+        let known = self.config.vocab_size;
+        if let Some(&wrong) = tokens.iter().find(|&&token| token >= known) {
+            bail!("token {wrong} of a vocabulary of {known}: the tokenizer is another model's");
+        }
+        Ok(self.embedding.values().select(Axis(0), tokens).reversed_axes().as_standard_layout().into_owned())
+    }
+
+    /// Final hidden states, features × tokens, of tokens that follow those in the cache; it takes them in.
     pub fn extend(&self, tokens: &[usize], cache: &mut Cache, hook: Hook<'_>) -> Result<Array2<f32>> {
-        let config = &self.config;
-        let (heads, width) = (config.num_attention_heads, config.width());
-        if let Some(&wrong) = tokens.iter().find(|&&token| token >= config.vocab_size) {
-            bail!("token {wrong} of a vocabulary of {}: the tokenizer is another model's", config.vocab_size);
-        }
+        let (heads, eps) = (self.config.heads(), self.config.rms_norm_eps);
         let seen = cache.layers.first().map_or(0, |(k, _)| k.nrows());
-        let (cos, sin) = rotary(seen..seen + tokens.len(), width, config.rope_theta);
-        let mut x = self.embedding.values().select(Axis(0), tokens);
-        for (i, (layer, (keys, values))) in self.layers.iter().zip(&mut cache.layers).enumerate() {
-            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
-            let h = rms_norm(&x, &layer.input_norm, config.rms_norm_eps);
-            for part in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
-                hook(&name(part), h.view())?;
-            }
-            let mut q = layer.q.forward(h.view())?;
-            let mut k = layer.k.forward(h.view())?;
-            let v = layer.v.forward(h.view())?;
-            rotate(&mut q, width, &cos, &sin);
-            rotate(&mut k, width, &cos, &sin);
-            keys.append(Axis(0), k.view())?;
-            values.append(Axis(0), v.view())?;
-            let mixed = attention(&q, keys, values, heads, config.num_key_value_heads, width);
-            hook(&name("self_attn.o_proj"), mixed.view())?;
-            x += &layer.o.forward(mixed.view())?;
-            let h = rms_norm(&x, &layer.post_norm, config.rms_norm_eps);
-            hook(&name("mlp.gate_proj"), h.view())?;
-            hook(&name("mlp.up_proj"), h.view())?;
-            let mut gated = layer.gate.forward(h.view())?;
-            let up = layer.up.forward(h.view())?;
-            Zip::from(&mut gated).and(&up).for_each(|g, u| *g = *g / (1.0 + (-*g).exp()) * u);
-            hook(&name("mlp.down_proj"), gated.view())?;
-            x += &layer.down.forward(gated.view())?;
+        let turns = self.config.rotary(seen, tokens.len());
+        let mut x = self.embed(tokens)?;
+        for (i, (layer, seen)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            let mut show = |parts: &[&str], x: &Array2<f32>| -> Result<()> {
+                parts.iter().try_for_each(|part| Ok(hook(&weight_name(i, part), x.t())?))
+            };
+            let h = rms_norm(&x, &layer.input_norm, eps);
+            show(&LINEAR[..3], &h)?;
+            let mixed = layer.attend(&h, seen, &turns, heads)?;
+            show(&LINEAR[3..4], &mixed)?;
+            x += &layer.o.apply(mixed.view())?;
+            let h = rms_norm(&x, &layer.post_norm, eps);
+            show(&LINEAR[4..6], &h)?;
+            let gated = layer.gated(&h)?;
+            show(&LINEAR[6..], &gated)?;
+            x += &layer.down.apply(gated.view())?;
         }
-        Ok(rms_norm(&x, &self.norm, config.rms_norm_eps))
+        Ok(rms_norm(&x, &self.norm, eps))
     }
 
     /// The same of a text's first tokens.
@@ -175,146 +278,60 @@ impl Llama {
         self.extend(tokens, &mut Cache::new(&self.config), hook)
     }
 
-    /// Logits, tokens × vocabulary.
-    pub fn logits(&self, hidden: &Array2<f32>) -> Result<Array2<f32>> {
-        Ok(match &self.head {
-            Some(head) => head.forward(hidden.view())?,
-            None => self.embedding.forward(hidden.view())?,
-        })
+    /// The weight that makes logits of hidden states.
+    pub fn head(&self) -> &dyn LinearOperator<f32> {
+        match &self.head {
+            Some(head) => head,
+            None => &self.embedding,
+        }
+    }
+
+    /// Logits, vocabulary × tokens.
+    pub fn logits(&self, hidden: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+        Ok(self.head().apply(hidden)?)
     }
 
     /// Sum of −ln p of each target, in nats.
     fn loss(&self, tokens: &[usize], targets: &[usize]) -> Result<f64> {
+        /// Tokens whose logits are in memory at a time.
+        const PANEL: usize = 128;
         let hidden = self.hidden(tokens, &mut |_, _| Ok(()))?;
-        let logits = self.logits(&hidden)?;
-        let each = logits.rows().into_iter().zip(targets).map(|(row, &target)| {
-            let top = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            let sum: f64 = row.iter().map(|&z| f64::from((z - top).exp())).sum();
-            sum.ln() + f64::from(top) - f64::from(row[target])
-        });
-        Ok(each.sum())
+        let mut total = 0.0;
+        for (i, targets) in targets.chunks(PANEL).enumerate() {
+            let mut logits = self.logits(hidden.slice(s![.., i * PANEL..i * PANEL + targets.len()]))?;
+            total += losses(&mut logits, targets).0.iter().sum::<f64>();
+        }
+        Ok(total)
     }
 
     /// Mean −ln p in nats over a text cut into windows: window i sees tokens [iw, iw+w) and is scored on
-    /// [iw+1, iw+w+1), so that every token but the very first counts once. Windows run in parallel.
-    pub fn mean_loss(&self, tokens: &[usize], window: usize) -> Result<f64> {
+    /// [iw+1, iw+w+1), so that every token but the very first counts once. Windows run in parallel; `done` is
+    /// told how many tokens each has scored.
+    pub fn mean_loss(&self, tokens: &[usize], window: usize, done: &(dyn Fn(usize) + Sync)) -> Result<f64> {
         let count = tokens.len().saturating_sub(1);
         ensure!(count > 0, "the text is too short to be scored");
         let starts: Vec<usize> = (0..count).step_by(window).collect();
         let losses = starts.par_iter().map(|&start| {
             let end = (start + window).min(count);
-            self.loss(&tokens[start..end], &tokens[start + 1..end + 1])
+            let loss = self.loss(&tokens[start..end], &tokens[start + 1..end + 1]);
+            done(end - start);
+            loss
         });
         // Summed in order: the same figure at any number of threads.
         let losses = losses.collect::<Result<Vec<f64>>>()?;
         Ok(losses.iter().sum::<f64>() / count as f64)
     }
-
-    /// Gram matrices of the inputs of all linear layers over windows of text. Weights that see the same
-    /// input (q, k, v; gate, up) share one.
-    pub fn calibrate(&self, windows: &[&[usize]]) -> Result<Stats> {
-        // A fixed number of parts, merged in order: the same sums at any number of threads.
-        const PARTS: usize = 8;
-        let parts: Vec<_> = windows.chunks(windows.len().div_ceil(PARTS).max(1)).collect();
-        let sums = parts.par_iter().map(|part| self.gram_sums(part)).collect::<Result<Vec<_>>>()?;
-        let mut sums = sums.into_iter();
-        let mut sites = sums.next().context("the calibration text is empty")?;
-        for part in sums {
-            for ((_, sum), (_, more)) in sites.iter_mut().zip(&part) {
-                sum.merge(more)?;
-            }
-        }
-        let mut stats = Stats::empty();
-        for (name, gram) in sites {
-            stats.insert_gram(&name, gram.finish())?;
-        }
-        for i in 0..self.config.num_hidden_layers {
-            for part in ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"] {
-                let name = format!("model.layers.{i}.{part}.weight");
-                stats.insert_alias(&name, &owner(&name))?;
-            }
-        }
-        Ok(stats)
-    }
 }
 
-impl Llama {
-    /// Sums of x·xᵀ at each input site over some windows, in the order of the layers.
-    fn gram_sums(&self, windows: &[&[usize]]) -> Result<Vec<(String, GramAccumulator)>> {
-        let mut sites: Vec<(String, GramAccumulator)> = Vec::new();
-        for window in windows {
-            self.hidden(window, &mut |name, x| {
-                if owner(name) != name {
-                    return Ok(());
-                }
-                let at = sites.iter().position(|(site, _)| site == name).unwrap_or_else(|| {
-                    sites.push((name.to_owned(), GramAccumulator::new(x.ncols())));
-                    sites.len() - 1
-                });
-                sites[at].1.update(x)
-            })?;
-        }
-        Ok(sites)
-    }
+/// A text file beside the weights, and where it is.
+pub fn text_of(checkpoint: &Checkpoint, name: &str) -> Result<(PathBuf, String)> {
+    let path = checkpoint.root().join(name);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok((path, text))
 }
 
-/// The weight under which the Gram matrix of this weight's input is kept.
-fn owner(name: &str) -> String {
-    name.replace("self_attn.k_proj", "self_attn.q_proj")
-        .replace("self_attn.v_proj", "self_attn.q_proj")
-        .replace("mlp.up_proj", "mlp.gate_proj")
-}
-
-fn rms_norm(x: &Array2<f32>, gain: &Array1<f32>, eps: f32) -> Array2<f32> {
-    let mut y = x.clone();
-    for mut row in y.rows_mut() {
-        let scale = 1.0 / (row.dot(&row) / row.len() as f32 + eps).sqrt();
-        Zip::from(&mut row).and(gain).for_each(|v, g| *v *= scale * g);
-    }
-    y
-}
-
-/// cos and sin of position × frequency, tokens × width/2.
-fn rotary(positions: Range<usize>, width: usize, theta: f64) -> (Array2<f32>, Array2<f32>) {
-    let start = positions.start;
-    let angle = |(p, j): (usize, usize)| (start + p) as f64 / theta.powf(2.0 * j as f64 / width as f64);
-    let table = |f: fn(f64) -> f64| Array2::from_shape_fn((positions.len(), width / 2), |at| f(angle(at)) as f32);
-    (table(f64::cos), table(f64::sin))
-}
-
-/// Rotates the halves of each head, as Hugging Face's Llama does.
-fn rotate(x: &mut Array2<f32>, width: usize, cos: &Array2<f32>, sin: &Array2<f32>) {
-    for (p, mut row) in x.rows_mut().into_iter().enumerate() {
-        for head in 0..row.len() / width {
-            for j in 0..width / 2 {
-                let (a, b) = (head * width + j, head * width + j + width / 2);
-                let (x0, x1, c, s) = (row[a], row[b], cos[(p, j)], sin[(p, j)]);
-                row[a] = x0 * c - x1 * s;
-                row[b] = x1 * c + x0 * s;
-            }
-        }
-    }
-}
-
-/// Causal attention of the last tokens to all; groups of query heads share a key-value head.
-fn attention(q: &Array2<f32>, k: &Array2<f32>, v: &Array2<f32>, heads: usize, kv: usize, width: usize) -> Array2<f32> {
-    let seen = k.nrows() - q.nrows();
-    let mut out = Array2::zeros((q.nrows(), heads * width));
-    let scale = 1.0 / (width as f32).sqrt();
-    for head in 0..heads {
-        let group = head * kv / heads;
-        let own = s![.., head * width..(head + 1) * width];
-        let shared = s![.., group * width..(group + 1) * width];
-        let mut scores = q.slice(own).dot(&k.slice(shared).t());
-        for (p, mut row) in scores.rows_mut().into_iter().enumerate() {
-            let (mut past, mut future) = row.view_mut().split_at(Axis(0), seen + p + 1);
-            let top = past.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            past.mapv_inplace(|z| ((z - top) * scale).exp());
-            future.fill(0.0);
-            let sum = row.sum();
-            row /= sum;
-        }
-        out.slice_mut(own).assign(&scores.dot(&v.slice(shared)));
-    }
-    out
+/// A vector of a checkpoint.
+pub fn vector(checkpoint: &Checkpoint, name: &str) -> Result<Array1<f32>> {
+    let stored = checkpoint.get(name)?;
+    Ok(weightpress::scalar::widen::<f32>(stored.dtype, stored.bytes)?.into())
 }

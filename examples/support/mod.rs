@@ -1,5 +1,11 @@
-//! What the examples share: exit codes, a Llama forward pass over operators, and a progress bar.
+//! What the examples share: exit codes, texts, forward passes over operators, calibration, and a progress bar.
 
+pub mod attention;
+pub mod bert;
 pub mod exit;
+pub mod fisher;
 pub mod llama;
+pub mod math;
 pub mod progress;
+pub mod text;
+pub mod walk;

@@ -49,3 +49,13 @@ impl Tokens {
         self.ends.last().unwrap_or(&0) - self.ends.first().unwrap_or(&0)
     }
 }
+
+/// Windows spread evenly over a whole text: as many as `tokens` make up, or as there are.
+pub fn windows<'t>(all: &'t [usize], text: &Path, tokens: usize, window: usize) -> Result<Vec<&'t [usize]>> {
+    ensure!(window > 0 && tokens >= window, "{tokens} tokens in windows of {window}");
+    let (text, has) = (text.display(), all.len());
+    ensure!(has >= window, "{text} has {has} tokens, fewer than a window of {window}");
+    let count = (tokens / window).min(has / window);
+    let apart = (has - window) as f64 / (count.max(2) - 1) as f64;
+    Ok((0..count).map(|i| (i as f64 * apart) as usize).map(|at| &all[at..at + window]).collect())
+}

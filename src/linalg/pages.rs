@@ -20,6 +20,13 @@ pub(crate) fn zeros<T: Real>(dim: (usize, usize)) -> Array2<T> {
     array
 }
 
+/// Empty memory for `length` numbers, on huge pages as [`zeros`].
+pub(crate) fn with_capacity<T>(length: usize) -> Vec<T> {
+    let mut memory = Vec::with_capacity(length);
+    ask_for_huge_pages(memory.spare_capacity_mut());
+    memory
+}
+
 #[cfg(target_os = "linux")]
 fn ask_for_huge_pages<T>(memory: &mut [T]) {
     const PAGE: usize = 4096;

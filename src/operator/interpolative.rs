@@ -5,7 +5,7 @@
 //! r(m + n − r) numbers, against r(m + n) for two full factors (PIFA, Zhao et al., ICML 2025;
 //! interpolative decomposition, Cheng et al., SIAM J. Sci. Comput. 26, 2005).
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2};
 
 use super::{IndexSet, LinearOperator, Operator};
 use crate::error::{Error, Result};
@@ -62,17 +62,38 @@ impl<T: Real> Interpolative<T> {
     /// [x ; T·x] with the rows put in their places, `other` being T·x.
     fn spread(&self, other: Array2<T>, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.pivots.len(), x.ncols()));
-        self.pivots.chosen().zip(x.rows()).for_each(|(to, from)| y.row_mut(to).assign(&from));
-        self.rest.iter().zip(other.rows()).for_each(|(&to, from)| y.row_mut(to).assign(&from));
+        scatter(self.pivots.chosen(), x, &mut y);
+        scatter(self.rest.iter().copied(), other.view(), &mut y);
         y
     }
 
     /// x[pivots] + T·x[rest].
     fn gather(&self, x: ArrayView2<'_, T>, t: impl Fn(ArrayView2<'_, T>) -> Array2<T>) -> Array2<T> {
-        let pivots: Vec<usize> = self.pivots.chosen().collect();
-        let mut y = t(x.select(Axis(0), &self.rest).view());
-        y.rows_mut().into_iter().zip(pivots).for_each(|(mut y, from)| y += &x.row(from));
+        let mut y = t(self.select(x).view());
+        match (y.as_slice_mut(), x.as_slice(), x.ncols()) {
+            // One vector: a row is a number.
+            (Some(y), Some(x), 1) => y.iter_mut().zip(self.pivots.chosen()).for_each(|(y, from)| *y += x[from]),
+            _ => y.rows_mut().into_iter().zip(self.pivots.chosen()).for_each(|(mut y, from)| y += &x.row(from)),
+        }
         y
+    }
+
+    /// x[rest].
+    fn select(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let mut chosen = Array2::zeros((self.rest.len(), x.ncols()));
+        match (chosen.as_slice_mut(), x.as_slice(), x.ncols()) {
+            (Some(to), Some(x), 1) => to.iter_mut().zip(&self.rest).for_each(|(to, &from)| *to = x[from]),
+            _ => chosen.rows_mut().into_iter().zip(&self.rest).for_each(|(mut to, &from)| to.assign(&x.row(from))),
+        }
+        chosen
+    }
+}
+
+/// Rows of `from` in order to the given rows of `y`.
+fn scatter<T: Real>(rows: impl Iterator<Item = usize>, from: ArrayView2<'_, T>, y: &mut Array2<T>) {
+    match (from.as_slice(), y.as_slice_mut(), from.ncols()) {
+        (Some(from), Some(y), 1) => rows.zip(from).for_each(|(to, &value)| y[to] = value),
+        _ => rows.zip(from.rows()).for_each(|(to, from)| y.row_mut(to).assign(&from)),
     }
 }
 
@@ -111,7 +132,7 @@ impl<T: Real> LinearOperator<T> for Interpolative<T> {
 
 #[cfg(test)]
 mod tests {
-    use ndarray::array;
+    use ndarray::{Axis, array};
 
     use super::*;
     use crate::operator::Dense;
@@ -130,6 +151,17 @@ mod tests {
         assert_eq!(left.product_transposed(y.view()), dense.t().dot(&y));
         assert_eq!(right.product(y.view()), dense.t().dot(&y));
         assert_eq!(right.product_transposed(x.view()), dense.dot(&x));
+        // One vector, of one number a row, takes another way.
+        for column in 0..2 {
+            let one = x.column(column).insert_axis(Axis(1)).to_owned();
+            assert_eq!(left.product(one.view()), dense.dot(&one));
+            assert_eq!(right.product_transposed(one.view()), dense.dot(&one));
+            let one = y.column(column).insert_axis(Axis(1));
+            for one in [one, one.to_owned().view()] {
+                assert_eq!(left.product_transposed(one), dense.t().dot(&one));
+                assert_eq!(right.product(one), dense.t().dot(&one));
+            }
+        }
         assert!(Interpolative::new(Side::Right, pivots, Dense::new(t)).is_err());
     }
 }

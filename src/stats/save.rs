@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::origin::ORIGIN;
 use super::{FISHER, Given, Kind, Stats};
 use crate::checkpoint::{Entry, Payload, write_shard};
 use crate::error::{Error, Result};
@@ -46,6 +47,10 @@ impl Stats {
             // `Value` displays as JSON, and cannot fail to.
             let aliases = self.aliases.iter().map(|(key, of)| (key.clone(), of.clone().into()));
             metadata.insert("gram_alias".into(), serde_json::Value::Object(aliases.collect()).to_string());
+        }
+        if !self.origins.is_empty() {
+            let origins = self.origins.iter().map(|(name, print)| (name.clone(), print.clone().into()));
+            metadata.insert(ORIGIN.into(), serde_json::Value::Object(origins.collect()).to_string());
         }
         write_shard(path.as_ref(), &metadata, entries).map(drop)
     }

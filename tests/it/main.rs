@@ -7,7 +7,11 @@ mod factorize;
 mod journey;
 mod linalg;
 mod metric;
+mod models;
 mod python;
 mod recipe;
 mod run;
 mod stats;
+#[allow(dead_code)]
+#[path = "../../examples/support/mod.rs"]
+mod support;
