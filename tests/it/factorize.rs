@@ -42,8 +42,6 @@ fn methods() -> Vec<Method> {
     ] {
         texts.push(format!("type = 'cospadi'\n{rest}"));
     }
-    texts.push("type = 'masa'\natoms = 1".into());
-    texts.push("type = 'masa'\nresidual = false".into());
     for basis in ["identity", "dct2", "dct3", "auto"] {
         for side in ["left", "right", "both"] {
             texts.push(format!("type = 'cosine'\nbasis = '{basis}'\nside = '{side}'"));
