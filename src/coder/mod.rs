@@ -36,6 +36,7 @@ pub use self::obs::{Factor, obs};
 pub(crate) use self::score::normalised;
 pub use self::score::{Rule, prune, scores};
 pub(crate) use self::search::{Judge, Vectors};
+pub(crate) use self::table::Masks;
 pub use self::table::{Pattern, Tables};
 
 /// Rows in a strip: one unit of parallel work.

@@ -16,7 +16,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::state::{Form, State};
-use crate::coder::{Judge, LANES, Pattern, Tables, Vectors};
+use crate::coder::{Judge, LANES, Masks, Pattern, Tables, Vectors};
 use crate::linalg::matmul_into;
 use crate::operator::Nm;
 use crate::scalar::Real;
@@ -78,7 +78,10 @@ impl<T: Real> WithSimd for Pass<'_, '_, T> {
             change: vec![T::splat(s, T::zero()); tile.width],
             across,
         };
-        (0..across).for_each(|v| tile.pass(s, &mut lines, v));
+        // Loops, not closures: those would not be compiled for these instructions.
+        for v in 0..across {
+            tile.pass(s, &mut lines, v);
+        }
     }
 }
 
@@ -107,31 +110,10 @@ impl<T: Real> Tile<'_, T> {
                 *own = T::vmul(s, lines.gradient[(i * width + j) * across + v], inverse);
             }
             for (group, (start, size, masks, inverses)) in self.tables.groups().enumerate() {
-                let rows: [&[T]; Nm::LARGEST] =
-                    std::array::from_fn(|a| if a < size { self.row(start + a, start) } else { &[] });
-                let mut g: Vectors<T::V<S>> = [zero; Nm::LARGEST];
-                for a in 0..size {
-                    g[a] = lines.own[start + a];
-                    for (b, &h) in rows[a].iter().enumerate().take(size) {
-                        let old = lines.values[(i * width + start + b) * across + v];
-                        g[a] = T::fnma(s, T::splat(s, h), old, g[a]);
-                    }
-                }
-                let (number, new) = masks.solve::<S, T>(s, inverses, &g, Judge::Gain(zero));
-                let at = (i * self.tables.groups().len() + group) * across + v;
-                lines.chosen[at] = T::if_less(s, zero, inverse, number, T::splat(s, -T::one()));
-                let mut change = [zero; Nm::LARGEST];
-                for a in 0..size {
-                    let value = &mut lines.values[(i * width + start + a) * across + v];
-                    let new = T::if_less(s, zero, inverse, new[a], *value);
-                    change[a] = T::vsub(s, new, *value);
-                    *value = new;
-                    lines.change[start + a] = change[a];
-                }
-                for (j, own) in lines.own[start + size..].iter_mut().enumerate() {
-                    for a in 0..size {
-                        *own = T::fma(s, T::splat(s, rows[a][size + j]), change[a], *own);
-                    }
+                let step = Step { i, v, group, start, size, masks, inverses, inverse };
+                match size {
+                    4 => step.take::<4, S>(s, self, lines),
+                    _ => step.take::<{ Nm::LARGEST }, S>(s, self, lines),
                 }
             }
             self.spread(s, lines, i, v);
@@ -161,7 +143,66 @@ impl<T: Real> Tile<'_, T> {
         for below in i + 1..height {
             let factor = lines.rows[(below * height + i) * across + v];
             let to = lines.gradient[below * width * across..].iter_mut().skip(v).step_by(across);
-            to.zip(&lines.own).for_each(|(to, &from)| *to = T::fma(s, factor, from, *to));
+            for (to, &from) in to.zip(&lines.own) {
+                *to = T::fma(s, factor, from, *to);
+            }
+        }
+    }
+}
+
+/// One group of row i of one vector of blocks.
+struct Step<'a, T, V> {
+    i: usize,
+    v: usize,
+    group: usize,
+    start: usize,
+    size: usize,
+    masks: &'a Masks,
+    inverses: &'a [T],
+    /// Of the row's own weight; zero where it has none.
+    inverse: V,
+}
+
+impl<T: Real, V: Copy> Step<'_, T, V> {
+    /// Solves a group of at most M inputs and brings the row's gradient up to date.
+    #[inline(always)]
+    fn take<const M: usize, S: Simd>(&self, s: S, tile: &Tile<'_, T>, lines: &mut Lines<'_, V>)
+    where
+        T: crate::simd::Lanes<V<S> = V>,
+    {
+        let &Step { i, v, group, start, size, masks, inverses, inverse } = self;
+        // A known size lets the compiler write everything out.
+        let size = if M == 4 { 4 } else { size.min(M) };
+        let (zero, across) = (T::splat(s, T::zero()), lines.across);
+        let mut rows: [&[T]; M] = [&[]; M];
+        for (a, row) in rows.iter_mut().enumerate().take(size) {
+            *row = tile.row(start + a, start);
+        }
+        let mut g: Vectors<V> = [zero; Nm::LARGEST];
+        for a in 0..size {
+            g[a] = lines.own[start + a];
+            for (b, &h) in rows[a].iter().enumerate().take(size) {
+                let old = lines.values[(i * tile.width + start + b) * across + v];
+                g[a] = T::fnma(s, T::splat(s, h), old, g[a]);
+            }
+        }
+        let (number, new) = masks.solve::<S, T>(s, inverses, &g, Judge::Gain(zero));
+        let at = (i * tile.tables.groups().len() + group) * across + v;
+        lines.chosen[at] = T::if_less(s, zero, inverse, number, T::splat(s, -T::one()));
+        let mut change = [zero; M];
+        for a in 0..size {
+            let value = &mut lines.values[(i * tile.width + start + a) * across + v];
+            let new = T::if_less(s, zero, inverse, new[a], *value);
+            change[a] = T::vsub(s, new, *value);
+            *value = new;
+            lines.change[start + a] = change[a];
+        }
+        for (j, own) in lines.own[start + size..].iter_mut().enumerate() {
+            let mut sum = *own;
+            for a in 0..size {
+                sum = T::fma(s, T::splat(s, rows[a][size + j]), change[a], sum);
+            }
+            *own = sum;
         }
     }
 }
