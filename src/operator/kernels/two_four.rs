@@ -36,6 +36,8 @@ type Places = [u32; 2];
 
 /// A stored number: `f32`, or the bits of a `bf16`.
 pub(crate) trait Kept: vector::Load + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync {
+    /// Whether it is as wide as what it is multiplied with.
+    const WIDE: bool;
     fn narrow(value: f32) -> Self;
     fn wide(self) -> f32;
     /// The first or the second of two, in all lanes.
@@ -58,6 +60,7 @@ pub(crate) trait Kept: vector::Load + Copy + Default + PartialEq + std::fmt::Deb
 }
 
 impl Kept for f32 {
+    const WIDE: bool = true;
     fn narrow(value: f32) -> Self {
         value
     }
@@ -68,6 +71,7 @@ impl Kept for f32 {
 }
 
 impl Kept for u16 {
+    const WIDE: bool = false;
     fn narrow(value: f32) -> Self {
         half::bf16::from_f32(value).to_bits()
     }

@@ -164,7 +164,10 @@ impl<L: Kept, const V: usize, const R: usize> WithSimd for Panel<'_, L, V, R> {
             let (chunks, places) = (&of.chunks[at..at + rows.len()], &of.places[at..at + rows.len()]);
             let (chunks, places) = (chunks.as_chunks::<R>().0, places.as_chunks::<R>().0);
             for ((sums, chunks), places) in sums.iter_mut().zip(chunks).zip(places) {
-                *sums = tile(s, x, chunks, places, &which, *sums);
+                *sums = match V == 1 && L::WIDE {
+                    true => in_turn(s, x, chunks, places, *sums),
+                    false => tile(s, x, chunks, places, &which, *sums),
+                };
             }
         }
     }
@@ -185,8 +188,14 @@ fn tile<S: Simd, L: Kept, const V: usize, const R: usize>(
         // Few sums would wait for each other: each value of a quad has its own.
         let mut others = [[s.splat_f32s(0.0); V]; 3];
         let mut words = u64::from(places[0]) | u64::from(places[1]) << 32;
-        for (four, pair) in chunk.0.as_chunks().0.iter().zip(x.as_chunks::<4>().0.as_chunks::<2>().0) {
-            for (k, value) in L::splats(s, four, which).into_iter().enumerate() {
+        for (four, pair) in chunk.0.as_chunks::<4>().0.iter().zip(x.as_chunks::<4>().0.as_chunks::<2>().0) {
+            let pairs = four.as_chunks::<2>().0;
+            let values = match V < 8 {
+                true => L::splats(s, four, which),
+                // Eight products hide what their value costs.
+                false => std::array::from_fn(|k| L::splat(s, &pairs[k / 2], k % 2 == 1)),
+            };
+            for (k, value) in values.into_iter().enumerate() {
                 let line = &pair[k / 2][(words >> (2 * k) & 3) as usize];
                 let to = match k {
                     1.. if V < 8 => &mut others[k - 1],
@@ -203,6 +212,39 @@ fn tile<S: Simd, L: Kept, const V: usize, const R: usize>(
                 *sum = s.add_f32s(s.add_f32s(*sum, others[0][i]), s.add_f32s(others[1][i], others[2][i]));
             }
         }
+    }
+    sums
+}
+
+/// The same for one vector, the rows' groups in turn: wide values come in faster when several rows are read at a time.
+#[inline(always)]
+fn in_turn<S: Simd, L: Kept, const V: usize, const R: usize>(
+    s: S,
+    x: &[[S::f32s; V]; WIDTH],
+    chunks: &[Chunk<L>; R],
+    places: &[Places; R],
+    mut sums: [[S::f32s; V]; R],
+) -> [[S::f32s; V]; R] {
+    // Few sums would wait for each other: those of the second value of each group are summed apart.
+    let mut others = [[s.splat_f32s(0.0); V]; R];
+    chunks.iter().for_each(prefetch);
+    for (h, groups) in x.as_chunks::<4>().0.as_chunks::<8>().0.iter().enumerate() {
+        let mut words = places.map(|places| places[h]);
+        for (g, group) in groups.iter().enumerate() {
+            for (r, word) in words.iter_mut().enumerate() {
+                let pair = &chunks[r].0.as_chunks().0[8 * h + g];
+                for (k, sums) in [&mut sums, &mut others].into_iter().enumerate() {
+                    let value = L::splat(s, pair, k == 1);
+                    for (sum, &x) in sums[r].iter_mut().zip(&group[(*word >> (2 * k) & 3) as usize]) {
+                        *sum = s.mul_add_e_f32s(value, x, *sum);
+                    }
+                }
+                *word >>= 4;
+            }
+        }
+    }
+    for (sum, other) in sums.as_flattened_mut().iter_mut().zip(others.as_flattened()) {
+        *sum = s.add_f32s(*sum, *other);
     }
     sums
 }
