@@ -1,32 +1,52 @@
 //! Exact group coordinate descent under the full quadratic form.
 
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, CowArray, Ix2, s};
+use pulp::Arch;
 
+use super::pass::{Choice, Forces, Pass, WIDTH, pack};
 use super::table::Masks;
-use super::{BLOCK, Coded, LANES, STRIP, Strip, Tables, check, each, join, strips};
+use super::{BLOCK, Coded, Tables, check, each};
 use crate::error::Result;
-use crate::linalg::matmul_into;
-use crate::operator::Nm;
 use crate::scalar::Real;
+use crate::simd::Aligned;
 
-/// What a sweep may change.
-#[derive(Debug, Clone, Copy)]
-enum Choice<'a, T> {
-    /// Masks and values.
-    Masks,
-    /// Masks, at a price for each entry of a row, and values.
-    Priced(&'a [T]),
-    /// Values only.
-    Values,
+/// Parts that share what they read of H: one unit of parallel work.
+const TOGETHER: usize = 8;
+
+/// Some rows, transposed: each array is n × `WIDTH`, zero beyond the last row.
+#[derive(Debug)]
+pub(super) struct Part<T> {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    pub(super) target: Aligned<T>,
+    /// What stands for it now.
+    pub(super) coded: Aligned<T>,
+    /// coded − target.
+    pub(super) error: Aligned<T>,
+    /// The number of each group's mask, groups × `WIDTH`.
+    pub(super) chosen: Aligned<T>,
+}
+
+/// Groups that are solved one after the other between two products with H.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) groups: std::ops::Range<usize>,
+    pub(super) start: usize,
+    pub(super) end: usize,
+    /// Where its columns of H begin in their packed form.
+    pub(super) packed: usize,
 }
 
 /// A solution on its way down.
 #[derive(Debug)]
-pub struct Descent<'a, T> {
+pub struct Descent<'a, T: Real> {
     shape: (usize, usize),
-    form: ArrayView2<'a, T>,
+    form: CowArray<'a, T, Ix2>,
+    /// The columns of H, block by block, as the kernel reads them.
+    packed: Aligned<T>,
+    blocks: Vec<Block>,
     tables: &'a Tables<T>,
-    strips: Vec<Strip<T>>,
+    parts: Vec<Part<T>>,
 }
 
 impl<'a, T: Real> Descent<'a, T> {
@@ -42,7 +62,23 @@ impl<'a, T: Real> Descent<'a, T> {
     ) -> Result<Self> {
         check(target, form.dim(), Some(start))?;
         check(target, (tables.columns(), tables.columns()), None)?;
-        Ok(Descent { shape: target.dim(), form, tables, strips: strips(target, Some(start)) })
+        let form = match form.is_standard_layout() {
+            true => CowArray::from(form),
+            false => CowArray::from(form.as_standard_layout().into_owned()),
+        };
+        let mut blocks: Vec<Block> = Vec::new();
+        for (group, (first, size, ..)) in tables.groups().enumerate() {
+            match blocks.last_mut() {
+                Some(block) if first + size - block.start <= BLOCK => {
+                    (block.end, block.groups.end) = (first + size, group + 1);
+                }
+                _ => blocks.push(Block { groups: group..group + 1, start: first, end: first + size, packed: 0 }),
+            }
+        }
+        let packed = pack(form.view(), &mut blocks);
+        let (m, n) = target.dim();
+        let parts = (0..m).step_by(WIDTH).map(|first| Part::new(target, start, tables, first)).collect();
+        Ok(Descent { shape: (m, n), form, packed, blocks, tables, parts })
     }
 
     /// One pass over all groups of all rows, masks and values; the error does not rise. 2mn² flops.
@@ -58,8 +94,14 @@ impl<'a, T: Real> Descent<'a, T> {
     pub fn sweep_priced(&mut self, prices: &[T]) -> usize {
         assert_eq!(prices.len(), self.shape.0, "one price for each row");
         self.pass(Choice::Priced(prices));
-        let stored = |strip: &Strip<T>| strip.kept.slice(s![.., ..strip.rows]).iter().filter(|&&kept| kept).count();
-        self.strips.iter().map(stored).sum()
+        let stored = |part: &Part<T>| {
+            let numbers = part.chosen.filled(part.chosen_len(self.tables)).chunks_exact(WIDTH);
+            let each = self.tables.groups().zip(numbers).map(|((_, _, masks, _), numbers)| {
+                numbers[..part.rows].iter().map(|number| masks.places[number.wide() as usize].len()).sum::<usize>()
+            });
+            each.sum::<usize>()
+        };
+        self.parts.iter().map(stored).sum()
     }
 
     /// One pass over all groups, masks as they are: the error does not rise.
@@ -71,15 +113,15 @@ impl<'a, T: Real> Descent<'a, T> {
     /// against each other by `rows`: v²·H_jj for a stored entry, f²/H_jj with f = H·(Ŵ−W) for one that is not
     /// (it begins at zero). For a free pattern; [`refit`](Self::refit) afterwards. 2mn² flops.
     pub fn settle(&mut self, count: usize, rows: impl Fn(usize) -> f64 + Send + Sync) {
-        let form = self.form;
-        let worth = each(&mut self.strips, |strip| {
-            let mut forces = Array2::zeros(strip.error.dim());
-            matmul_into(T::one(), form, strip.error.view(), T::zero(), forces.view_mut());
-            Array2::from_shape_fn((strip.rows, form.nrows()), |(i, j)| {
-                let (h, at) = (form[(j, j)].wide().max(f64::MIN_POSITIVE), (j, i));
-                let alone =
-                    if strip.kept[at] { strip.coded[at].wide().powi(2) * h } else { forces[at].wide().powi(2) / h };
-                alone * rows(strip.first + i)
+        let (form, packed, blocks, tables, arch) = (&self.form, &self.packed, &self.blocks, self.tables, Arch::new());
+        let n = self.shape.1;
+        let worth = each(&mut self.parts, |part| {
+            let forces = arch.dispatch(Forces { n, packed, blocks, error: &part.error });
+            let (coded, kept) = (part.coded.filled(n * WIDTH), part.kept(tables));
+            Array2::from_shape_fn((part.rows, n), |(i, j)| {
+                let (h, at) = (form[(j, j)].wide().max(f64::MIN_POSITIVE), j * WIDTH + i);
+                let alone = if kept[at] { coded[at].wide().powi(2) * h } else { forces[at].wide().powi(2) / h };
+                alone * rows(part.first + i)
             })
         });
         let worth: Vec<f64> = worth.into_iter().flatten().collect();
@@ -87,26 +129,108 @@ impl<'a, T: Real> Descent<'a, T> {
         if count < order.len() {
             order.select_nth_unstable_by(count, |&a, &b| worth[b].total_cmp(&worth[a]).then(a.cmp(&b)));
         }
-        self.strips.iter_mut().for_each(|strip| strip.kept.fill(false));
-        let n = self.shape.1;
-        for &at in order.iter().take(count) {
-            let (i, j) = (at / n, at % n);
-            self.strips[i / STRIP].kept[(j, i % STRIP)] = true;
-        }
-        for strip in &mut self.strips {
-            strip.coded.zip_mut_with(&strip.kept, |v, &kept| *v = if kept { *v } else { T::zero() });
-            strip.error = &strip.coded - &strip.target;
+        let mut kept = Array2::default(self.shape);
+        order.iter().take(count).for_each(|&at| kept[(at / n, at % n)] = true);
+        for part in &mut self.parts {
+            part.choose(kept.view(), tables);
+            for (at, coded) in part.coded.numbers(n * WIDTH).iter_mut().enumerate() {
+                let (i, j) = (part.first + at % WIDTH, at / WIDTH);
+                *coded = if kept.get((i, j)).is_some_and(|&kept| kept) { *coded } else { T::zero() };
+            }
+            part.measure(n);
         }
     }
 
     /// The solution reached.
     pub fn solution(&self) -> Coded<T> {
-        join(self.shape, &self.strips)
+        let n = self.shape.1;
+        let (mut values, mut all) = (Array2::zeros(self.shape), Array2::default(self.shape));
+        for part in &self.parts {
+            let (coded, kept) = (part.coded.filled(n * WIDTH), part.kept(self.tables));
+            for i in 0..part.rows {
+                let coded = coded.iter().skip(i).step_by(WIDTH);
+                values.row_mut(part.first + i).iter_mut().zip(coded).for_each(|(to, &from)| *to = from);
+                let kept = kept.iter().skip(i).step_by(WIDTH);
+                all.row_mut(part.first + i).iter_mut().zip(kept).for_each(|(to, &from)| *to = from);
+            }
+        }
+        Coded { values, kept: all }
     }
 
     fn pass(&mut self, choice: Choice<'_, T>) {
-        let (form, tables) = (self.form, self.tables);
-        each(&mut self.strips, |strip| pass(strip, form, tables, choice));
+        self.pass_by(Arch::new(), choice);
+    }
+
+    pub(super) fn pass_by(&mut self, arch: Arch, choice: Choice<'_, T>) {
+        let (form, packed, blocks) = (self.form.view(), &self.packed, &self.blocks[..]);
+        let groups: Vec<(usize, usize, &Masks, &[T])> = self.tables.groups().collect();
+        let mut units: Vec<_> = self.parts.chunks_mut(TOGETHER).collect();
+        each(&mut units, |parts| arch.dispatch(Pass { form, packed, blocks, groups: &groups, choice, parts }));
+    }
+}
+
+impl<T: Real> Part<T> {
+    fn new(target: ArrayView2<'_, T>, start: &Coded<T>, tables: &Tables<T>, first: usize) -> Self {
+        let (m, n) = target.dim();
+        let empty = Aligned::default;
+        let mut part = Part {
+            first,
+            rows: WIDTH.min(m - first),
+            target: empty(),
+            coded: empty(),
+            error: empty(),
+            chosen: empty(),
+        };
+        for (to, from) in [(&mut part.target, target), (&mut part.coded, start.values.view())] {
+            let from = from.slice_move(s![first..first + part.rows, ..]);
+            let from = from.as_standard_layout();
+            let lines: Vec<&[T]> = from.rows().into_iter().map(|row| row.to_slice().unwrap_or(&[])).collect();
+            for (j, to) in to.numbers(n * WIDTH).chunks_exact_mut(WIDTH).enumerate() {
+                to.iter_mut().zip(&lines).for_each(|(to, line)| *to = line[j]);
+            }
+        }
+        part.choose(start.kept.view(), tables);
+        part.measure(n);
+        part
+    }
+
+    fn chosen_len(&self, tables: &Tables<T>) -> usize {
+        tables.groups().len() * WIDTH
+    }
+
+    /// Takes over which entries are stored.
+    fn choose(&mut self, kept: ArrayView2<'_, bool>, tables: &Tables<T>) {
+        let count = self.chosen_len(tables);
+        let all = self.chosen.numbers(count).chunks_exact_mut(WIDTH);
+        let kept = kept.slice(s![self.first..self.first + self.rows, ..]);
+        let kept = kept.as_standard_layout();
+        let lines: Vec<&[bool]> = kept.rows().into_iter().map(|row| row.to_slice().unwrap_or(&[])).collect();
+        for ((start, size, masks, _), to) in tables.groups().zip(all) {
+            for (to, line) in to.iter_mut().zip(&lines) {
+                let marks = line[start..start + size].iter().enumerate();
+                let bits = marks.fold(0u8, |bits, (k, &kept)| bits | u8::from(kept) << k);
+                *to = T::from_f64(masks.number(bits) as f64);
+            }
+        }
+    }
+
+    /// Which entries are stored, n × `WIDTH`.
+    fn kept(&self, tables: &Tables<T>) -> Vec<bool> {
+        let mut kept = vec![false; tables.columns() * WIDTH];
+        let all = self.chosen.filled(self.chosen_len(tables)).chunks_exact(WIDTH);
+        for ((start, _, masks, _), numbers) in tables.groups().zip(all) {
+            for (i, number) in numbers.iter().enumerate() {
+                masks.places[number.wide() as usize].iter().for_each(|k| kept[(start + k) * WIDTH + i] = true);
+            }
+        }
+        kept
+    }
+
+    /// coded − target.
+    fn measure(&mut self, n: usize) {
+        let (coded, target) = (self.coded.filled(n * WIDTH), self.target.filled(n * WIDTH));
+        let error = self.error.numbers(n * WIDTH).iter_mut();
+        error.zip(coded).zip(target).for_each(|((error, &coded), &target)| *error = coded - target);
     }
 }
 
@@ -124,123 +248,4 @@ pub fn descend<T: Real>(
     let mut descent = Descent::new(target, form, tables, start)?;
     (0..sweeps).for_each(|_| descent.sweep());
     Ok(descent.solution())
-}
-
-pub(super) fn load<T: Real>(a: &Array2<T>, row: usize, lane: usize) -> [T; LANES] {
-    let row = a.row(row);
-    let lanes = row.as_slice().and_then(|row| row[lane..].first_chunk());
-    lanes.copied().unwrap_or([T::zero(); LANES])
-}
-
-pub(super) fn store<T: Real>(a: &mut Array2<T>, row: usize, lane: usize, values: [T; LANES]) {
-    if let Some(row) = a.row_mut(row).as_slice_mut() {
-        row[lane..lane + LANES].copy_from_slice(&values);
-    }
-}
-
-fn pass<T: Real>(strip: &mut Strip<T>, form: ArrayView2<'_, T>, tables: &Tables<T>, choice: Choice<'_, T>) {
-    let groups: Vec<(usize, usize, &Masks, &[T])> = tables.groups().collect();
-    let mut forces = Array2::zeros((BLOCK, strip.width()));
-    let mut at = 0;
-    while at < groups.len() {
-        let start = groups[at].0;
-        let many = groups[at..].iter().take_while(|(first, size, ..)| first + size - start <= BLOCK).count();
-        let block = &groups[at..at + many];
-        at += many;
-        let end = block.last().map_or(start, |(first, size, ..)| first + size);
-        // H·error for the columns of the block, as of now.
-        let mut forces = forces.slice_mut(s![..end - start, ..]);
-        let rows = form.slice(s![start..end, ..]);
-        matmul_into(T::one(), rows, strip.error.view(), T::zero(), forces.view_mut());
-        let diagonal = form.slice(s![start..end, start..end]);
-        for lane in (0..strip.width()).step_by(LANES) {
-            let mut tile = [[T::zero(); LANES]; BLOCK];
-            for (to, from) in tile.iter_mut().zip(forces.rows()) {
-                from.iter().skip(lane).zip(to).for_each(|(&from, to)| *to = from);
-            }
-            let mut price = [T::zero(); LANES];
-            if let Choice::Priced(prices) = choice {
-                prices.iter().skip(strip.first + lane).zip(&mut price).for_each(|(&from, to)| *to = from);
-            }
-            for &(first, size, masks, inverses) in block {
-                let step = Step { first, size, masks, inverses, lane, offset: first - start };
-                step.take(strip, &mut tile[..end - start], diagonal, &price, matches!(choice, Choice::Values));
-            }
-        }
-    }
-}
-
-/// One group of the rows of one set of lanes.
-struct Step<'a, T> {
-    first: usize,
-    size: usize,
-    masks: &'a Masks,
-    inverses: &'a [T],
-    lane: usize,
-    /// The group's first column within its block.
-    offset: usize,
-}
-
-impl<T: Real> Step<'_, T> {
-    /// Solves the group, and brings the forces of the later columns of the block up to date.
-    fn take(
-        &self,
-        strip: &mut Strip<T>,
-        forces: &mut [[T; LANES]],
-        form: ArrayView2<'_, T>,
-        price: &[T; LANES],
-        fixed: bool,
-    ) {
-        let mut old = [[T::zero(); LANES]; Nm::LARGEST];
-        for (i, old) in old.iter_mut().enumerate().take(self.size) {
-            *old = load(&strip.coded, self.first + i, self.lane);
-        }
-        // The forces without the group's own part.
-        let mut g = [[T::zero(); LANES]; Nm::LARGEST];
-        for i in 0..self.size {
-            g[i] = forces[self.offset + i];
-            let row = form.row(self.offset + i);
-            for (j, old) in old.iter().enumerate().take(self.size) {
-                let h = row[self.offset + j];
-                for l in 0..LANES {
-                    g[i][l] -= h * old[l];
-                }
-            }
-            // The target is not in `old`: H·(coded − target) loses the coded part only.
-        }
-        let chosen = if fixed { self.current(strip) } else { self.masks.best(self.inverses, &g, price) };
-        let new = self.masks.values(self.inverses, &g, &chosen);
-        for i in 0..self.size {
-            let target: [T; LANES] = load(&strip.target, self.first + i, self.lane);
-            let (mut delta, mut error) = ([T::zero(); LANES], [T::zero(); LANES]);
-            for l in 0..LANES {
-                delta[l] = new[i][l] - old[i][l];
-                error[l] = new[i][l] - target[l];
-            }
-            store(&mut strip.coded, self.first + i, self.lane, new[i]);
-            store(&mut strip.error, self.first + i, self.lane, error);
-            let row = form.row(self.offset + i);
-            let later = self.offset + self.size;
-            for (force, &h) in forces[later..].iter_mut().zip(row.iter().skip(later)) {
-                for l in 0..LANES {
-                    force[l] += h * delta[l];
-                }
-            }
-        }
-        if !fixed {
-            for (l, &mask) in chosen.iter().enumerate() {
-                (0..self.size).for_each(|i| strip.kept[(self.first + i, self.lane + l)] = false);
-                self.masks.places[mask].iter().for_each(|&i| strip.kept[(self.first + i, self.lane + l)] = true);
-            }
-        }
-    }
-
-    /// The mask that each lane has.
-    fn current(&self, strip: &Strip<T>) -> [usize; LANES] {
-        std::array::from_fn(|l| {
-            let kept = |i: &usize| strip.kept[(self.first + i, self.lane + l)];
-            let places: Vec<usize> = (0..self.size).filter(kept).collect();
-            self.masks.places.iter().position(|known| *known == places).unwrap_or(0)
-        })
-    }
 }

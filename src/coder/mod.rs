@@ -27,6 +27,7 @@ use crate::scalar::Real;
 mod conjugate;
 mod descent;
 mod obs;
+mod pass;
 mod score;
 mod search;
 mod table;
@@ -36,14 +37,15 @@ pub use self::descent::{Descent, descend};
 pub use self::obs::{Factor, obs};
 pub(crate) use self::score::normalised;
 pub use self::score::{Rule, prune, scores};
-pub(crate) use self::search::Lanes;
+pub(crate) use self::search::{Judge, Vectors};
+pub(crate) use self::table::Masks;
 pub use self::table::{Pattern, Tables};
 
 /// Rows in a strip: one unit of parallel work.
 const STRIP: usize = 256;
 /// Rows that are computed on side by side.
 pub(crate) const LANES: usize = 16;
-/// Columns that are solved one after the other before a matrix product brings the rest up to date.
+/// Columns that are solved one after the other between two matrix products.
 const BLOCK: usize = 64;
 
 /// A sparse matrix as the coder works on it.
@@ -75,8 +77,8 @@ impl<T: Real> Strip<T> {
     }
 }
 
-/// Cuts a matrix into strips, with a first solution or zeros.
-fn strips<T: Real>(target: ArrayView2<'_, T>, start: Option<&Coded<T>>) -> Vec<Strip<T>> {
+/// Cuts a matrix into strips; nothing is coded yet.
+fn strips<T: Real>(target: ArrayView2<'_, T>) -> Vec<Strip<T>> {
     let (m, n) = target.dim();
     let cut = |first: usize| {
         let rows = STRIP.min(m - first);
@@ -87,16 +89,8 @@ fn strips<T: Real>(target: ArrayView2<'_, T>, start: Option<&Coded<T>>) -> Vec<S
             turned
         };
         let target = turned(target);
-        let mut kept = Array2::default((n, width));
-        let coded = match start {
-            Some(start) => {
-                let from = start.kept.slice(ndarray::s![first..first + rows, ..]);
-                kept.slice_mut(ndarray::s![.., ..rows]).assign(&from.t());
-                turned(start.values.view())
-            }
-            None => Array2::zeros((n, width)),
-        };
-        let error = &coded - &target;
+        let (coded, error) = (Array2::zeros((n, width)), Array2::zeros((n, width)));
+        let kept = Array2::default((n, width));
         Strip { first, rows, target, coded, error, kept }
     };
     (0..m).step_by(STRIP).map(cut).collect()

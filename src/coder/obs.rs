@@ -9,7 +9,6 @@
 
 use ndarray::{Array2, ArrayView1, ArrayView2, s};
 
-use super::descent::{load, store};
 use super::{BLOCK, Coded, LANES, Pattern, Strip, check, each, join, strips};
 use crate::error::Result;
 use crate::linalg::{Backend, matmul_into};
@@ -89,10 +88,9 @@ pub fn obs<T: Real>(
 ) -> Result<Coded<T>> {
     let (m, n) = target.dim();
     check(target, factor.upper.dim(), None)?;
-    let mut strips = strips(target, None);
+    let mut strips = strips(target);
     for strip in &mut strips {
         factor.dead.iter().for_each(|&j| strip.target.row_mut(j).fill(T::zero()));
-        strip.error.fill(T::zero());
     }
     let (groups, block) = match pattern {
         Pattern::Groups(nm) => (Some(nm), BLOCK / nm.m() * nm.m()),
@@ -172,6 +170,18 @@ fn choose<T: Real>(
         let (row, column) = (at / width, at % width);
         let strip = &mut strips[row / super::STRIP];
         strip.kept[(start + column, row % super::STRIP)] = true;
+    }
+}
+
+fn load<T: Real>(a: &Array2<T>, row: usize, lane: usize) -> [T; LANES] {
+    let row = a.row(row);
+    let lanes = row.as_slice().and_then(|row| row[lane..].first_chunk());
+    lanes.copied().unwrap_or([T::zero(); LANES])
+}
+
+fn store<T: Real>(a: &mut Array2<T>, row: usize, lane: usize, values: [T; LANES]) {
+    if let Some(row) = a.row_mut(row).as_slice_mut() {
+        row[lane..lane + LANES].copy_from_slice(&values);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use ndarray::ArrayView2;
 
+use super::search::PAIRS;
 use crate::operator::Nm;
 use crate::scalar::Real;
 
@@ -32,6 +33,10 @@ pub(crate) struct Masks {
     pub size: usize,
     /// Positions of each mask, ascending.
     pub places: Vec<Vec<usize>>,
+    /// The number of each mask, for the bits that it is.
+    numbers: Vec<u8>,
+    /// Whether they are those of 2:4.
+    pub pairs: bool,
     /// For each mask, which products gᵢ·gⱼ (i ≤ j, numbered rows first) its gain sums.
     pub products: Vec<Vec<usize>>,
     /// Numbers that each inverse takes.
@@ -52,7 +57,15 @@ impl Masks {
             .map(|pairs: Vec<(usize, usize)>| pairs.into_iter().map(|(i, j)| number(i, j)).collect())
             .collect();
         let most = places.iter().map(Vec::len).max().unwrap_or(0);
-        Masks { size, places, products, stride: most * (most + 1) / 2 }
+        let mut numbers = vec![0; 1 << size];
+        masks.iter().enumerate().for_each(|(number, &bits)| numbers[usize::from(bits)] = number as u8);
+        let pairs = size == 4 && places == PAIRS;
+        Masks { size, places, numbers, pairs, products, stride: most * (most + 1) / 2 }
+    }
+
+    /// The mask of these bits; the first if there is none.
+    pub(crate) fn number(&self, bits: u8) -> usize {
+        self.numbers.get(usize::from(bits)).copied().unwrap_or(0).into()
     }
 }
 
@@ -116,7 +129,7 @@ impl<T: Real> Tables<T> {
     }
 
     /// (first column, columns, masks, inverses) of each group, from left to right.
-    pub(crate) fn groups(&self) -> impl Iterator<Item = (usize, usize, &Masks, &[T])> {
+    pub(crate) fn groups(&self) -> impl ExactSizeIterator<Item = (usize, usize, &Masks, &[T])> {
         self.groups.iter().map(|group| (group.start, group.size, &self.kinds[group.kind], group.inverses.as_slice()))
     }
 }

@@ -1,4 +1,5 @@
 use ndarray::{Array1, Array2, array};
+use pulp::Arch;
 
 use super::*;
 use crate::linalg::Faer;
@@ -214,6 +215,37 @@ fn zeros_ties_and_negative_zeros_leave_two_slots_in_each_group() {
     assert_pattern(&found, Nm::TWO_FOUR);
     let tables = Tables::new(h.view(), 0.0, Pattern::Groups(Nm::TWO_FOUR));
     assert_pattern(&descend(w.view(), h.view(), &tables, &found, 2).unwrap(), Nm::TWO_FOUR);
+}
+
+#[test]
+fn any_instruction_set_and_order_of_memory_gives_the_same_up_to_rounding() {
+    #[allow(unused_mut)]
+    let mut all = vec![Arch::Scalar, Arch::new()];
+    #[cfg(target_arch = "x86_64")]
+    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+    let (w, h) = (numbers(70, 83, 3), form(83, 120, 5));
+    let h = (&h + &h.t()) / 2.0;
+    for pattern in [Pattern::Groups(Nm::TWO_FOUR), Pattern::Groups(Nm::new(3, 7).unwrap()), Pattern::Free] {
+        let tables = Tables::new(h.view(), 0.0, pattern);
+        let score = scores(Rule::Wanda, w.view(), h.diag());
+        let start = prune(w.view(), score.view(), pattern, 70 * 40);
+        let run = |arch, form| {
+            let mut descent = Descent::new(w.view(), form, &tables, &start).unwrap();
+            let prices = [1e-3; 70];
+            for choice in [pass::Choice::Priced(&prices), pass::Choice::Masks, pass::Choice::Values] {
+                descent.pass_by(arch, choice);
+            }
+            descent.solution()
+        };
+        let first = run(Arch::Scalar, h.view());
+        for arch in &all {
+            for form in [h.view(), h.t()] {
+                let found = run(*arch, form);
+                assert_eq!(found.kept, first.kept, "{pattern:?} {arch:?}");
+                assert!((&found.values - &first.values).iter().all(|d| d.abs() < 1e-9), "{pattern:?} {arch:?}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -12,10 +12,11 @@
 use std::ops::Range;
 
 use ndarray::{Array2, Axis, s};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::state::{Form, State};
-use crate::coder::{LANES, Lanes, Pattern, Tables};
+use crate::coder::{Judge, LANES, Masks, Pattern, Tables, Vectors};
 use crate::linalg::matmul_into;
 use crate::operator::Nm;
 use crate::scalar::Real;
@@ -35,7 +36,7 @@ pub(super) fn tiles(columns: usize, block: usize, nm: Nm) -> Vec<Range<usize>> {
     super::state::parts(columns, step * TILE.div_ceil(step))
 }
 
-/// One tile of all rows, `lanes` blocks of rows side by side.
+/// One tile of all rows, `LANES` blocks of rows side by side.
 struct Tile<'a, T> {
     tables: &'a Tables<T>,
     /// H, c×c.
@@ -49,68 +50,159 @@ struct Batch<T> {
     gradient: Vec<[T; LANES]>,
     values: Vec<[T; LANES]>,
     start: Vec<[T; LANES]>,
-    kept: Vec<[bool; LANES]>,
+    /// The number of each group's mask, height × groups; −1 where the row counts for nothing and keeps its own.
+    chosen: Vec<[T; LANES]>,
     /// AᵀA, height × height.
     rows: Vec<[T; LANES]>,
 }
 
+/// All groups of all rows of a batch once.
+struct Pass<'a, 'b, T> {
+    tile: &'a Tile<'a, T>,
+    batch: &'b mut Batch<T>,
+}
+
+impl<T: Real> WithSimd for Pass<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let (tile, batch) = (self.tile, self.batch);
+        let across = LANES / T::lanes::<S>();
+        let mut lines = Lines {
+            gradient: T::vectors_mut::<S>(batch.gradient.as_flattened_mut()).0,
+            values: T::vectors_mut::<S>(batch.values.as_flattened_mut()).0,
+            chosen: T::vectors_mut::<S>(batch.chosen.as_flattened_mut()).0,
+            rows: T::vectors::<S>(batch.rows.as_flattened()).0,
+            own: vec![T::splat(s, T::zero()); tile.width],
+            change: vec![T::splat(s, T::zero()); tile.width],
+            across,
+        };
+        // Loops, not closures: those would not be compiled for these instructions.
+        for v in 0..across {
+            tile.pass(s, &mut lines, v);
+        }
+    }
+}
+
+/// What a batch holds, as vectors, `across` of them side by side, and room for one row.
+struct Lines<'a, V> {
+    gradient: &'a mut [V],
+    values: &'a mut [V],
+    chosen: &'a mut [V],
+    rows: &'a [V],
+    own: Vec<V>,
+    change: Vec<V>,
+    across: usize,
+}
+
 impl<T: Real> Tile<'_, T> {
-    /// All groups of all rows once.
-    fn pass(&self, batch: &mut Batch<T>) {
-        let (height, width) = (self.height, self.width);
+    /// All groups of all rows of one vector of blocks.
+    #[inline(always)]
+    fn pass<S: Simd>(&self, s: S, lines: &mut Lines<'_, T::V<S>>, v: usize) {
+        let (height, width, across) = (self.height, self.width, lines.across);
+        let zero = T::splat(s, T::zero());
         for i in 0..height {
-            let own = batch.rows[i * height + i];
-            let inverse = own.map(|v| if v > T::zero() { T::one() / v } else { T::zero() });
-            let line = i * width..(i + 1) * width;
+            let weight = lines.rows[(i * height + i) * across + v];
+            let inverse = T::if_less(s, zero, weight, T::vdiv(s, T::splat(s, T::one()), weight), zero);
             // In units of the row's own weight, so that H's inverses serve all rows.
-            let mut gradient: Vec<[T; LANES]> = batch.gradient[line.clone()].to_vec();
-            gradient.iter_mut().for_each(|g| (0..LANES).for_each(|l| g[l] *= inverse[l]));
-            let mut change = vec![[T::zero(); LANES]; width];
-            for (start, size, masks, inverses) in self.tables.groups() {
-                let mut g: Lanes<T> = [[T::zero(); LANES]; Nm::LARGEST];
-                for a in 0..size {
-                    g[a] = gradient[start + a];
-                    for b in 0..size {
-                        let (h, old) = (self.form[(start + a, start + b)], &batch.values[line.start + start + b]);
-                        (0..LANES).for_each(|l| g[a][l] -= h * old[l]);
-                    }
-                }
-                let chosen = masks.best(inverses, &g, &[T::zero(); LANES]);
-                let new = masks.values(inverses, &g, &chosen);
-                for a in 0..size {
-                    let at = line.start + start + a;
-                    for l in (0..LANES).filter(|&l| inverse[l] > T::zero()) {
-                        change[start + a][l] = new[a][l] - batch.values[at][l];
-                        batch.values[at][l] = new[a][l];
-                        batch.kept[at][l] = masks.places[chosen[l]].contains(&a);
-                    }
-                    let row = self.form.row(start + a);
-                    for (g, &h) in gradient[start + size..].iter_mut().zip(row.iter().skip(start + size)) {
-                        (0..LANES).for_each(|l| g[l] += h * change[start + a][l]);
-                    }
+            for (j, own) in lines.own.iter_mut().enumerate() {
+                *own = T::vmul(s, lines.gradient[(i * width + j) * across + v], inverse);
+            }
+            for (group, (start, size, masks, inverses)) in self.tables.groups().enumerate() {
+                let step = Step { i, v, group, start, size, masks, inverses, inverse };
+                match size {
+                    4 => step.take::<4, S>(s, self, lines),
+                    _ => step.take::<{ Nm::LARGEST }, S>(s, self, lines),
                 }
             }
-            self.spread(batch, i, &change);
+            self.spread(s, lines, i, v);
         }
     }
 
+    /// Row i of H from a column on.
+    #[inline(always)]
+    fn row(&self, i: usize, from: usize) -> &[T] {
+        self.form.as_slice().unwrap_or(&[]).get(i * self.width + from..(i + 1) * self.width).unwrap_or(&[])
+    }
+
     /// What a change of row i means for the gradient of the rows below.
-    fn spread(&self, batch: &mut Batch<T>, i: usize, change: &[[T; LANES]]) {
-        let (height, width) = (self.height, self.width);
+    #[inline(always)]
+    fn spread<S: Simd>(&self, s: S, lines: &mut Lines<'_, T::V<S>>, i: usize, v: usize) {
+        let (height, width, across) = (self.height, self.width, lines.across);
         if i + 1 == height {
             return;
         }
-        let mut weighed = vec![[T::zero(); LANES]; width];
-        for (row, change) in self.form.rows().into_iter().zip(change) {
-            for (to, &h) in weighed.iter_mut().zip(row) {
-                (0..LANES).for_each(|l| to[l] += h * change[l]);
+        // H·change, in the memory of what is done.
+        lines.own.fill(T::splat(s, T::zero()));
+        for (k, &change) in lines.change.iter().enumerate() {
+            for (to, &h) in lines.own.iter_mut().zip(self.row(k, 0)) {
+                *to = T::fma(s, T::splat(s, h), change, *to);
             }
         }
         for below in i + 1..height {
-            let factor = batch.rows[below * height + i];
-            for (to, from) in batch.gradient[below * width..(below + 1) * width].iter_mut().zip(&weighed) {
-                (0..LANES).for_each(|l| to[l] += factor[l] * from[l]);
+            let factor = lines.rows[(below * height + i) * across + v];
+            let to = lines.gradient[below * width * across..].iter_mut().skip(v).step_by(across);
+            for (to, &from) in to.zip(&lines.own) {
+                *to = T::fma(s, factor, from, *to);
             }
+        }
+    }
+}
+
+/// One group of row i of one vector of blocks.
+struct Step<'a, T, V> {
+    i: usize,
+    v: usize,
+    group: usize,
+    start: usize,
+    size: usize,
+    masks: &'a Masks,
+    inverses: &'a [T],
+    /// Of the row's own weight; zero where it has none.
+    inverse: V,
+}
+
+impl<T: Real, V: Copy> Step<'_, T, V> {
+    /// Solves a group of at most M inputs and brings the row's gradient up to date.
+    #[inline(always)]
+    fn take<const M: usize, S: Simd>(&self, s: S, tile: &Tile<'_, T>, lines: &mut Lines<'_, V>)
+    where
+        T: crate::simd::Lanes<V<S> = V>,
+    {
+        let &Step { i, v, group, start, size, masks, inverses, inverse } = self;
+        // A known size lets the compiler write everything out.
+        let size = if M == 4 { 4 } else { size.min(M) };
+        let (zero, across) = (T::splat(s, T::zero()), lines.across);
+        let mut rows: [&[T]; M] = [&[]; M];
+        for (a, row) in rows.iter_mut().enumerate().take(size) {
+            *row = tile.row(start + a, start);
+        }
+        let mut g: Vectors<V> = [zero; Nm::LARGEST];
+        for a in 0..size {
+            g[a] = lines.own[start + a];
+            for (b, &h) in rows[a].iter().enumerate().take(size) {
+                let old = lines.values[(i * tile.width + start + b) * across + v];
+                g[a] = T::fnma(s, T::splat(s, h), old, g[a]);
+            }
+        }
+        let (number, new) = masks.solve::<S, T>(s, inverses, &g, Judge::Gain(zero));
+        let at = (i * tile.tables.groups().len() + group) * across + v;
+        lines.chosen[at] = T::if_less(s, zero, inverse, number, T::splat(s, -T::one()));
+        let mut change = [zero; M];
+        for a in 0..size {
+            let value = &mut lines.values[(i * tile.width + start + a) * across + v];
+            let new = T::if_less(s, zero, inverse, new[a], *value);
+            change[a] = T::vsub(s, new, *value);
+            *value = new;
+            lines.change[start + a] = change[a];
+        }
+        for (j, own) in lines.own[start + size..].iter_mut().enumerate() {
+            let mut sum = *own;
+            for a in 0..size {
+                sum = T::fma(s, T::splat(s, rows[a][size + j]), change[a], sum);
+            }
+            *own = sum;
         }
     }
 }
@@ -131,10 +223,10 @@ impl<T: Real> State<'_, T> {
             let forces = form.columns(self.error.view(), range.clone());
             // Aᵀ·(E·G)·Bᵀ.
             let right = multiply(forces.view(), b.t());
-            let blocks: Vec<usize> = (0..self.rows.len()).collect();
+            let (blocks, arch): (Vec<usize>, _) = ((0..self.rows.len()).collect(), Arch::new());
             let run = |blocks: &[usize]| {
-                let mut batch = self.gather(blocks, &squares, &right, &range, height);
-                tile.pass(&mut batch);
+                let mut batch = self.gather(blocks, &squares, &right, &range, (height, tables.groups().len()));
+                arch.dispatch(Pass { tile: &tile, batch: &mut batch });
                 batch
             };
             let batches: Vec<Batch<T>> = match rayon::current_thread_index() {
@@ -142,7 +234,7 @@ impl<T: Real> State<'_, T> {
                 None => blocks.par_chunks(LANES).map(run).collect(),
             };
             for (blocks, batch) in blocks.chunks(LANES).zip(&batches) {
-                self.scatter(blocks, batch, &b, &range);
+                self.scatter(blocks, batch, (&tables, &b), &range);
             }
         }
     }
@@ -153,14 +245,14 @@ impl<T: Real> State<'_, T> {
         squares: &[Array2<T>],
         right: &Array2<T>,
         range: &Range<usize>,
-        height: usize,
+        (height, groups): (usize, usize),
     ) -> Batch<T> {
         let (width, zero) = (range.len(), [T::zero(); LANES]);
         let mut batch = Batch {
             gradient: vec![zero; height * width],
             values: vec![zero; height * width],
             start: Vec::new(),
-            kept: vec![[false; LANES]; height * width],
+            chosen: vec![zero; height * groups],
             rows: vec![zero; height * height],
         };
         for (lane, &p) in blocks.iter().enumerate() {
@@ -170,7 +262,6 @@ impl<T: Real> State<'_, T> {
                 let (at, column) = (i * width + j, range.start + j);
                 batch.gradient[at][lane] = g;
                 batch.values[at][lane] = self.core.values[(part.start + i, column)];
-                batch.kept[at][lane] = self.core.kept[(part.start + i, column)];
             }
             for ((i, j), &v) in squares[p].indexed_iter() {
                 batch.rows[i * height + j][lane] = v;
@@ -180,7 +271,13 @@ impl<T: Real> State<'_, T> {
         batch
     }
 
-    fn scatter(&mut self, blocks: &[usize], batch: &Batch<T>, b: &Array2<T>, range: &Range<usize>) {
+    fn scatter(
+        &mut self,
+        blocks: &[usize],
+        batch: &Batch<T>,
+        (tables, b): (&Tables<T>, &Array2<T>),
+        range: &Range<usize>,
+    ) {
         let width = range.len();
         for (lane, &p) in blocks.iter().enumerate() {
             let part = self.rows[p].clone();
@@ -189,7 +286,18 @@ impl<T: Real> State<'_, T> {
                 let (at, place) = (i * width + j, (part.start + i, range.start + j));
                 *change = batch.values[at][lane] - batch.start[at][lane];
                 self.core.values[place] = batch.values[at][lane];
-                self.core.kept[place] = batch.kept[at][lane];
+            }
+            let groups = tables.groups().len();
+            for (at, (start, size, masks, _)) in (0..part.len()).flat_map(|_| tables.groups()).enumerate() {
+                let number = batch.chosen[at][lane];
+                if number < T::zero() {
+                    continue;
+                }
+                let places = &masks.places[number.wide() as usize];
+                for a in 0..size {
+                    let place = (part.start + at / groups, range.start + start + a);
+                    self.core.kept[place] = places.contains(&a);
+                }
             }
             let moved = multiply(self.left[p].view(), change.view());
             let to = self.error.slice_mut(s![part, range.clone()]);

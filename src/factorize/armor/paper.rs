@@ -10,12 +10,13 @@
 use std::ops::Range;
 
 use ndarray::{Array2, ArrayView1, Zip, s};
+use pulp::Scalar;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::Armor;
 use super::state::State;
-use crate::coder::{Coded, LANES, Lanes, Pattern, Tables, normalised, prune};
+use crate::coder::{Coded, Judge, Pattern, Tables, Vectors, normalised, prune};
 use crate::error::Result;
 use crate::factorize::Problem;
 use crate::linalg::Kernels;
@@ -164,18 +165,17 @@ fn swap(
             let wide = weighed.slice(s![first..first + size, ..]);
             let h = kernels.matmul(wide, state.right[q].slice(s![first..first + size, ..]).t());
             let tables = Tables::<f64>::new(h.view(), 0.0, Pattern::Groups(nm));
-            let mut g: Lanes<f64> = [[0.0; LANES]; Nm::LARGEST];
+            let mut g: Vectors<f64> = [0.0; Nm::LARGEST];
             for a in 0..size {
                 let old = |b: usize| state.core.values[(rows.start + i, columns.start + first + b)];
-                g[a][0] = block[(i, first + a)] / scale - (0..size).map(|b| h[(a, b)] * old(b)).sum::<f64>();
+                g[a] = block[(i, first + a)] / scale - (0..size).map(|b| h[(a, b)] * old(b)).sum::<f64>();
             }
             for (_, _, masks, inverses) in tables.groups() {
-                let chosen = masks.best(inverses, &g, &[0.0; LANES]);
-                let new = masks.values(inverses, &g, &chosen);
-                for (a, new) in new.iter().enumerate().take(size) {
+                let (chosen, new) = masks.solve::<Scalar, f64>(Scalar, inverses, &g, Judge::Gain(0.0));
+                for (a, &new) in new.iter().enumerate().take(size) {
                     let place = (rows.start + i, columns.start + first + a);
-                    state.core.values[place] = new[0];
-                    state.core.kept[place] = masks.places[chosen[0]].contains(&a);
+                    state.core.values[place] = new;
+                    state.core.kept[place] = masks.places[chosen as usize].contains(&a);
                 }
             }
         }

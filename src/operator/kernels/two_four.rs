@@ -10,6 +10,7 @@ use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
 mod batch;
+mod spread;
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -35,6 +36,8 @@ type Places = [u32; 2];
 
 /// A stored number: `f32`, or the bits of a `bf16`.
 pub(crate) trait Kept: vector::Load + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync {
+    /// Whether it is as wide as what it is multiplied with.
+    const WIDE: bool;
     fn narrow(value: f32) -> Self;
     fn wide(self) -> f32;
     /// The first or the second of two, in all lanes.
@@ -42,9 +45,22 @@ pub(crate) trait Kept: vector::Load + Copy + Default + PartialEq + std::fmt::Deb
     fn splat<S: Simd>(s: S, pair: &[Self; 2], second: bool) -> S::f32s {
         s.splat_f32s(pair[usize::from(second)].wide())
     }
+    /// Each of four, in all lanes; `which` holds 0, 1, 2 and 3 in all lanes.
+    #[inline(always)]
+    fn splats<S: Simd>(s: S, four: &[Self; 4], which: &[S::u32s; 4]) -> [S::f32s; 4] {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if let Some(v4) = (&s as &dyn std::any::Any).downcast_ref::<pulp::x86::V4>() {
+            // Loads are what limits a product: one serves four values. (The branch is decided when this is compiled.)
+            return pulp::bytemuck::cast(vector::Load::four(*v4, four, &pulp::bytemuck::cast(*which)));
+        }
+        let _ = which;
+        let pairs = four.as_chunks::<2>().0;
+        std::array::from_fn(|i| Self::splat(s, &pairs[i / 2], i % 2 == 1))
+    }
 }
 
 impl Kept for f32 {
+    const WIDE: bool = true;
     fn narrow(value: f32) -> Self {
         value
     }
@@ -55,6 +71,7 @@ impl Kept for f32 {
 }
 
 impl Kept for u16 {
+    const WIDE: bool = false;
     fn narrow(value: f32) -> Self {
         half::bf16::from_f32(value).to_bits()
     }
@@ -189,8 +206,15 @@ impl<L: Kept> TwoFour<L> {
         if y.is_empty() || self.chunks.is_empty() {
             return y.fill(0.0);
         }
-        let x = arch.dispatch(batch::PackRows { x: x.as_standard_or_turned().view() });
-        let part = |block| arch.dispatch(batch::Transposed { of: self, x: &x, block, b });
+        let few = b == 1 || b * 8 <= vector::lanes(arch);
+        let x = match few {
+            true => spread::pack(x),
+            false => arch.dispatch(batch::PackRows { x: x.as_standard_or_turned().view() }),
+        };
+        let part = |block| match few {
+            true => spread::run(arch, self, &x, block, b),
+            false => arch.dispatch(batch::Transposed { of: self, x: &x, block, b }),
+        };
         let alone = self.chunks.len() * KEPT * b < PARALLEL_FROM || rayon::current_thread_index().is_some();
         let parts: Vec<Vec<f32>> = match alone {
             true => (0..self.blocks()).map(part).collect(),

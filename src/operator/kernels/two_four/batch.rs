@@ -4,6 +4,7 @@ use ndarray::{ArrayView2, s};
 use pulp::{Simd, WithSimd};
 
 use super::super::turn;
+use super::vector::prefetch;
 use super::{BLOCK, Chunk, Kept, Places, ROWS, TwoFour, WIDTH};
 use crate::simd::{Aligned, Lanes};
 
@@ -113,8 +114,10 @@ impl<L: Kept> WithSimd for Product<'_, L> {
         let (lanes, length, mut sums) = (f32::lanes::<S>(), of.blocks() * WIDTH, Aligned::default());
         let all = b.div_ceil(lanes);
         let x = x.filled(length * all * lanes);
-        for (i, y) in y.chunks_mut(BLOCK * b).enumerate() {
-            let rows = first + i * BLOCK..first + i * BLOCK + (y.len() / b).next_multiple_of(ROWS);
+        // One vector: turns of the stream cost more than sums in the second cache.
+        let block = if all == 1 { 8 * BLOCK } else { BLOCK };
+        for (i, y) in y.chunks_mut(block * b).enumerate() {
+            let rows = first + i * block..first + i * block + (y.len() / b).next_multiple_of(ROWS);
             for (from, vectors) in panels(all) {
                 let sums = sums.numbers(rows.len() * vectors * lanes);
                 sums.fill(0.0);
@@ -154,12 +157,17 @@ impl<L: Kept, const V: usize, const R: usize> WithSimd for Panel<'_, L, V, R> {
         let (sums, _) = S::as_mut_simd_f32s(sums);
         let (x, _) = x.as_chunks::<V>().0.as_chunks::<WIDTH>();
         let (sums, _) = sums.as_chunks_mut::<V>().0.as_chunks_mut::<R>();
+        // Hidden from the compiler, which would make four loads of a load and four permutations.
+        let which = std::hint::black_box([0, 1, 2, 3]).map(|k| s.splat_u32s(k));
         for (block, x) in x.iter().enumerate() {
             let at = block * of.padded() + rows.start;
             let (chunks, places) = (&of.chunks[at..at + rows.len()], &of.places[at..at + rows.len()]);
             let (chunks, places) = (chunks.as_chunks::<R>().0, places.as_chunks::<R>().0);
             for ((sums, chunks), places) in sums.iter_mut().zip(chunks).zip(places) {
-                *sums = tile(s, x, chunks, places, *sums);
+                *sums = match V == 1 && L::WIDE {
+                    true => in_turn(s, x, chunks, places, *sums),
+                    false => tile(s, x, chunks, places, &which, *sums),
+                };
             }
         }
     }
@@ -172,33 +180,71 @@ fn tile<S: Simd, L: Kept, const V: usize, const R: usize>(
     x: &[[S::f32s; V]; WIDTH],
     chunks: &[Chunk<L>; R],
     places: &[Places; R],
+    which: &[S::u32s; 4],
+    mut sums: [[S::f32s; V]; R],
+) -> [[S::f32s; V]; R] {
+    for ((sums, chunk), places) in sums.iter_mut().zip(chunks).zip(places) {
+        prefetch(chunk);
+        // Few sums would wait for each other: each value of a quad has its own.
+        let mut others = [[s.splat_f32s(0.0); V]; 3];
+        let mut words = u64::from(places[0]) | u64::from(places[1]) << 32;
+        for (four, pair) in chunk.0.as_chunks::<4>().0.iter().zip(x.as_chunks::<4>().0.as_chunks::<2>().0) {
+            let pairs = four.as_chunks::<2>().0;
+            let values = match V < 8 {
+                true => L::splats(s, four, which),
+                // Eight products hide what their value costs.
+                false => std::array::from_fn(|k| L::splat(s, &pairs[k / 2], k % 2 == 1)),
+            };
+            for (k, value) in values.into_iter().enumerate() {
+                let line = &pair[k / 2][(words >> (2 * k) & 3) as usize];
+                let to = match k {
+                    1.. if V < 8 => &mut others[k - 1],
+                    _ => &mut *sums,
+                };
+                for (sum, &x) in to.iter_mut().zip(line) {
+                    *sum = s.mul_add_e_f32s(value, x, *sum);
+                }
+            }
+            words >>= 8;
+        }
+        if V < 8 {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = s.add_f32s(s.add_f32s(*sum, others[0][i]), s.add_f32s(others[1][i], others[2][i]));
+            }
+        }
+    }
+    sums
+}
+
+/// The same for one vector, the rows' groups in turn: wide values come in faster when several rows are read at a time.
+#[inline(always)]
+fn in_turn<S: Simd, L: Kept, const V: usize, const R: usize>(
+    s: S,
+    x: &[[S::f32s; V]; WIDTH],
+    chunks: &[Chunk<L>; R],
+    places: &[Places; R],
     mut sums: [[S::f32s; V]; R],
 ) -> [[S::f32s; V]; R] {
     // Few sums would wait for each other: those of the second value of each group are summed apart.
     let mut others = [[s.splat_f32s(0.0); V]; R];
+    chunks.iter().for_each(prefetch);
     for (h, groups) in x.as_chunks::<4>().0.as_chunks::<8>().0.iter().enumerate() {
         let mut words = places.map(|places| places[h]);
         for (g, group) in groups.iter().enumerate() {
             for (r, word) in words.iter_mut().enumerate() {
-                let (first, second) = (*word & 3, *word >> 2 & 3);
-                *word >>= 4;
                 let pair = &chunks[r].0.as_chunks().0[8 * h + g];
-                let value = L::splat(s, pair, false);
-                for (sum, &x) in sums[r].iter_mut().zip(&group[first as usize]) {
-                    *sum = s.mul_add_e_f32s(value, x, *sum);
+                for (k, sums) in [&mut sums, &mut others].into_iter().enumerate() {
+                    let value = L::splat(s, pair, k == 1);
+                    for (sum, &x) in sums[r].iter_mut().zip(&group[(*word >> (2 * k) & 3) as usize]) {
+                        *sum = s.mul_add_e_f32s(value, x, *sum);
+                    }
                 }
-                let value = L::splat(s, pair, true);
-                let sums = if V < 8 { &mut others } else { &mut sums };
-                for (sum, &x) in sums[r].iter_mut().zip(&group[second as usize]) {
-                    *sum = s.mul_add_e_f32s(value, x, *sum);
-                }
+                *word >>= 4;
             }
         }
     }
-    if V < 8 {
-        for (sum, other) in sums.as_flattened_mut().iter_mut().zip(others.as_flattened()) {
-            *sum = s.add_f32s(*sum, *other);
-        }
+    for (sum, other) in sums.as_flattened_mut().iter_mut().zip(others.as_flattened()) {
+        *sum = s.add_f32s(*sum, *other);
     }
     sums
 }

@@ -123,6 +123,13 @@ impl Pick for Scalar {
 pub(crate) trait Load: Sized {
     #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     fn sixteen(s: pulp::x86::V4, from: &[Self; 16]) -> std::arch::x86_64::__m512;
+    /// Each of four in a register of its own; `which` holds 0, 1, 2 and 3 in all lanes.
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    fn four(
+        s: pulp::x86::V4,
+        from: &[Self; 4],
+        which: &[std::arch::x86_64::__m512i; 4],
+    ) -> [std::arch::x86_64::__m512; 4];
     #[cfg(target_arch = "x86_64")]
     fn eight(s: pulp::x86::V3, from: &[Self; 8]) -> std::arch::x86_64::__m256;
 }
@@ -132,6 +139,16 @@ impl Load for f32 {
     #[inline(always)]
     fn sixteen(_: pulp::x86::V4, from: &[f32; 16]) -> std::arch::x86_64::__m512 {
         bytemuck::cast(*from)
+    }
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[inline(always)]
+    fn four(
+        s: pulp::x86::V4,
+        from: &[f32; 4],
+        which: &[std::arch::x86_64::__m512i; 4],
+    ) -> [std::arch::x86_64::__m512; 4] {
+        let all = s.avx512f._mm512_broadcast_f32x4(bytemuck::cast(*from));
+        which.map(|which| s.avx512f._mm512_permutevar_ps(all, which))
     }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -147,6 +164,12 @@ impl Load for u16 {
         let wide = s.avx512f._mm512_cvtepu16_epi32(bytemuck::cast(*from));
         bytemuck::cast(s.avx512f._mm512_slli_epi32::<16>(wide))
     }
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[inline(always)]
+    fn four(s: pulp::x86::V4, from: &[u16; 4], _: &[std::arch::x86_64::__m512i; 4]) -> [std::arch::x86_64::__m512; 4] {
+        let pairs = from.as_chunks::<2>().0;
+        std::array::from_fn(|i| bytemuck::cast(<u16 as Kept>::splat(s, &pairs[i / 2], i % 2 == 1)))
+    }
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn eight(s: pulp::x86::V3, from: &[u16; 8]) -> std::arch::x86_64::__m256 {
@@ -156,10 +179,13 @@ impl Load for u16 {
 }
 
 /// Asks for the lines of the chunk that comes [`AHEAD`] bytes later.
-#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn prefetch<L>(kept: &Chunk<L>) {
+pub(super) fn prefetch<L>(kept: &Chunk<L>) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = kept;
+    #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    #[cfg(target_arch = "x86_64")]
     for line in (0..size_of::<Chunk<L>>()).step_by(64) {
         let at = std::ptr::from_ref(kept).wrapping_byte_add(AHEAD + line).cast();
         // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a
@@ -177,7 +203,7 @@ fn prefetch<L>(kept: &Chunk<L>) {
 const GROUPS: [u32; 16] = [0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28];
 /// What brings the place of a lane down to the lowest bits.
 #[cfg(target_arch = "x86_64")]
-const SHIFTS: [u32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
+pub(super) const SHIFTS: [u32; 16] = [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30];
 
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 impl Pick for pulp::x86::V4 {
