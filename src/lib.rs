@@ -65,6 +65,7 @@ pub mod checkpoint;
 pub mod coder;
 pub mod error;
 pub mod factorize;
+pub mod gauge;
 pub mod linalg;
 pub mod metric;
 mod named;

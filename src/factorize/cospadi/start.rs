@@ -13,6 +13,9 @@ const CLOSER: f64 = 0.15;
 /// Rounds of a candidate.
 const TRIAL: usize = 3;
 
+/// Squared singular values below this fraction of the first are rounding.
+const SEEN: f64 = 1e-10;
+
 /// What all candidates have in common.
 struct Start<'a, T: Real> {
     signals: Signals<'a, T>,
@@ -34,7 +37,10 @@ impl Cospadi {
         let start = Start { signals, joint, found, whitened, seed: group[0].seed };
         let least = || Error::shape("a budget for at least one atom", 0);
         let (first, mut last) = sizes.range().ok_or_else(least)?;
-        let rank = start.found.values.len();
+        // Free atoms are directions of the signals: of no use where the metric sees nothing.
+        let floor =
+            if self.form == Form::Factors { SEEN * start.found.values.first().copied().unwrap_or(0.0) } else { -1.0 };
+        let rank = start.found.values.iter().take_while(|v| **v > floor).count();
         if rank == 0 {
             return Ok(start.nothing(self.form, self.pattern.is_some()));
         }
@@ -103,12 +109,10 @@ impl Cospadi {
         let kernels = T::kernels(backend);
         let mut atoms = match self.init {
             Init::Svd => {
-                // What the metric does not see becomes zero, and then any orthogonal direction.
-                let floor = 1e-13 * start.found.values[0];
-                let scale = |v: &f64| if *v > floor { T::from_f64(1.0 / v.sqrt()) } else { T::zero() };
-                let scales = start.found.values[..k].iter().map(scale);
+                let scale = |v: &f64| T::from_f64(1.0 / v.sqrt());
+                let scales: ndarray::Array1<T> = start.found.values[..k].iter().map(scale).collect();
                 let directions = kernels.matmul(y.t(), start.found.vectors.slice(s![.., ..k]));
-                kernels.orthonormalize((directions * &scales.collect::<ndarray::Array1<T>>()).view())
+                kernels.orthonormalize((directions * &scales).view())
             }
             Init::Rows => {
                 let rows = y.select(Axis(0), &start.drawn(m, k)).reversed_axes();

@@ -14,7 +14,7 @@ const NONE: f64 = 1e-12;
 const STEPS: usize = 4;
 
 impl<T: Real> Layers<'_, '_, T> {
-    /// Matrix PCA of each run: D_s = λ_s^{−½}·Σ_l V_ls·X_l, c_ls = λ_s^½·V_ls, from the products K of layers X.
+    /// Matrix PCA of each run: D_s = λ_s^{−½}·Σ_l √w_l·V_ls·X_l, c_ls = λ_s^½·V_ls/√w_l, from the products of layers X.
     pub(super) fn principal(
         &self,
         gram: &Array2<f64>,
@@ -32,8 +32,10 @@ impl<T: Real> Layers<'_, '_, T> {
                 let largest = v.iter().fold(0.0f64, |best, &x| if x.abs() > best.abs() { x } else { best });
                 v *= largest.signum();
                 let mut atom = Array2::zeros(self.group[0].shape());
-                for (l, &v) in range.clone().zip(&v) {
-                    atom.scaled_add(T::from_f64(v), &layer(l));
+                for (l, v) in range.clone().zip(&mut v) {
+                    let root = self.weights[l].sqrt();
+                    atom.scaled_add(T::from_f64(*v * root), &layer(l));
+                    *v /= root;
                 }
                 // Entries of unit mean square, whatever the metric: half types have a narrow range.
                 let square = atom.iter().map(|v| v.wide() * v.wide()).sum::<f64>() / atom.len().max(1) as f64;
@@ -104,7 +106,7 @@ impl<T: Real> Layers<'_, '_, T> {
             let mut sums = vec![Array2::zeros(self.group[0].shape()); count];
             for (row, l) in layers.clone().enumerate() {
                 let image = self.own_image(l, &of(l));
-                sums.iter_mut().enumerate().for_each(|(s, sum)| sum.scaled_add(c[(row, s)], &image));
+                sums.iter_mut().enumerate().for_each(|(s, sum)| sum.scaled_add(self.weights[l] * c[(row, s)], &image));
             }
             sums
         };
@@ -129,7 +131,8 @@ impl<T: Real> Layers<'_, '_, T> {
         let inverse = inputs.mapv(|a| 1.0 / a.max(floor).max(f64::MIN_POSITIVE));
         let scaled = |parts: &[Array2<f64>]| -> Vec<Array2<f64>> {
             let of = |(s, part): (usize, &Array2<f64>)| {
-                part * &inverse / c.column(s).dot(&c.column(s)).max(f64::MIN_POSITIVE)
+                let square: f64 = layers.clone().zip(c.column(s)).map(|(l, c)| self.weights[l] * c * c).sum();
+                part * &inverse / square.max(f64::MIN_POSITIVE)
             };
             parts.iter().enumerate().map(of).collect()
         };

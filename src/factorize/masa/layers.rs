@@ -19,7 +19,12 @@ pub(super) struct Layers<'g, 'a, T: Real> {
     /// The mean of the metrics.
     pub(super) input: Weighting,
     pub(super) output: Array1<f64>,
-    /// K, L×L.
+    /// What the squared error of each layer counts: 1 ÷ its squared norm, so that errors can be compared; all the
+    /// same if outputs are weighed, as those estimate the loss already.
+    pub(super) weights: Vec<f64>,
+    /// Whether outputs are weighed, so that errors of layers estimate what they do to the loss.
+    pub(super) weighed: bool,
+    /// √(w_i·w_j)·K_ij, L×L.
     gram: Array2<f64>,
 }
 
@@ -66,7 +71,13 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
             output += &problem.metric.output_scale().map_or(Array1::ones(m), |d| &d * &d);
         }
         output /= group.len() as f64;
-        let mut layers = Layers { group, input, output, gram: Array2::zeros((0, 0)) };
+        let weighed = group.iter().any(|p| p.metric.output_scale().is_some());
+        let weight = |p: &Problem<'_, T>| match p.metric.norm_squared(p.weight, p.backend) {
+            norm if norm > 0.0 && !weighed => 1.0 / norm,
+            _ => 1.0,
+        };
+        let weights = group.iter().map(weight).collect();
+        let mut layers = Layers { group, input, output, weights, weighed, gram: Array2::zeros((0, 0)) };
         layers.gram = layers.products(|l| group[l].weight.to_owned());
         Ok(layers)
     }
@@ -79,7 +90,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         self.group[0].backend
     }
 
-    /// tr(B̄·X_i·Ā·X_jᵀ) of all pairs: m·n² flops for each layer, 2mn for each pair.
+    /// √(w_i·w_j)·tr(B̄·X_i·Ā·X_jᵀ) of all pairs: m·n² flops for each layer, 2mn for each pair.
     pub(super) fn products(&self, layer: impl Fn(usize) -> Array2<T>) -> Array2<f64> {
         let count = self.count();
         let mut gram = Array2::zeros((count, count));
@@ -88,6 +99,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
             let image = self.image(&all[i]);
             for j in 0..=i {
                 let sum: f64 = image.iter().zip(&all[j]).map(|(a, b)| a * b.wide()).sum();
+                let sum = sum * (self.weights[i] * self.weights[j]).sqrt();
                 (gram[(i, j)], gram[(j, i)]) = (sum, sum);
             }
         }
@@ -108,11 +120,26 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         Ok(found)
     }
 
-    /// The fraction of the layers' energy that so many common atoms capture.
-    pub(super) fn captured(&self, atoms: usize) -> f64 {
-        let all = 0..self.count();
-        let Ok(found) = self.spectrum(&self.gram, &all) else { return 0.0 };
-        found.values.iter().take(atoms).sum::<f64>() / found.values.sum().max(f64::MIN_POSITIVE)
+    /// The fractions of the layers' energy that so many common atoms capture: in the metric, and in the plain norm
+    /// with all layers alike, where unrelated layers give S/L.
+    pub(super) fn captured(&self, atoms: usize) -> (f64, f64) {
+        let inner = |i: usize, j: usize| -> f64 {
+            self.group[i].weight.iter().zip(self.group[j].weight).map(|(a, b)| a.wide() * b.wide()).sum()
+        };
+        let count = self.count();
+        let norms: Vec<f64> = (0..count).map(|i| inner(i, i).max(f64::MIN_POSITIVE).sqrt()).collect();
+        let mut plain = Array2::zeros((count, count));
+        for i in 0..count {
+            for j in 0..=i {
+                let cosine = inner(i, j) / (norms[i] * norms[j]);
+                (plain[(i, j)], plain[(j, i)]) = (cosine, cosine);
+            }
+        }
+        let fraction = |gram: &Array2<f64>| {
+            let Ok(found) = self.spectrum(gram, &(0..count)) else { return 0.0 };
+            found.values.iter().take(atoms).sum::<f64>() / found.values.sum().max(f64::MIN_POSITIVE)
+        };
+        (fraction(&self.gram), fraction(&plain))
     }
 
     /// tr K, the energy of all layers.
@@ -223,7 +250,10 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
     }
 
     fn error(&self, found: &Shares<T>) -> f64 {
-        let of = |l: usize| self.group[l].metric.squared(self.left(found, l, true, true).view(), self.backend());
+        let of = |l: usize| {
+            let left = self.left(found, l, true, true);
+            self.weights[l] * self.group[l].metric.squared(left.view(), self.backend())
+        };
         (0..self.count()).map(of).sum()
     }
 }

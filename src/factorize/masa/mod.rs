@@ -7,7 +7,8 @@
 //! K_ij = tr(B̄·W_i·Ā·W_jᵀ), give atoms and coefficients (Eckart–Young of the layers as long vectors, whose matrix
 //! is never formed). With `runs`, layers fall into runs with atoms of their own, cut by dynamic programming where
 //! that loses the least. Then, each exact: coefficients in each layer's own metric, atoms by conjugate gradients
-//! where metrics differ, residuals by weighted low rank, with ranks dealt by what they gain.
+//! where metrics differ, residuals by weighted low rank: of equal bytes, or with
+//! outputs weighed (`gram-fisher`, where errors of different layers can be compared) dealt by what they gain.
 //!
 //! What the atoms capture is noted beside S/L, what unrelated layers would give. In most dense language models
 //! there is no more than that, and pivoted low rank of each layer alone (S = 0, which is tried too unless `atoms`
@@ -183,8 +184,11 @@ impl Masa {
         let (count, total) = (found.count(), layers.count());
         // What sharing would capture if it were used.
         let asked = if count == 0 { (total / 3).max(1) } else { count };
-        let (captured, fair) = (layers.captured(asked), asked as f64 / total.max(1) as f64);
-        notes.push(format!("{count} atoms; {asked} of {total} capture {captured:.3} of the energy, unrelated layers would give {fair:.3}"));
+        let ((metric, captured), fair) = (layers.captured(asked), asked as f64 / total.max(1) as f64);
+        notes.push(format!(
+            "{count} atoms; {asked} of {total} capture {metric:.3} of the energy in the metric and {captured:.3} in the \
+             plain norm, where unrelated layers give {fair:.3}"
+        ));
         if captured < WORTH * fair && asked < total {
             notes.push("layers have little in common: low rank of each alone (method svd) is the better choice".into());
         }
