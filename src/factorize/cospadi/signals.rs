@@ -70,7 +70,7 @@ impl<'a, T: Real> Signals<'a, T> {
 
     /// Bᵣ·A for some rows A.
     pub(super) fn weighed(&self, rows: Range<usize>, a: ArrayView2<'_, T>) -> Array2<f64> {
-        a.mapv(|v| v.wide()) * &self.rows.slice(s![rows]).insert_axis(Axis(1))
+        a.mapv(|v| v.wide()) * self.rows.slice(s![rows]).insert_axis(Axis(1))
     }
 }
 

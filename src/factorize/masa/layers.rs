@@ -155,15 +155,13 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         if runs == 1 {
             return Ok(vec![(0..count, atoms)]);
         }
-        // lost[first][end][s]: energy beyond s atoms.
-        let mut lost = vec![vec![Vec::new(); count + 1]; count];
-        for first in 0..count {
-            for end in first + 1..=count {
-                let values = self.spectrum(&self.gram, &(first..end))?.values;
-                let mut tails = vec![0.0; values.len() + 1];
-                (0..values.len()).rev().for_each(|s| tails[s] = tails[s + 1] + values[s]);
-                lost[first][end] = tails;
-            }
+        // (first, end, energy beyond s atoms) of every run that may be.
+        let mut lost = Vec::with_capacity(count * (count + 1) / 2);
+        for (first, end) in (0..count).flat_map(|first| (first + 1..=count).map(move |end| (first, end))) {
+            let values = self.spectrum(&self.gram, &(first..end))?.values;
+            let mut tails = vec![0.0; values.len() + 1];
+            (0..values.len()).rev().for_each(|s| tails[s] = tails[s + 1] + values[s]);
+            lost.push((first, end, tails));
         }
         // best[end][s] after some runs, and where its last run began with how many atoms.
         let mut best = vec![vec![f64::INFINITY; atoms + 1]; count + 1];
@@ -172,17 +170,12 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         for _ in 0..runs {
             let mut next = vec![vec![f64::INFINITY; atoms + 1]; count + 1];
             let mut step = vec![vec![(0, 0); atoms + 1]; count + 1];
-            for first in 0..count {
-                for end in first + 1..=count {
-                    for used in 0..=atoms {
-                        if best[first][used].is_infinite() {
-                            continue;
-                        }
-                        for (s, tail) in lost[first][end].iter().enumerate().take(atoms - used + 1) {
-                            let cost = best[first][used] + tail;
-                            if cost < next[end][used + s] {
-                                (next[end][used + s], step[end][used + s]) = (cost, (first, s));
-                            }
+            for &(first, end, ref tails) in &lost {
+                for used in (0..=atoms).filter(|&used| best[first][used].is_finite()) {
+                    for (s, tail) in tails.iter().enumerate().take(atoms - used + 1) {
+                        let cost = best[first][used] + tail;
+                        if cost < next[end][used + s] {
+                            (next[end][used + s], step[end][used + s]) = (cost, (first, s));
                         }
                     }
                 }

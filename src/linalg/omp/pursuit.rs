@@ -81,7 +81,9 @@ fn one<S: Simd, T: Real>(
     support: &mut Support<T>,
 ) -> f64 {
     let Support { chosen, lower, projections } = support;
-    (chosen.clear(), lower.clear(), projections.clear());
+    chosen.clear();
+    lower.clear();
+    projections.clear();
     let chunk = SIDE * T::lanes::<S>();
     // What is below rounding is zero: of a signal, and of the part of an atom outside the span of the others.
     let nothing = 4.0 * T::epsilon().wide() * energy.sqrt();
