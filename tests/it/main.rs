@@ -3,6 +3,7 @@
 mod checkpoint;
 mod cli;
 mod convert;
+mod encoder;
 mod factorize;
 mod journey;
 mod linalg;
