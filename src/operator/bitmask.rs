@@ -17,7 +17,7 @@ use crate::scalar::{DType, Real};
 /// Up to so many vectors, each by itself.
 const FEW: usize = 4;
 /// Rows that are written out at a time.
-const PANEL: usize = 64;
+const PANEL: usize = 512;
 
 /// A matrix of which the marked entries are stored.
 #[derive(Debug, Clone, PartialEq)]
