@@ -51,6 +51,15 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         let values = Dense::rounded(numbers(n, Nm::TWO_FOUR.values_per_row(n)), dtype)?;
         NmSparse::new(Nm::TWO_FOUR, n, ranks, values).map(Operator::NmSparse)
     };
+    let armor = |block: usize| {
+        let wrapper = || {
+            let mut extents = vec![(block, block); n / block];
+            extents.extend(Some((n % block, n % block)).filter(|rest| rest.0 > 0));
+            let count = extents.iter().map(|(rows, columns)| rows * columns).sum();
+            BlockDiagonal::new(numbers(1, count).into_raw_vec_and_offset().0, extents).map(Operator::BlockDiagonal)
+        };
+        Operator::product_of(vec![wrapper()?, sparse(DType::F32)?, wrapper()?])
+    };
     // Half the bytes: a bit for each entry, and 15 of 32 values.
     let kept = Array2::from_shape_fn((n, n), |(i, j)| (i * 31 + j * 17 + i * j) % 32 < 15);
     let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
@@ -58,6 +67,8 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),
         ("2:4, bf16", sparse(DType::BF16)?),
+        ("armor, blocks of 16", armor(16)?),
+        ("armor, blocks of 64", armor(64)?),
         ("Monarch, √n blocks", monarch(DType::F32)?),
         ("Monarch, √n blocks, bf16", monarch(DType::BF16)?),
         ("factors r=n÷4", Operator::product_of(factors.map(dense).into())?),

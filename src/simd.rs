@@ -200,7 +200,10 @@ impl<T: Lanes> Aligned<T> {
     /// `length` numbers, of which those not written before are zero.
     pub(crate) fn numbers(&mut self, length: usize) -> &mut [T] {
         let slack = Self::LINE / size_of::<T>();
-        if self.0.len() < length + slack {
+        if self.0.is_empty() {
+            // Zeroed by the allocator, which need not touch what is new.
+            self.0 = vec![T::zeroed(); length + slack];
+        } else if self.0.len() < length + slack {
             self.0.resize(length + slack, T::zeroed());
         }
         let start = self.0.as_ptr().align_offset(Self::LINE).min(slack);

@@ -2,8 +2,9 @@
 
 use half::bf16;
 use ndarray::{Array2, ArrayView2};
+use pulp::Arch;
 
-use super::kernels::{Job, block_product};
+use super::kernels::{Job, Output, Stretch, block_product, stretch_product};
 use super::permutation::LONGEST;
 use super::{LinearOperator, Permutation};
 use crate::error::{Error, Result};
@@ -129,6 +130,14 @@ impl<T: Real> BlockDiagonal<T> {
         match &self.values {
             Values::Wide(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
             Values::Bf16(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
+        }
+    }
+
+    /// A stretch of the blocks times the rows of x that it reads, on this thread.
+    pub(crate) fn stretch(&self, arch: Arch, stretch: &Stretch, x: ArrayView2<'_, T>, out: Output<'_, T>) {
+        match &self.values {
+            Values::Wide(values) => stretch_product(arch, values, stretch, x, out),
+            Values::Bf16(values) => stretch_product(arch, values, stretch, x, out),
         }
     }
 

@@ -1,5 +1,5 @@
 //! How a product is applied: factor by factor, but for permutations beside block-diagonal factors, which
-//! cost no pass of their own.
+//! cost no pass of their own, and for block-diagonal factors around a 2:4 one, which are one pass with it.
 
 use ndarray::{Array2, ArrayView2, Axis, CowArray};
 
@@ -13,6 +13,8 @@ pub(super) enum Stage<'a, T: Real> {
     Factor(&'a Operator<T>),
     /// Blocks, with the permutations on either side as part of their stores and loads.
     Blocks { scatter: Option<&'a Permutation>, blocks: &'a BlockDiagonal<T>, gather: Option<&'a Permutation> },
+    /// Blocks, N:M and blocks, with nothing in between.
+    Wrapped(Box<[Stage<'a, T>; 3]>),
 }
 
 impl<T: Real> Stage<'_, T> {
@@ -26,7 +28,36 @@ impl<T: Real> Stage<'_, T> {
                 blocks.between(transposed, *scatter, *gather, x, (&mut y, 0));
                 y
             }
+            Stage::Wrapped(parts) => match &**parts {
+                [Stage::Blocks { blocks: left, .. }, Stage::Factor(core), Stage::Blocks { blocks: right, .. }]
+                    if !transposed =>
+                {
+                    let core = if let Operator::NmSparse(core) = core.unshared() { Some(core) } else { None };
+                    let fused = core.and_then(|core| core.wrapped(left, right, x));
+                    fused.unwrap_or_else(|| chain(&parts[..], transposed, x))
+                }
+                parts => chain(parts, transposed, x),
+            },
         }
+    }
+}
+
+/// Takes blocks, N:M and blocks at the end of the stages together.
+fn wrap<T: Real>(stages: &mut Vec<Stage<'_, T>>) {
+    let found = match &stages[..] {
+        [.., Stage::Blocks { scatter: None, gather: None, .. }, Stage::Factor(core), last] => {
+            matches!(core.unshared(), Operator::NmSparse(_))
+                && matches!(last, Stage::Blocks { scatter: None, gather: None, .. })
+        }
+        _ => false,
+    };
+    if !found {
+        return;
+    }
+    let parts = stages.split_off(stages.len() - 3);
+    match <[Stage<'_, T>; 3]>::try_from(parts) {
+        Ok(parts) => stages.push(Stage::Wrapped(Box::new(parts))),
+        Err(parts) => stages.extend(parts),
     }
 }
 
@@ -44,6 +75,7 @@ pub(super) fn stages<T: Real>(factors: &[Operator<T>]) -> Vec<Stage<'_, T>> {
             Some(Operator::BlockDiagonal(blocks)) => {
                 let gather = permutation(at + 1);
                 stages.push(Stage::Blocks { scatter, blocks, gather });
+                wrap(&mut stages);
                 at + 1 + usize::from(gather.is_some())
             }
             _ => {
@@ -83,7 +115,7 @@ mod tests {
 
     use super::*;
     use crate::operator::codec::{Decoder, Encoder};
-    use crate::operator::{Dense, Runs};
+    use crate::operator::{Dense, Nm, NmSparse, Runs};
     use crate::scalar::DType;
 
     fn blocks(extents: &[(usize, usize)], dtype: DType) -> Operator<f64> {
@@ -108,7 +140,20 @@ mod tests {
         let list = Operator::Permutation(Permutation::list(3, vec![2, 3, 0, 1]).unwrap());
         let dense = Operator::Dense(Dense::new(Array2::from_shape_fn((3, 4), |(i, j)| (i + 2 * j) as f64)));
         let mixed = vec![dense, grid((4, 4), 2, 2, Runs::Uniform(1)), list, blocks(&[(1, 2), (2, 2)], DType::F64)];
-        vec![(monarch, 2), (mixed, 3)]
+        let masked = |shape: (usize, usize), dtype| {
+            let kept = Array2::from_shape_fn(shape, |(i, j)| j >= shape.1 / 4 * 4 || (i + j) % 4 < 2);
+            let values = Array2::from_shape_fn(shape, |(i, j)| ((i * 5 + j * 3) % 7) as f64 - 3.0);
+            Operator::NmSparse(NmSparse::gather(Nm::TWO_FOUR, values.view(), kept.view(), dtype).unwrap())
+        };
+        let right = Operator::Shared(Arc::new(blocks(&[(5, 5), (5, 5), (1, 1)], DType::F64)));
+        let armor = vec![blocks(&[(4, 4), (3, 3)], DType::F64), masked((7, 11), DType::BF16), right];
+        let shuffled = vec![
+            blocks(&[(4, 4), (4, 4)], DType::BF16),
+            masked((8, 5), DType::F64),
+            grid((5, 8), 2, 4, Runs::Uniform(1)),
+            blocks(&[(4, 3), (4, 2)], DType::F64),
+        ];
+        vec![(monarch, 2), (mixed, 3), (armor, 1), (shuffled, 3)]
     }
 
     #[test]
@@ -125,6 +170,37 @@ mod tests {
                 assert_eq!(product.product(numbers(n, b).view()), dense.dot(&numbers(n, b)));
                 assert_eq!(product.product_transposed(numbers(m, b).view()), dense.t().dot(&numbers(m, b)));
                 assert_eq!(product.forward(numbers(b, n).view()).unwrap(), numbers(b, n).dot(&dense.t()));
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_around_2_of_4_are_one_pass_in_f32_too() {
+        let extents = |length: usize, size: usize| -> Vec<(usize, usize)> {
+            (0..length).step_by(size).map(|start| size.min(length - start)).map(|size| (size, size)).collect()
+        };
+        for (m, n, size) in [(64, 48, 16), (30, 53, 12), (9, 131, 5), (17, 63, 64)] {
+            for dtype in [DType::F32, DType::BF16] {
+                let wrapper = |length: usize| {
+                    let extents = extents(length, size);
+                    let count = extents.iter().map(|(rows, columns)| rows * columns).sum();
+                    let values = (0..count).map(|i| ((i * 7) % 5) as f32 - 2.0).collect();
+                    Operator::BlockDiagonal(BlockDiagonal::rounded(values, extents, dtype).unwrap())
+                };
+                let kept = Array2::from_shape_fn((m, n), |(i, j)| j >= n / 4 * 4 || (i + j) % 4 < 2);
+                let values = Array2::from_shape_fn((m, n), |(i, j)| ((i * 5 + j * 3) % 7) as f32 - 3.0);
+                let core = NmSparse::gather(Nm::TWO_FOUR, values.view(), kept.view(), dtype).unwrap();
+                let factors = vec![wrapper(m), Operator::NmSparse(core), Operator::Shared(Arc::new(wrapper(n)))];
+                assert_eq!(stages(&factors).len(), 1);
+                let product = Operator::product_of(factors).unwrap();
+                let dense = product.to_dense();
+                for b in [1, 5, 16, 70] {
+                    let x = Array2::from_shape_fn((b, n), |(i, j)| ((i * 3 + j) % 9) as f32 - 4.0);
+                    let y = Array2::from_shape_fn((m, b), |(i, j)| ((i * 3 + j) % 9) as f32 - 4.0);
+                    assert_eq!(product.forward(x.view()).unwrap(), x.dot(&dense.t()));
+                    assert_eq!(product.product(x.t().as_standard_layout().view()), dense.dot(&x.t()));
+                    assert_eq!(product.product_transposed(y.view()), dense.t().dot(&y));
+                }
             }
         }
     }

@@ -7,6 +7,7 @@
 //! whole bits (2:4: three groups a byte, 0.667 bit for each position), else ⌈log₂ C⌉ bits each.
 //! In memory 2:4 in `f32` has a form of its own, for its kernels: 2 bits a position, `bf16` values as they are.
 
+use std::any::Any;
 use std::borrow::Cow;
 
 use ndarray::{Array2, ArrayView2};
@@ -15,7 +16,7 @@ use pulp::bytemuck;
 use super::kernels::TwoFour;
 use super::permutation::LONGEST;
 use super::sparse::{accumulate, each_row};
-use super::{Dense, LinearOperator};
+use super::{BlockDiagonal, Dense, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::pages;
 use crate::scalar::{DType, Real};
@@ -185,6 +186,25 @@ impl<T: Real> NmSparse<T> {
             }
         }
         values.zip(groups * m..).for_each(|(value, column)| each(column, value));
+    }
+
+    /// A·W·B·x in one pass; `None` if there is no kernel for that, or it would be no faster than factor by factor.
+    pub(super) fn wrapped(
+        &self,
+        left: &BlockDiagonal<T>,
+        right: &BlockDiagonal<T>,
+        x: ArrayView2<'_, T>,
+    ) -> Option<Array2<T>> {
+        let single = |blocks| (blocks as &dyn Any).downcast_ref::<BlockDiagonal<f32>>();
+        let (around, x) = ((single(left)?, single(right)?), T::as_f32(x)?);
+        let mut y: Array2<T> = pages::zeros((left.shape().0, x.ncols()));
+        let to = bytemuck::cast_slice_mut(y.as_slice_mut()?);
+        let done = match &self.stored {
+            Stored::Rows { .. } => false,
+            Stored::Single(form) => form.wrapped(around, x, to),
+            Stored::Half(form) => form.wrapped(around, x, to),
+        };
+        done.then_some(y)
     }
 
     /// The product by the kernels of 2:4; `None` if the matrix is not in their form.

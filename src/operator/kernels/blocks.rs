@@ -4,6 +4,8 @@
 //! whole vectors, to a panel with the vectors side by side, and a tile of rows times a tile of lanes is summed
 //! in registers. Blocks that do not fit the cache go through the `gemm` crate.
 
+use std::ops::Range;
+
 use half::bf16;
 use ndarray::{Array2, ArrayView2};
 use pulp::{Arch, Simd, WithSimd};
@@ -96,6 +98,44 @@ fn block_product_by<T: Real, L: Leaf<T>>(
     }
 }
 
+/// Consecutive blocks and where they are: what they read and write is counted from there.
+pub(crate) struct Stretch {
+    blocks: Vec<Block>,
+    pub(crate) inputs: Range<usize>,
+    pub(crate) outputs: Range<usize>,
+}
+
+/// All blocks in stretches of at least `length` inputs, but for the last.
+pub(crate) fn stretches(extents: &[(usize, usize)], length: usize) -> Vec<Stretch> {
+    let (mut all, mut value, mut at) = (Vec::<Stretch>::new(), 0, (0, 0));
+    for &(height, width) in extents {
+        let last = match all.pop() {
+            Some(last) if last.inputs.len() < length => last,
+            full => {
+                all.extend(full);
+                Stretch { blocks: Vec::new(), inputs: at.1..at.1, outputs: at.0..at.0 }
+            }
+        };
+        let Stretch { mut blocks, inputs, outputs } = last;
+        blocks.push(Block { value, input: at.1 - inputs.start, output: at.0 - outputs.start, height, width });
+        (value, at) = (value + height * width, (at.0 + height, at.1 + width));
+        all.push(Stretch { blocks, inputs: inputs.start..at.1, outputs: outputs.start..at.0 });
+    }
+    all
+}
+
+/// A stretch of blocks times x, the rows of its inputs, which may be wider than what is written; on this thread.
+pub(crate) fn stretch_product<T: Real, L: Leaf<T>>(
+    arch: Arch,
+    values: &[L],
+    stretch: &Stretch,
+    x: ArrayView2<'_, T>,
+    out: Output<'_, T>,
+) {
+    let job = Job { values, extents: &[], transposed: false, x, gather: None };
+    arch.dispatch(Run { job: &job, blocks: &stretch.blocks, out });
+}
+
 /// Where a block begins, and its extents as stored.
 struct Block {
     value: usize,
@@ -151,7 +191,7 @@ impl Sources<'_> {
 }
 
 /// Where the results go: columns `from..from + columns` of rows of `stride` numbers.
-struct Output<'a, T> {
+pub(crate) struct Output<'a, T> {
     all: &'a mut [T],
     stride: usize,
     from: usize,
@@ -161,7 +201,12 @@ struct Output<'a, T> {
     scatter: Option<&'a [u32]>,
 }
 
-impl<T> Output<'_, T> {
+impl<'a, T> Output<'a, T> {
+    /// The rows in their order.
+    pub(crate) fn new(all: &'a mut [T], stride: usize, from: usize, columns: usize) -> Self {
+        Output { all, stride, from, columns, first: 0, scatter: None }
+    }
+
     /// The row of place o, unless it is dropped.
     #[inline(always)]
     fn row(&mut self, o: usize) -> Option<&mut [T]> {

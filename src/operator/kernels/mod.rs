@@ -6,7 +6,7 @@ mod turn;
 mod two_four;
 
 pub(crate) use self::bit_mask::MaskedRow;
-pub(crate) use self::blocks::{Job, block_product};
+pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_product, stretches};
 pub(crate) use self::two_four::TwoFour;
 
 /// Asks for the cache lines that lie `ahead` bytes behind those of `of`.

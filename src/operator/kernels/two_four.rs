@@ -14,6 +14,7 @@ mod spread;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod wrapped;
 
 /// Columns of a chunk.
 const WIDTH: usize = 64;
@@ -180,7 +181,7 @@ impl<L: Kept> TwoFour<L> {
             true => self.padded(),
             false => self.rows.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(ROWS),
         };
-        let few = b == 1 || b * 8 <= vector::lanes(arch);
+        let few = vector::few(arch, b);
         let packed =
             if few { vector::pack(self, x.view()) } else { arch.dispatch(batch::Pack { of: self, x: x.view() }) };
         let run = |(i, y): (usize, &mut [f32])| {
@@ -206,7 +207,7 @@ impl<L: Kept> TwoFour<L> {
         if y.is_empty() || self.chunks.is_empty() {
             return y.fill(0.0);
         }
-        let few = b == 1 || b * 8 <= vector::lanes(arch);
+        let few = vector::few(arch, b);
         let x = match few {
             true => spread::pack(x),
             false => arch.dispatch(batch::PackRows { x: x.as_standard_or_turned().view() }),

@@ -39,17 +39,21 @@ pub(super) fn upright<'a, S: Simd, T: Real, L: Leaf<T>>(
     }
 }
 
-/// The panel itself, if x holds it as it should be.
+/// The numbers of the panel from its first on, if x holds it as it should be: in rows of whole vectors.
 #[inline(always)]
-pub(super) fn in_place<'a, T: Real>(
+pub(super) fn in_place<'a, S: Simd, T: Real>(
     x: &'a ArrayView2<'_, T>,
     sources: &Sources<'_>,
     inputs: usize,
+    from: usize,
     width: usize,
 ) -> Option<&'a [T]> {
+    let stride = x.ncols();
     match *sources {
-        Sources::Run { start, length } if length == inputs && x.ncols() == width => {
-            x.as_slice().map(|all| &all[start * width..][..length * width])
+        Sources::Run { start, length }
+            if length == inputs && length > 0 && from + width <= stride && stride.is_multiple_of(T::lanes::<S>()) =>
+        {
+            x.as_slice().map(|all| &all[start * stride + from..(start + length) * stride])
         }
         _ => None,
     }

@@ -10,6 +10,8 @@ use crate::simd::Aligned;
 
 /// Vectors of a panel at most.
 const VECTORS: usize = 4;
+/// Vectors of a row of x at most if panels are read where they are: rows further apart compete for few cache lines.
+const LONGEST: usize = 2 * VECTORS;
 /// From this many numbers on, and for this many vectors, a block goes through the `gemm` crate.
 const LARGE: usize = 1 << 16;
 const WIDE: usize = 32;
@@ -18,7 +20,7 @@ const WIDE: usize = 32;
 pub(super) fn run<S: Simd, T: Real, L: Leaf<T>>(s: S, job: &Job<'_, T, L>, blocks: &[Block], mut out: Output<'_, T>) {
     let (mut memory, mut results, mut turned, mut wide) =
         (Aligned::default(), Aligned::default(), Aligned::default(), Vec::new());
-    let (columns, lanes) = (job.x.ncols(), T::lanes::<S>());
+    let (columns, lanes) = (out.columns, T::lanes::<S>());
     let (x, origin) = panel::upright(s, job, blocks, &mut turned);
     for block in blocks {
         let &Block { value, input, output, height, width } = block;
@@ -45,16 +47,27 @@ pub(super) fn run<S: Simd, T: Real, L: Leaf<T>>(s: S, job: &Job<'_, T, L>, block
                 left => left.min(2),
             };
             let count = (columns - from).min(vectors * lanes);
-            let x = match panel::in_place(&x, &sources, inputs, vectors * lanes) {
-                Some(there) => there,
-                None => {
+            let stride = x.ncols();
+            let (x, stride) = match panel::in_place::<S, T>(&x, &sources, inputs, from, vectors * lanes) {
+                Some(there) if stride <= LONGEST * lanes => (there, stride / lanes),
+                _ => {
                     let to = memory.numbers(inputs * vectors * lanes);
                     panel::fill::<S, T>(x, &sources, from, vectors, to);
-                    to
+                    (&*to, vectors)
                 }
             };
             // A function of its own, so that all kinds of leaves share it.
-            s.vectorize(Tiles { block, values, transposed: job.transposed, vectors, x, from, count, out: &mut out });
+            s.vectorize(Tiles {
+                block,
+                values,
+                transposed: job.transposed,
+                vectors,
+                x,
+                stride,
+                from,
+                count,
+                out: &mut out,
+            });
             from += count;
         }
     }
@@ -88,6 +101,8 @@ struct Tiles<'a, 'b, T> {
     transposed: bool,
     vectors: usize,
     x: &'a [T],
+    /// Vectors between the rows of x.
+    stride: usize,
     /// The columns of the result that the panel stands for.
     from: usize,
     count: usize,
@@ -129,15 +144,16 @@ impl<T: Real> Tiles<'_, '_, T> {
     /// R rows of the result from row o.
     #[inline(always)]
     fn one<const R: usize, const V: usize, S: Simd>(&mut self, s: S, o: usize) {
-        let (x, _) = T::vectors::<S>(self.x).0.as_chunks::<V>();
-        let &mut Tiles { block: &Block { output, height, width, .. }, values, .. } = self;
+        let (x, _) = T::vectors::<S>(self.x);
+        let &mut Tiles { stride, block: &Block { output, height, width, .. }, values, .. } = self;
         let (first, along, across, inputs) = match self.transposed {
             true => (o, width, 1, height),
             false => (o * width, 1, width, width),
         };
         assert!(inputs == 0 || first + (R - 1) * across + (inputs - 1) * along < values.len());
         let mut sums = [[T::splat(s, T::zero()); V]; R];
-        for (j, x) in x[..inputs].iter().enumerate() {
+        let rows = x.chunks(stride.max(1)).filter_map(|row| row.first_chunk::<V>());
+        for (j, x) in rows.take(inputs).enumerate() {
             for (r, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: r ≤ R − 1 and j ≤ inputs − 1, so the index is at most the one that was asserted to be within
                 // the values. (A check here would end the loop in R places, and so keep the sums in memory.)

@@ -22,7 +22,7 @@ pub(super) fn run<S: Simd, T: Real, L: Leaf<T>>(s: S, job: &Job<'_, T, L>, block
         let lanes = T::lanes::<S>();
         let x = memory.numbers(inputs.next_multiple_of(lanes));
         let y = sums.numbers(outputs.next_multiple_of(lanes));
-        for column in 0..job.x.ncols() {
+        for column in 0..out.columns {
             fetch(job, &sources, column, x);
             match job.transposed {
                 true => transposed(s, values, width, &x[..height], y),

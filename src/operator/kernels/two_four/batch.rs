@@ -18,8 +18,14 @@ fn vectors(left: usize) -> usize {
     }
 }
 
+/// Rows whose sums are kept, for as many vectors.
+pub(super) fn rows_at_once(all: usize) -> usize {
+    // One vector: turns of the stream cost more than sums in the second cache.
+    if all == 1 { 8 * BLOCK } else { BLOCK }
+}
+
 /// The panels of a batch: the first vector of each, and how many it has.
-fn panels(all: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn panels(all: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut from = 0;
     std::iter::from_fn(move || {
         let count = vectors(all - from);
@@ -114,27 +120,44 @@ impl<L: Kept> WithSimd for Product<'_, L> {
         let (lanes, length, mut sums) = (f32::lanes::<S>(), of.blocks() * WIDTH, Aligned::default());
         let all = b.div_ceil(lanes);
         let x = x.filled(length * all * lanes);
-        // One vector: turns of the stream cost more than sums in the second cache.
-        let block = if all == 1 { 8 * BLOCK } else { BLOCK };
+        let block = rows_at_once(all);
         for (i, y) in y.chunks_mut(block * b).enumerate() {
             let rows = first + i * block..first + i * block + (y.len() / b).next_multiple_of(ROWS);
             for (from, vectors) in panels(all) {
                 let sums = sums.numbers(rows.len() * vectors * lanes);
                 sums.fill(0.0);
                 let x = &x[from * length * lanes..][..vectors * length * lanes];
-                let rows = rows.clone();
-                match vectors {
-                    8 => s.vectorize(Panel::<L, 8, 1> { of, x, rows, sums }),
-                    4 => s.vectorize(Panel::<L, 4, 1> { of, x, rows, sums }),
-                    2 => s.vectorize(Panel::<L, 2, 2> { of, x, rows, sums }),
-                    _ => s.vectorize(Panel::<L, 1, 4> { of, x, rows, sums }),
-                }
+                Sums { of, x, rows: rows.clone(), vectors, sums }.with_simd(s);
                 for (y, sums) in y.chunks_exact_mut(b).zip(sums.chunks_exact(vectors * lanes)) {
                     let y = &mut y[from * lanes..];
                     let count = y.len().min(sums.len());
                     y[..count].copy_from_slice(&sums[..count]);
                 }
             }
+        }
+    }
+}
+
+/// Adds some rows, a multiple of [`ROWS`], times one panel to the sums.
+pub(super) struct Sums<'a, L> {
+    pub(super) of: &'a TwoFour<L>,
+    pub(super) x: &'a [f32],
+    pub(super) rows: std::ops::Range<usize>,
+    pub(super) vectors: usize,
+    pub(super) sums: &'a mut [f32],
+}
+
+impl<L: Kept> WithSimd for Sums<'_, L> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, s: S) {
+        let Sums { of, x, rows, vectors, sums } = self;
+        match vectors {
+            8 => s.vectorize(Panel::<L, 8, 1> { of, x, rows, sums }),
+            4 => s.vectorize(Panel::<L, 4, 1> { of, x, rows, sums }),
+            2 => s.vectorize(Panel::<L, 2, 2> { of, x, rows, sums }),
+            _ => s.vectorize(Panel::<L, 1, 4> { of, x, rows, sums }),
         }
     }
 }

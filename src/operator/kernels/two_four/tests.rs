@@ -1,6 +1,8 @@
 use ndarray::{Array2, ShapeBuilder};
 
 use super::*;
+use crate::operator::{BlockDiagonal, LinearOperator};
+use crate::scalar::DType;
 
 const PLACES: [[u8; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
 
@@ -78,6 +80,54 @@ fn equals_the_dense_product() {
     }
     check::<f32>(4, 65, &[128, 200]);
     check::<u16>(4, 66, &[128]);
+}
+
+/// Blocks of these extents, as an operator and dense.
+fn wrapper(extents: &[(usize, usize)], dtype: DType, seed: usize) -> (BlockDiagonal<f32>, Array2<f32>) {
+    let count = extents.iter().map(|(rows, columns)| rows * columns).sum();
+    let values = (0..count).map(|i| ((i * 7 + seed) % 5) as f32 - 2.0).collect();
+    let blocks = BlockDiagonal::rounded(values, extents.to_vec(), dtype).unwrap();
+    let dense = blocks.to_dense();
+    (blocks, dense)
+}
+
+/// Squares of `size`, and what is left.
+fn squares(length: usize, size: usize) -> Vec<(usize, usize)> {
+    (0..length).step_by(size).map(|start| size.min(length - start)).map(|size| (size, size)).collect()
+}
+
+fn check_wrapped<L: Kept>(left: &[(usize, usize)], right: &[(usize, usize)], dtype: DType, batches: &[usize]) {
+    let ((left, a), (right, c)) = (wrapper(left, dtype, 1), wrapper(right, dtype, 2));
+    let (packed, dense) = example::<L>(a.ncols(), c.nrows());
+    let dense = a.dot(&dense).dot(&c);
+    for &b in batches {
+        let x = numbers(c.ncols(), b, 2);
+        let y = dense.dot(&x);
+        for arch in architectures() {
+            for x in [x.clone(), Array2::from_shape_fn(x.raw_dim().f(), |at| x[at])] {
+                let mut got = Array2::from_elem(y.raw_dim(), f32::NAN);
+                let to = got.as_slice_mut().unwrap();
+                if packed.wrapped_by(arch, (&left, &right), x.view(), to) {
+                    assert_eq!(got, y, "{:?}, batch {b}, {arch:?}", dense.dim());
+                } else {
+                    assert!(b == 1 || b * 8 <= 16 || y.is_empty(), "{:?}, batch {b}, {arch:?}", dense.dim());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_around_it_are_part_of_it() {
+    for (m, n, size) in [(64, 64, 16), (30, 50, 12), (21, 67, 7), (9, 63, 64), (70, 131, 1), (17, 5, 6)] {
+        check_wrapped::<f32>(&squares(m, size), &squares(n, size), DType::F32, &[1, 5, 16, 70, 130]);
+        check_wrapped::<u16>(&squares(m, size), &squares(n, size), DType::BF16, &[2, 5, 16, 35]);
+    }
+    // Rectangles, some of no size; rows that no multiple of 8 cuts; several stretches, and several threads.
+    let (left, right) = ([(3, 5), (2, 0), (0, 4), (7, 12)], [(6, 4), (3, 0), (0, 2), (10, 11)]);
+    check_wrapped::<f32>(&left, &right, DType::F32, &[3, 16, 33]);
+    check_wrapped::<f32>(&squares(1100, 20), &squares(539, 22), DType::F32, &[5, 17, 70]);
+    check_wrapped::<u16>(&[], &squares(8, 4), DType::F32, &[16]);
 }
 
 #[test]

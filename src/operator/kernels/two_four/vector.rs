@@ -14,8 +14,13 @@ const BLOCK: usize = 4096;
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 8192;
 
+/// Whether so many vectors go one by one.
+pub(super) fn few(arch: Arch, vectors: usize) -> bool {
+    vectors == 1 || vectors * 8 <= lanes(arch)
+}
+
 /// The numbers of a register.
-pub(super) fn lanes(arch: Arch) -> usize {
+fn lanes(arch: Arch) -> usize {
     match arch {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         Arch::V4(_) => 16,
