@@ -101,7 +101,7 @@ mod tests {
                 let (mut q, mut last) = (start.clone(), (&start * &m).sum());
                 for _ in 0..60 {
                     q = procrustes(m.clone(), &q, &Faer).unwrap();
-                    assert!((q.t().dot(&q) - Array2::<f64>::eye(k)).iter().all(|v| v.abs() < 1e-9));
+                    assert!((q.t().dot(&q) - Array2::<f64>::eye(k)).iter().all(|v| v.abs() < 1e-6));
                     let now = (&q * &m).sum();
                     assert!(now >= last - 1e-9, "{now} after {last}");
                     last = now;
