@@ -69,6 +69,9 @@ fn procrustes<T: Real>(m: Array2<T>, atoms: &Array2<T>, backend: &dyn Backend) -
     let kernels = f64::kernels(backend);
     let mut wide = m.mapv(|v| v.wide());
     let mean = (wide.iter().map(|v| v * v).sum::<f64>() / m.ncols().max(1) as f64).sqrt();
+    if mean == 0.0 {
+        return Ok(atoms.clone());
+    }
     wide.zip_mut_with(atoms, |v, a| *v += HOLD * mean * a.wide());
     let found = kernels.eigh(kernels.gram(wide.t()).view())?;
     let floor = (1e-14 * found.values.first().copied().unwrap_or(0.0)).max(f64::MIN_POSITIVE);
