@@ -20,6 +20,7 @@ mod armor;
 mod bitmask;
 mod cosine;
 mod cospadi;
+mod group;
 mod masa;
 mod monarch;
 mod pivot;

@@ -31,13 +31,18 @@ impl<T: Real> Mixture<T> {
     /// Puts coefficients, 1×S, and as many atoms together.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is no atom, their shapes differ, or there are more or fewer than coefficients.
+    /// [`Error::Shape`] if there is no atom, their shapes differ, or there are more or fewer than coefficients;
+    /// [`Error::Unsupported`] if an atom is anything but a (shared) dense matrix.
     pub fn new(coefficients: Dense<T>, atoms: Vec<Operator<T>>) -> Result<Self> {
         if coefficients.shape() != (1, atoms.len()) || atoms.is_empty() {
             return Err(Error::shape(
                 format!("one coefficient for each of {} atoms", atoms.len()),
                 coefficients.shape(),
             ));
+        }
+        // The matrix is formed: what a file describes in a few bytes must not become a large one.
+        if let Some(other) = atoms.iter().find(|atom| !matches!(atom.unshared(), Operator::Dense(_))) {
+            return Err(Error::Unsupported(format!("a mixture of {other}: its atoms have to be dense matrices")));
         }
         match atoms.iter().find(|atom| atom.shape() != atoms[0].shape()) {
             Some(other) => Err(Error::shape(atoms[0].shape(), other.shape())),
@@ -58,9 +63,8 @@ impl<T: Real> Mixture<T> {
     fn form(&self) -> Array2<T> {
         let mut sum = Array2::zeros(self.shape());
         for (&c, atom) in self.coefficients.values().iter().zip(&self.atoms) {
-            match atom.unshared() {
-                Operator::Dense(leaf) => sum.scaled_add(c, &leaf.values()),
-                other => sum.scaled_add(c, &other.to_dense()),
+            if let Operator::Dense(leaf) = atom.unshared() {
+                sum.scaled_add(c, &leaf.values());
             }
         }
         sum
@@ -103,6 +107,7 @@ mod tests {
     use ndarray::array;
 
     use super::*;
+    use crate::operator::Permutation;
     use crate::operator::codec::{Decoder, Encoder};
 
     #[test]
@@ -134,6 +139,9 @@ mod tests {
         }
         assert!(Mixture::new(Dense::new(array![[1.0f64]]), Vec::new()).is_err());
         assert!(Mixture::new(Dense::new(array![[1.0, 2.0]]), vec![leaf(0).into()]).is_err());
+        let list = Operator::Permutation(Permutation::list(1 << 20, vec![0; 3]).unwrap());
+        let refused = Mixture::new(Dense::new(array![[1.0f64]]), vec![list]);
+        assert!(matches!(refused, Err(Error::Unsupported(_))));
         let odd: Operator<f64> = Dense::new(array![[1.0]]).into();
         assert!(Mixture::new(Dense::new(array![[1.0, 2.0]]), vec![leaf(0).into(), odd]).is_err());
     }

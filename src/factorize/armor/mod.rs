@@ -23,6 +23,7 @@ use ndarray::{Array2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use self::state::{Form, State, parts};
+use super::group::{checked, kept_dense};
 use super::sparse::{fraction, no_rank, squares, too_little, unusual};
 use super::svd::mean_input;
 use super::{Factorize, Forecast, Outline, Problem, Share};
@@ -30,7 +31,7 @@ use crate::budget::Budget;
 use crate::coder::{Coded, Factor, Pattern, Rule, prune, scores};
 use crate::error::{Error, Result};
 use crate::metric::{InputMetric, Metric, MetricSpec, Weighting};
-use crate::operator::{BlockDiagonal, Dense, Nm, NmSparse, Operator};
+use crate::operator::{BlockDiagonal, Nm, NmSparse, Operator};
 use crate::scalar::{DType, Real};
 
 mod core;
@@ -99,15 +100,10 @@ impl<T: Real> Factorize<T> for Armor {
     }
 
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        let Some(first) = group.first() else {
-            return Err(Error::shape("a group of at least one weight", 0));
-        };
-        group.iter().try_for_each(|p| p.check().map_err(|e| e.of_tensor(p.name)))?;
-        let outlines: Vec<Outline> = group.iter().map(|p| Outline { shape: p.shape(), dtype: p.dtype }).collect();
+        let (first, outlines) = checked(group)?;
         let nm = self.check(&outlines, &first.budget)?;
         let Some(block) = self.choose(&outlines, nm, &first.budget)? else {
-            let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
-            return group.iter().map(dense).collect();
+            return kept_dense(group);
         };
         let solved = self.solve(group, nm, block, notes).map_err(|e| e.of_tensor(first.name))?;
         write(group, &solved, nm)

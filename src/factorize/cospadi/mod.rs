@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use self::refine::Entries;
 use self::signals::{Model, Signals};
 use self::sizes::Sizes;
+use super::group::{checked, kept_dense};
 use super::sparse::{no_rank, too_little};
 use super::{Factorize, Forecast, Form, Outline, Problem};
 use crate::budget::Budget;
@@ -96,14 +97,9 @@ impl<T: Real> Factorize<T> for Cospadi {
     }
 
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        let Some(first) = group.first() else {
-            return Err(Error::shape("a group of at least one weight", 0));
-        };
-        group.iter().try_for_each(|p| p.check().map_err(|e| e.of_tensor(p.name)))?;
-        let outlines: Vec<Outline> = group.iter().map(|p| Outline { shape: p.shape(), dtype: p.dtype }).collect();
+        let (first, outlines) = checked(group)?;
         let Some(sizes) = self.sizes(&outlines, &first.budget)? else {
-            let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
-            return group.iter().map(dense).collect();
+            return kept_dense(group);
         };
         let model = self.solve(group, &sizes).map_err(|e| e.of_tensor(first.name))?;
         let k = model.atoms.nrows();

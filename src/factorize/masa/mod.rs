@@ -22,6 +22,7 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use self::layers::{Layers, Shares};
+use super::group::{checked, kept_dense};
 use super::sparse::{no_rank, too_little};
 use super::{Factorize, Forecast, Outline, Problem};
 use crate::budget::Budget;
@@ -66,16 +67,11 @@ impl<T: Real> Factorize<T> for Masa {
     }
 
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        let Some(first) = group.first() else {
-            return Err(Error::shape("a group of at least one weight", 0));
-        };
-        group.iter().try_for_each(|p| p.check().map_err(|e| e.of_tensor(p.name)))?;
-        let outlines: Vec<Outline> = group.iter().map(|p| Outline { shape: p.shape(), dtype: p.dtype }).collect();
+        let (first, outlines) = checked(group)?;
         let before: u64 = outlines.iter().map(Outline::bytes).sum();
         let limit = self.limit(&outlines, &first.budget)?;
         if limit >= before {
-            let dense = |p: &Problem<'_, T>| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?));
-            return group.iter().map(dense).collect();
+            return kept_dense(group);
         }
         let layers = Layers::new(group)?;
         let mut best: Option<Shares<T>> = None;

@@ -53,7 +53,7 @@ fn equals_the_textbook_for_all_sizes() {
             let rest = &signal - &codes.to_dense().row(i).dot(&atoms);
             assert!(support.iter().all(|&atom| atoms.row(atom).dot(&rest).abs() < 1e-8));
         }
-        // One signal alone gives the same bits.
+        // One signal alone gives the same codes.
         let alone = coder.encode(signals.slice(s![count - 1.., ..]), Stop::nonzeros(nonzeros)).unwrap();
         assert!(alone.signal(0).zip(codes.signal(count - 1)).all(|(a, b)| a == b || (a.1 - b.1).abs() < 1e-12));
     }

@@ -10,10 +10,13 @@ pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_produ
 pub(crate) use self::two_four::TwoFour;
 
 /// Asks for the cache lines that lie `ahead` bytes behind those of `of`.
-#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 #[inline(always)]
 fn prefetch<L>(of: &L, ahead: usize) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (of, ahead);
+    #[cfg(target_arch = "x86_64")]
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    #[cfg(target_arch = "x86_64")]
     for line in (0..size_of::<L>()).step_by(64) {
         let at = std::ptr::from_ref(of).wrapping_byte_add(ahead + line).cast();
         // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a

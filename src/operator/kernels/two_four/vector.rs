@@ -11,7 +11,6 @@ use crate::simd::Aligned;
 /// Rows whose sums are kept, a register for each: few turns of the stream are worth more than the first cache.
 const BLOCK: usize = 4096;
 /// Bytes between what is multiplied and what is asked for: a core alone does not fetch ahead far enough.
-#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 8192;
 
 /// Whether so many vectors go one by one.
@@ -186,21 +185,7 @@ impl Load for u16 {
 /// Asks for the lines of the chunk that comes [`AHEAD`] bytes later.
 #[inline(always)]
 pub(super) fn prefetch<L>(kept: &Chunk<L>) {
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = kept;
-    #[cfg(target_arch = "x86_64")]
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of::<Chunk<L>>()).step_by(64) {
-        let at = std::ptr::from_ref(kept).wrapping_byte_add(AHEAD + line).cast();
-        // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a
-        // program can see and faults on no address, so that one beyond the chunks does no harm, and the pointer to
-        // it was computed by wrapping arithmetic.
-        #[allow(unsafe_code)]
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at);
-        }
-    }
+    crate::operator::kernels::prefetch(kept, AHEAD);
 }
 
 /// Where the group of a lane begins among the numbers that a permutation chooses from.
