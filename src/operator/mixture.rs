@@ -139,7 +139,7 @@ mod tests {
         }
         assert!(Mixture::new(Dense::new(array![[1.0f64]]), Vec::new()).is_err());
         assert!(Mixture::new(Dense::new(array![[1.0, 2.0]]), vec![leaf(0).into()]).is_err());
-        let list = Operator::Permutation(Permutation::list(1 << 20, vec![0; 3]).unwrap());
+        let list = Operator::Permutation(Permutation::list(1 << 20, vec![0, 1, 2]).unwrap());
         let refused = Mixture::new(Dense::new(array![[1.0f64]]), vec![list]);
         assert!(matches!(refused, Err(Error::Unsupported(_))));
         let odd: Operator<f64> = Dense::new(array![[1.0]]).into();
