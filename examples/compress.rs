@@ -70,6 +70,9 @@ struct Arguments {
     /// Go on with a run that was stopped
     #[arg(long)]
     resume: bool,
+    /// Keep measured error curves here, for runs with another budget
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// Print the report (or the plan) as JSON
     #[arg(long)]
     json: bool,
@@ -108,7 +111,7 @@ fn options(arguments: &Arguments) -> Options {
         Form::Dense => Emit::Dense,
         Form::Both => Emit::Both,
     };
-    Options { emit, threads: arguments.threads, resume: arguments.resume }
+    Options { emit, threads: arguments.threads, resume: arguments.resume, cache: arguments.cache.clone() }
 }
 
 /// The recipe of `--recipe`, or the given one with what the other arguments say.

@@ -52,7 +52,7 @@ impl Emit {
 }
 
 /// How to run a plan.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Options {
     /// Which checkpoints to write.
     pub emit: Emit,
@@ -60,6 +60,9 @@ pub struct Options {
     pub threads: usize,
     /// Go on with a run that was stopped.
     pub resume: bool,
+    /// A folder, made if it is not there, in which error curves and the results that belong to them outlive the run,
+    /// by digest of weight, statistics, method and metric: another budget then measures nothing anew.
+    pub cache: Option<PathBuf>,
 }
 
 /// Is told how a run goes on; all methods have empty defaults. The library itself never prints.
@@ -200,6 +203,9 @@ impl Run<'_, '_> {
                 }
             }
         }
+        if let Some(cache) = &self.options.cache {
+            fs::create_dir_all(cache).map_err(Error::io(cache))?;
+        }
         fs::create_dir_all(self.work()).map_err(Error::io(self.work()))?;
         for form in self.options.emit.forms() {
             fs::create_dir_all(self.folder(form)).map_err(Error::io(self.folder(form)))?;
@@ -218,6 +224,7 @@ impl Run<'_, '_> {
             plan: self.plan,
             backend: self.backend,
             folder: &work,
+            cache: self.options.cache.as_deref(),
             factored: forms.contains(&"factored"),
             dense: forms.contains(&"dense"),
         };

@@ -6,13 +6,12 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::allocate::{Errors, Global};
 use crate::budget::Budget;
 use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use crate::error::{Error, Result};
-use crate::factorize::{Decomposition, Factorize, Method, Point, Problem};
+use crate::factorize::{Decomposition, Factorize, Method, Problem};
 use crate::linalg::Backend;
-use crate::metric::{Metric, MetricSpec, OutputMetric};
+use crate::metric::Metric;
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
 use crate::operator::{Dense, LinearOperator, Operator};
 use crate::plan::{Job, Plan};
@@ -20,6 +19,10 @@ use crate::report::TensorReport;
 use crate::scalar::{DType, Real, narrow};
 use crate::stats::Kind;
 use crate::tensor::Tensor;
+
+mod curve;
+
+pub(crate) use self::curve::Curve;
 
 /// What a unit file says of itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -42,34 +45,10 @@ pub(crate) struct Worker<'p, 'c> {
     pub plan: &'p Plan<'c>,
     pub backend: &'p dyn Backend,
     pub folder: &'p Path,
+    /// Where profiles outlive a run.
+    pub cache: Option<&'p Path>,
     pub factored: bool,
     pub dense: bool,
-}
-
-/// A measured curve, kept between the two passes of a global allocation.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Curve {
-    key: String,
-    pub norm_squared: f64,
-    pub points: Vec<Point>,
-    seconds: f64,
-    notes: Vec<String>,
-}
-
-impl Curve {
-    /// The points that an allocation may choose from, with errors that can be compared with those of
-    /// others: nothing at all only if that is no loss, dense only if the rule has it.
-    pub(crate) fn choices(&self, global: &Global, metric: &MetricSpec) -> Vec<Point> {
-        let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
-        let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
-        let scale = match global.errors {
-            Errors::Absolute => 1.0,
-            Errors::Auto if metric.output == OutputMetric::Fisher => 1.0,
-            Errors::Auto | Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
-        };
-        let comparable = |p: &Point| Point { bytes: p.bytes, error: (p.error * scale).powf(global.power) };
-        self.points[first..last].iter().map(comparable).collect()
-    }
 }
 
 impl Worker<'_, '_> {
@@ -80,13 +59,18 @@ impl Worker<'_, '_> {
 
     /// Digest of a job: crate version, method, metric, budget, seed, names, weights, statistics.
     pub(crate) fn key(&self, job: &Job) -> Result<String> {
+        self.digest(job, Some(&job.budget))
+    }
+
+    /// The same for any budget, if there is none.
+    fn digest(&self, job: &Job, budget: Option<&Budget>) -> Result<String> {
         let rule = &self.plan.recipe.rules[job.rule];
         let mut hash = blake3::Hasher::new();
         let text = serde_json::to_string(&(
             env!("CARGO_PKG_VERSION"),
             &rule.method,
             &rule.metric,
-            &job.budget,
+            budget,
             self.plan.recipe.seed,
         ))
         .map_err(|e| Error::Recipe { at: None, detail: e.to_string() })?;
@@ -99,38 +83,6 @@ impl Worker<'_, '_> {
             hash.update(&self.plan.stats.digest(name));
         }
         Ok(hash.finalize().to_hex().to_string())
-    }
-
-    /// The error curve of a job, measured or read back.
-    pub(crate) fn curve(&self, index: usize) -> Result<Curve> {
-        let job = &self.plan.jobs[index];
-        let key = self.key(job)?;
-        let path = self.path(index, "curve");
-        if let Some(known) = read::<Curve>(&path, |curve: &Curve| curve.key == key)? {
-            return Ok(known);
-        }
-        match job.outlines[0].dtype {
-            DType::F64 => self.measure::<f64>(job, key, &path),
-            _ => self.measure::<f32>(job, key, &path),
-        }
-    }
-
-    fn measure<T: Real>(&self, job: &Job, key: String, path: &Path) -> Result<Curve> {
-        let start = Instant::now();
-        let method = &self.plan.recipe.rules[job.rule].method;
-        let decomposition = self.with_group::<T, _>(job, |group| method.decompose(group))?.ok_or_else(|| {
-            Error::Unsupported(format!("method `{}` has no error curve: use a uniform allocation", method.name()))
-        })?;
-        let entries = decomposition.state.iter().enumerate().map(|(i, array)| {
-            let bytes = narrow(T::DTYPE, array.iter())?;
-            let shape = vec![array.nrows(), array.ncols()];
-            Ok(Entry { name: format!("{i:03}"), dtype: T::DTYPE, shape, data: Payload::Bytes(bytes.into()) })
-        });
-        let entries = entries.collect::<Result<Vec<_>>>()?;
-        let Decomposition { norm_squared, curve: points, notes, .. } = decomposition;
-        let curve = Curve { key, norm_squared, points, seconds: start.elapsed().as_secs_f64(), notes };
-        write_shard(path, &metadata(&curve)?, entries)?;
-        Ok(curve)
     }
 
     /// The result of a job, computed or read back.
@@ -248,8 +200,12 @@ impl Worker<'_, '_> {
         group: &[Problem<'_, T>],
     ) -> Result<(Vec<Operator<T>>, Vec<String>)> {
         let method = &self.plan.recipe.rules[job.rule].method;
-        let decomposition = match self.cached(index)? {
+        let decomposition = match self.cached(index, job)? {
             Some(cached) => Some(cached),
+            None if self.cache.is_some() && Factorize::<T>::has_curve(method) => {
+                self.curve(index)?;
+                self.cached(index, job)?
+            }
             None => method.decompose(group)?,
         };
         match decomposition {
@@ -261,20 +217,12 @@ impl Worker<'_, '_> {
         }
     }
 
-    fn cached<T: Real>(&self, index: usize) -> Result<Option<Decomposition<T>>> {
-        let path = self.path(index, "curve");
-        let Some(Curve { norm_squared, points: curve, notes, .. }) = read(&path, |_: &Curve| true)? else {
-            return Ok(None);
-        };
-        let file = Checkpoint::open(&path)?;
-        let mut names: Vec<&str> = file.tensors().map(|t| t.name.as_str()).collect();
-        names.sort_unstable();
-        let matrices = names.iter().map(|name| Ok(file.get(name)?.matrix::<T>()?.into_owned()));
-        Ok(Some(Decomposition { norm_squared, curve, state: matrices.collect::<Result<_>>()?, notes }))
-    }
-
     /// Builds the problems of a job and hands them over.
-    fn with_group<T: Real, R>(&self, job: &Job, run: impl FnOnce(&[Problem<'_, T>]) -> Result<R>) -> Result<R> {
+    pub(crate) fn with_group<T: Real, R>(
+        &self,
+        job: &Job,
+        run: impl FnOnce(&[Problem<'_, T>]) -> Result<R>,
+    ) -> Result<R> {
         let rule = &self.plan.recipe.rules[job.rule];
         let stored = job.names.iter().map(|name| self.plan.checkpoint.get(name)).collect::<Result<Vec<_>>>()?;
         let weights = stored.iter().map(|s| s.matrix::<T>()).collect::<Result<Vec<_>>>()?;

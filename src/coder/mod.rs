@@ -24,16 +24,21 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::scalar::Real;
 
+mod clip;
 mod conjugate;
 mod descent;
+mod lattice;
 mod obs;
 mod pass;
 mod score;
 mod search;
 mod table;
 
+pub use self::clip::{Levels, clip};
 pub use self::conjugate::conjugate;
 pub use self::descent::{Descent, descend};
+pub use self::lattice::Lattice;
+
 pub use self::obs::{Factor, obs};
 pub(crate) use self::score::normalised;
 pub use self::score::{Rule, prune, scores};

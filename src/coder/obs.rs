@@ -62,6 +62,11 @@ impl<T: Real> Factor<T> {
         }
     }
 
+    /// R, n×n.
+    pub(super) fn upper(&self) -> ArrayView2<'_, T> {
+        self.upper.view()
+    }
+
     /// The damping used, as a fraction of the mean diagonal.
     pub fn damping(&self) -> f64 {
         self.damping
@@ -126,7 +131,7 @@ fn share(count: usize, all: usize, start: usize, end: usize) -> usize {
 }
 
 /// s of a block: what the columns to its left lost, (block × lanes).
-fn before<T: Real>(strip: &Strip<T>, upper: ArrayView2<'_, T>, start: usize, end: usize) -> Array2<T> {
+pub(super) fn before<T: Real>(strip: &Strip<T>, upper: ArrayView2<'_, T>, start: usize, end: usize) -> Array2<T> {
     let mut sums = Array2::zeros((end - start, strip.width()));
     let above = upper.slice(s![..start, start..end]);
     matmul_into(T::one(), above.t(), strip.error.slice(s![..start, ..]), T::zero(), sums.view_mut());

@@ -116,7 +116,7 @@ impl<T: Real> Factorize<T> for Bitmask {
             curve.extend(better.then_some(Point { bytes: stored.bytes(), error }));
         }
         curve.push(Point { bytes: problem.bytes(), error: 0.0 });
-        Ok(Some(Decomposition { norm_squared, curve, state: Vec::new(), notes }))
+        Ok(Some(Decomposition { norm_squared, curve, notes, ..Decomposition::default() }))
     }
 
     fn has_curve(&self) -> bool {

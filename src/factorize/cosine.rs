@@ -220,7 +220,7 @@ fn decomposition<T: Real>(problem: &Problem<'_, T>, table: Table) -> Decompositi
     let atoms = Array2::from_shape_fn((Transform::ALL.len(), q), |(kind, t)| {
         table.orders[kind].as_ref().map_or(T::zero(), |order| number(order[t] as usize))
     });
-    Decomposition { norm_squared: table.errors[0], curve, state: vec![plan, atoms], notes: Vec::new() }
+    Decomposition { norm_squared: table.errors[0], curve, state: vec![plan, atoms], ..Decomposition::default() }
 }
 
 impl<T: Real> Factorize<T> for Cosine {

@@ -12,29 +12,36 @@ use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::linalg::{Backend, Faer};
 use crate::metric::{Metric, MetricSpec};
-use crate::named::Named;
 use crate::operator::{Dense, LinearOperator, Operator};
 use crate::scalar::{DType, Real, check_finite};
 
 mod armor;
+mod auto;
 mod bitmask;
 mod cosine;
 mod cospadi;
 mod group;
 mod masa;
+mod method;
 mod monarch;
 mod pivot;
+mod quantize;
+mod residual;
 mod sparse;
 mod subset;
 mod svd;
 mod two_four;
 
 pub use self::armor::{Armor, Solver};
+pub use self::auto::Auto;
 pub use self::bitmask::Bitmask;
 pub use self::cosine::{Along, Atoms, Cosine, Score, Select};
 pub use self::cospadi::{Coding, Cospadi, Init};
 pub use self::masa::Masa;
+pub use self::method::Method;
 pub use self::monarch::{Chunks, Groups, Monarch, Ranks};
+pub use self::quantize::{Quantize, Rounding};
+pub use self::residual::Residual;
 pub use self::sparse::Start;
 pub use self::svd::{Form, Route, Share, Svd};
 pub use self::two_four::TwoFour;
@@ -136,8 +143,8 @@ pub struct Point {
 }
 
 /// What a method computed once and can cut at any budget: the price list for allocation.
-#[derive(Debug, Clone)]
-pub struct Decomposition<T> {
+#[derive(Debug, Clone, Default)]
+pub struct Decomposition<T: Real> {
     /// Squared metric norm of the group's weights.
     pub norm_squared: f64,
     /// Bytes and error of every choice, by its number (for low rank: its rank; 0 keeps nothing). The
@@ -147,9 +154,11 @@ pub struct Decomposition<T> {
     pub state: Vec<Array2<T>>,
     /// What a reader of the report should know, such as the measured quality of an approximation.
     pub notes: Vec<String>,
+    /// For methods that solve each choice by itself: its operators, by its number. Empty for the others.
+    pub solved: Vec<Option<Vec<Operator<T>>>>,
 }
 
-impl<T> Decomposition<T> {
+impl<T: Real> Decomposition<T> {
     /// The choice of least error that a budget allows.
     ///
     /// # Errors
@@ -255,113 +264,6 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
     /// [`Error::Budget`] with the least possible cost; [`Error::Unsupported`] for a metric that this
     /// structure cannot minimise.
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast>;
-}
-
-/// The built-in methods: the typed form, the boxed form and the TOML form are the same thing.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
-#[non_exhaustive]
-pub enum Method {
-    /// Truncated, weighted singular value decomposition.
-    Svd(Svd),
-    /// Projection on chosen rows of a fixed orthogonal transform.
-    Cosine(Cosine),
-    /// Two block-diagonal factors with a permutation between them.
-    Monarch(Monarch),
-    /// N of every M consecutive inputs, 2 of 4 by default.
-    TwoFour(TwoFour),
-    /// Entries anywhere, with a bit mask.
-    Bitmask(Bitmask),
-    /// A 2:4 core between block-diagonal wrappers.
-    Armor(Armor),
-    /// Sparse codes over a dictionary.
-    Cospadi(Cospadi),
-    /// Matrix atoms shared across layers.
-    Masa(Masa),
-}
-
-impl Method {
-    /// Names of the built-in methods, as recipes write them.
-    pub const NAMES: &[&str] = &["svd", "cosine", "monarch", "two-four", "bitmask", "armor", "cospadi", "masa"];
-
-    /// A built-in method with its default parameters.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] with the valid names.
-    pub fn named(name: &str) -> Result<Self> {
-        match name {
-            "svd" => Ok(Method::Svd(Svd::default())),
-            "cosine" => Ok(Method::Cosine(Cosine::default())),
-            "monarch" => Ok(Method::Monarch(Monarch::default())),
-            "two-four" => Ok(Method::TwoFour(TwoFour::default())),
-            "bitmask" => Ok(Method::Bitmask(Bitmask::default())),
-            "armor" => Ok(Method::Armor(Armor::default())),
-            "cospadi" => Ok(Method::Cospadi(Cospadi::default())),
-            "masa" => Ok(Method::Masa(Masa::default())),
-            _ => {
-                Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {}", Self::NAMES.join(", "))))
-            }
-        }
-    }
-
-    fn inner<T: Real>(&self) -> &dyn Factorize<T> {
-        match self {
-            Method::Svd(method) => method,
-            Method::Cosine(method) => method,
-            Method::Monarch(method) => method,
-            Method::TwoFour(method) => method,
-            Method::Bitmask(method) => method,
-            Method::Armor(method) => method,
-            Method::Cospadi(method) => method,
-            Method::Masa(method) => method,
-        }
-    }
-
-    /// Its name in a recipe.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Method::Svd(_) => "svd",
-            Method::Cosine(_) => "cosine",
-            Method::Monarch(_) => "monarch",
-            Method::TwoFour(_) => "two-four",
-            Method::Bitmask(_) => "bitmask",
-            Method::Armor(_) => "armor",
-            Method::Cospadi(_) => "cospadi",
-            Method::Masa(_) => "masa",
-        }
-    }
-}
-
-impl Named for Method {
-    const WHAT: &'static str = "a method";
-    type Table = Method;
-    fn named(name: &str) -> Result<Self> {
-        Method::named(name)
-    }
-    fn from_table(method: Method) -> Result<Self> {
-        Ok(method)
-    }
-}
-
-impl<T: Real> Factorize<T> for Method {
-    fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
-        self.inner().factorize(group)
-    }
-    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        self.inner().factorize_noting(group, notes)
-    }
-    fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
-        self.inner().decompose(group)
-    }
-    fn has_curve(&self) -> bool {
-        self.inner::<T>().has_curve()
-    }
-    fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
-        self.inner().assemble(group, decomposition)
-    }
-    fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
-        self.inner::<T>().forecast(group, metric, budget)
-    }
 }
 
 impl<T: Real, F: Factorize<T> + ?Sized> Factorize<T> for Box<F> {

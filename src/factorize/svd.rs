@@ -228,7 +228,7 @@ impl<T: Real> Factorize<T> for Svd {
         curve.reverse();
         let total = tail;
         curve.push(Point { bytes: group.iter().map(Problem::bytes).sum(), error: 0.0 });
-        Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors], notes: Vec::new() }))
+        Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors], ..Decomposition::default() }))
     }
 
     fn has_curve(&self) -> bool {

@@ -84,7 +84,7 @@ impl<T: Real> Factorize<T> for TwoFour {
         let ranks = sparse.ranks();
         let ranks = Array2::from_shape_fn((m, groups), |(i, g)| T::from_f64(ranks[i * groups + g].into()));
         let state = vec![sparse.values().values().to_owned(), ranks];
-        Ok(Some(Decomposition { norm_squared, curve, state, notes }))
+        Ok(Some(Decomposition { norm_squared, curve, state, notes, ..Decomposition::default() }))
     }
 
     fn has_curve(&self) -> bool {

@@ -27,6 +27,7 @@ mod mixture;
 mod monarch;
 mod n_m;
 mod permutation;
+mod quantized;
 mod sparse;
 
 pub use self::basis::Basis;
@@ -39,6 +40,8 @@ pub use self::layouts::Cutlass;
 pub use self::mixture::Mixture;
 pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
+pub(crate) use self::quantized::scale_dtype;
+pub use self::quantized::{Grid, Quantized};
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {
@@ -112,6 +115,8 @@ pub enum Operator<T: Real> {
     Bitmask(Bitmask<T>),
     /// A weighted sum of atoms.
     Mixture(Mixture<T>),
+    /// Small integers on a grid.
+    Quantized(Quantized<T>),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -163,6 +168,7 @@ impl<T: Real> Operator<T> {
             Operator::NmSparse(node) => node,
             Operator::Bitmask(node) => node,
             Operator::Mixture(node) => node,
+            Operator::Quantized(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -304,6 +310,7 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::NmSparse(leaf) => write!(f, "{}:{} sparse {m}x{n}", leaf.pattern().n(), leaf.pattern().m()),
             Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
             Operator::Mixture(leaf) => write!(f, "mixture {m}x{n} of {}", leaf.atoms().len()),
+            Operator::Quantized(leaf) => write!(f, "{}-bit {m}x{n}", leaf.grid().bits()),
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),

@@ -128,7 +128,7 @@ impl Svd {
             unscale_columns(&mut images.slice_mut(s![.., at..at + columns]), input);
             at += columns;
         }
-        Ok(Decomposition { norm_squared, curve, state: vec![vectors, images], notes })
+        Ok(Decomposition { norm_squared, curve, state: vec![vectors, images], notes, ..Decomposition::default() })
     }
 }
 

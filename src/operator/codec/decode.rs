@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::{Error, Result};
 use crate::operator::{
-    Basis, Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, Mixture, Nm, NmSparse, Operator, Permutation, Runs,
+    Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm, NmSparse,
+    Operator, Permutation, Quantized, Runs,
 };
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
@@ -92,6 +93,18 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             }
             Node::Mixture { coefficients, atoms } => {
                 Operator::Mixture(Mixture::new(self.dense(coefficients)?, self.all(atoms, depth)?)?)
+            }
+            Node::Quantized { bits, group, columns, codes, scales, zeros } => {
+                let scales = self.dense(scales)?;
+                let read = || {
+                    let zeros = match zeros {
+                        Some(name) => Some(Grid::<T>::unpack_zeros(*bits, scales.shape(), self.bytes(name)?.1)?),
+                        None => None,
+                    };
+                    let grid = Grid::new(*bits, *group, scales, zeros)?;
+                    Quantized::new(*columns, grid, self.bytes(codes)?.1.to_vec())
+                };
+                Operator::Quantized(read().map_err(|e| e.of_tensor(codes))?)
             }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Coefficients, NamedTensor, Node, Run};
 use crate::error::Result;
-use crate::operator::{BlockDiagonal, Dense, IndexSet, LinearOperator, Operator, Order, Permutation, Runs};
+use crate::operator::{BlockDiagonal, Dense, IndexSet, LinearOperator, Operator, Order, Permutation, Quantized, Runs};
 use crate::scalar::{DType, Real, narrow};
 
 /// Collects the tensors of one weight or of one group of weights.
@@ -78,6 +78,7 @@ impl Encoder {
                 coefficients: self.dense(name, next, leaf.coefficients())?,
                 atoms: self.all(name, next, leaf.atoms())?,
             },
+            Operator::Quantized(leaf) => self.quantized(name, next, leaf)?,
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {
@@ -108,6 +109,15 @@ impl Encoder {
         let (m, n) = leaf.shape();
         let bytes = narrow(leaf.dtype(), leaf.values().iter())?;
         Ok(self.push(name, next, leaf.dtype(), vec![m, n], bytes))
+    }
+
+    fn quantized<T: Real>(&mut self, name: &str, next: &mut usize, leaf: &Quantized<T>) -> Result<Node> {
+        let (grid, (m, columns)) = (leaf.grid(), leaf.shape());
+        let bytes = |packed: &[u8]| vec![m, packed.len() / m.max(1)];
+        let codes = self.push(name, next, DType::U8, bytes(leaf.codes()), leaf.codes().to_vec());
+        let scales = self.dense(name, next, grid.scales())?;
+        let zeros = grid.packed_zeros().map(|zeros| self.push(name, next, DType::U8, bytes(&zeros), zeros));
+        Ok(Node::Quantized { bits: grid.bits(), group: grid.group(), columns, codes, scales, zeros })
     }
 
     fn indices(&mut self, name: &str, next: &mut usize, set: &IndexSet) -> String {

@@ -149,6 +149,22 @@ pub enum Node {
         /// As many nodes.
         atoms: Vec<Node>,
     },
+    /// [`Operator::Quantized`].
+    Quantized {
+        /// Bits of a code, 2 to 8.
+        bits: u8,
+        /// Columns that share a scale.
+        group: usize,
+        /// The number of columns.
+        columns: usize,
+        /// The packed codes, rows × ⌈columns·bits/8⌉ U8.
+        codes: String,
+        /// The scales, rows × groups.
+        scales: String,
+        /// The packed zero points, rows × ⌈groups·bits/8⌉ U8; without them 2^(bits−1) everywhere.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        zeros: Option<String>,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.

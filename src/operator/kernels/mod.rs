@@ -2,11 +2,13 @@
 
 mod bit_mask;
 mod blocks;
+mod codes;
 mod turn;
 mod two_four;
 
 pub(crate) use self::bit_mask::MaskedRow;
 pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_product, stretches};
+pub(crate) use self::codes::{CodedRow, Prepared, each_code, pack};
 pub(crate) use self::two_four::TwoFour;
 
 /// Asks for the cache lines that lie `ahead` bytes behind those of `of`.

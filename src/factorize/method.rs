@@ -1,0 +1,116 @@
+//! The built-in methods: the typed form, the boxed form and the TOML form are the same thing.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, Masa, Monarch, Outline, Problem,
+    Quantize, Residual, Svd, TwoFour,
+};
+use crate::budget::Budget;
+use crate::error::{Error, Result};
+use crate::metric::MetricSpec;
+use crate::named::Named;
+use crate::operator::Operator;
+use crate::scalar::Real;
+
+/// One line for each method: what it is, its name in a recipe, its type.
+macro_rules! methods {
+    ($(#[doc = $what:literal] $name:literal $method:ident,)*) => {
+        /// The built-in methods.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "type", deny_unknown_fields)]
+        #[non_exhaustive]
+        pub enum Method {
+            $(#[doc = $what] #[serde(rename = $name)] $method($method),)*
+        }
+
+        impl Method {
+            /// Names of the built-in methods, as recipes write them.
+            pub const NAMES: &[&str] = &[$($name),*];
+
+            /// A built-in method with its default parameters.
+            ///
+            /// # Errors
+            /// [`Error::Unsupported`] with the valid names.
+            pub fn named(name: &str) -> Result<Self> {
+                match name {
+                    $($name => Ok(Method::$method($method::default())),)*
+                    _ => {
+                        let names = Self::NAMES.join(", ");
+                        Err(Error::Unsupported(format!("unknown method `{name}`, expected one of {names}")))
+                    }
+                }
+            }
+
+            /// Its name in a recipe.
+            pub fn name(&self) -> &'static str {
+                match self {
+                    $(Method::$method(_) => $name,)*
+                }
+            }
+
+            fn inner<T: Real>(&self) -> &dyn Factorize<T> {
+                match self {
+                    $(Method::$method(method) => method,)*
+                }
+            }
+        }
+    };
+}
+
+methods! {
+    /// Truncated, weighted singular value decomposition.
+    "svd" Svd,
+    /// Projection on chosen rows of a fixed orthogonal transform.
+    "cosine" Cosine,
+    /// Two block-diagonal factors with a permutation between them.
+    "monarch" Monarch,
+    /// N of every M consecutive inputs, 2 of 4 by default.
+    "two-four" TwoFour,
+    /// Entries anywhere, with a bit mask.
+    "bitmask" Bitmask,
+    /// A 2:4 core between block-diagonal wrappers.
+    "armor" Armor,
+    /// Sparse codes over a dictionary.
+    "cospadi" Cospadi,
+    /// Matrix atoms shared across layers.
+    "masa" Masa,
+    /// Small integers for the numbers of a weight or of another method's factors.
+    "quantize" Quantize,
+    /// One method on the weight, another on what it leaves.
+    "residual" Residual,
+    /// The best of several methods for each weight.
+    "auto" Auto,
+}
+
+impl Named for Method {
+    const WHAT: &'static str = "a method";
+    type Table = Method;
+    fn named(name: &str) -> Result<Self> {
+        Method::named(name)
+    }
+    fn from_table(method: Method) -> Result<Self> {
+        Ok(method)
+    }
+}
+
+impl<T: Real> Factorize<T> for Method {
+    fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
+        self.inner().factorize(group)
+    }
+    fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        self.inner().factorize_noting(group, notes)
+    }
+    fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
+        self.inner().decompose(group)
+    }
+    fn has_curve(&self) -> bool {
+        self.inner::<T>().has_curve()
+    }
+    fn assemble(&self, group: &[Problem<'_, T>], decomposition: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
+        self.inner().assemble(group, decomposition)
+    }
+    fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
+        self.inner::<T>().forecast(group, metric, budget)
+    }
+}

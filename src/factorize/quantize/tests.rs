@@ -1,0 +1,143 @@
+use std::sync::Arc;
+
+use ndarray::{Array2, ArrayView2};
+
+use super::*;
+use crate::factorize::Svd;
+use crate::metric::Metric;
+use crate::operator::codec::{Decoder, Encoder};
+use crate::stats::Gram;
+
+fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
+    })
+}
+
+/// Inputs that depend on each other, of very different size.
+fn metric(n: usize) -> Metric {
+    let mut x = numbers(n, n, 104_729);
+    x.rows_mut().into_iter().enumerate().for_each(|(i, mut row)| row *= 1.0 / (1.0 + i as f64 / 4.0));
+    x += &(numbers(n, 3, 17).dot(&numbers(3, n, 19)));
+    Metric::gram(Arc::new(Gram::new("g", x.dot(&x.t()) / n as f64).unwrap()))
+}
+
+fn problem(w: ArrayView2<'_, f64>, budget: Budget) -> Problem<'_, f64> {
+    Problem::new("w", w, budget).dtype(DType::BF16).metric(metric(w.ncols()))
+}
+
+fn one(method: &Quantize, problem: &Problem<'_, f64>) -> (Operator<f64>, f64) {
+    let mut found = method.factorize(std::slice::from_ref(problem)).unwrap();
+    let found = found.remove(0);
+    let error = problem.error_of(&found);
+    (found, error)
+}
+
+fn low_rank(form: super::super::Form) -> Option<Box<Method>> {
+    Some(Box::new(Method::Svd(Svd { form, ..Svd::default() })))
+}
+
+#[test]
+fn gram_aware_is_better_than_nearest_and_more_bits_are_better_than_fewer() {
+    let w = numbers(40, 96, 31);
+    let problem = problem(w.view(), Budget::Keep(0.9));
+    for (group, symmetric) in [(0, true), (32, true), (32, false)] {
+        let mut last = f64::INFINITY;
+        for bits in 2..=8 {
+            let aware = Quantize { bits: Some(bits), group, symmetric, ..Quantize::default() };
+            let nearest = Quantize { rule: Rounding::Nearest, ..aware.clone() };
+            let ((found, aware), (_, nearest)) = (one(&aware, &problem), one(&nearest, &problem));
+            assert!(aware < 0.9 * nearest, "{bits} bits, group {group}: {aware} of {nearest}");
+            assert!(aware < last, "{bits} bits, group {group}: {aware} after {last}");
+            assert_eq!(
+                found.bytes(),
+                Grid::<f64>::bytes_of((40, 96), bits, if group == 0 { 96 } else { 32 }, symmetric)
+            );
+            last = aware;
+        }
+    }
+}
+
+#[test]
+fn the_budget_decides_the_width() {
+    let w = numbers(40, 128, 31);
+    for (keep, bits) in [(0.99, 8), (0.5, 7), (0.27, 4), (0.2, 3), (0.14, 2)] {
+        let problem = problem(w.view(), Budget::Keep(keep));
+        let (found, _) = one(&Quantize::default(), &problem);
+        assert!(matches!(&found, Operator::Quantized(leaf) if leaf.grid().bits() == bits), "{keep}: {found}");
+        assert!(found.bytes() as f64 <= keep * problem.bytes() as f64);
+        let outline = Outline { shape: (40, 128), dtype: DType::BF16 };
+        let forecast =
+            Factorize::<f64>::forecast(&Quantize::default(), &[outline], &MetricSpec::default(), &problem.budget);
+        assert_eq!(forecast.unwrap().bytes, found.bytes());
+        let curve = Quantize::default().decompose(std::slice::from_ref(&problem)).unwrap().unwrap();
+        let cut = Quantize::default().assemble(std::slice::from_ref(&problem), &curve).unwrap();
+        assert_eq!(cut[0], found);
+    }
+    let tight = problem(w.view(), Budget::Keep(0.1));
+    assert!(matches!(Quantize::default().factorize(&[tight]), Err(Error::Budget { .. })));
+    let bad = Quantize { bits: Some(9), ..Quantize::default() };
+    assert!(bad.factorize(&[problem(w.view(), Budget::Keep(0.5))]).is_err());
+    let within = problem(w.view(), Budget::Error(0.02));
+    let (found, error) = one(&Quantize::default(), &within);
+    let norm = within.metric.norm_squared(w.view(), within.backend);
+    assert!((error / norm).sqrt() <= 0.02 && found.bytes() < within.bytes(), "{found}");
+}
+
+#[test]
+fn sixteen_bits_are_the_inner_result() {
+    let w = numbers(40, 64, 31);
+    let problem = problem(w.view(), Budget::Keep(0.5));
+    let inner = low_rank(super::super::Form::default()).unwrap();
+    let wrapped = Quantize { bits: Some(16), inner: Some(inner.clone()), ..Quantize::default() };
+    assert_eq!(vec![one(&wrapped, &problem).0], inner.factorize(std::slice::from_ref(&problem)).unwrap());
+}
+
+#[test]
+fn factors_make_up_for_each_other_within_the_budget() {
+    // A spectrum that falls, so that low rank is worth something.
+    let (m, n) = (60, 80);
+    let spectrum = Array2::from_diag(&ndarray::Array1::from_shape_fn(40, |k| 1.0 / (1.0 + k as f64)));
+    let w = numbers(m, 40, 31).dot(&spectrum).dot(&numbers(40, n, 37));
+    for form in [super::super::Form::Factors, super::super::Form::Pivot] {
+        for (bits, keep) in [(3, 0.2), (4, 0.25), (8, 0.4)] {
+            let problem = problem(w.view(), Budget::Keep(keep));
+            let method = Quantize { bits: Some(bits), group: 32, inner: low_rank(form), ..Quantize::default() };
+            let (found, error) = one(&method, &problem);
+            assert!(found.bytes() as f64 <= keep * problem.bytes() as f64, "{found}: {}", found.bytes());
+            assert!(found.bytes() as f64 >= 0.8 * keep * problem.bytes() as f64, "{found}: {}", found.bytes());
+            // Each factor to its own nearest, of the same expression.
+            let mut notes = Vec::new();
+            let exact = method.inner(method.inner.as_ref().unwrap(), &[problem.clone()], bits, &mut notes).unwrap();
+            let nearest = how_nearest(&method, bits, &problem);
+            let apart = leafwise(&exact[0], &nearest);
+            let apart = problem.error_of(&apart);
+            assert!(error < 0.9 * apart, "{form:?} {bits}: {error} of {apart}");
+            let mut encoder = Encoder::new();
+            let tree = encoder.encode("w", &found).unwrap();
+            let tensors = encoder.into_tensors();
+            assert_eq!(tensors.iter().map(|t| t.bytes.len() as u64).sum::<u64>(), found.bytes());
+            assert_eq!(Decoder::<_, f64>::new(&tensors).decode(&tree).unwrap(), found);
+        }
+    }
+}
+
+fn how_nearest<'a>(method: &Quantize, bits: u8, problem: &Problem<'a, f64>) -> How<'a> {
+    How { rule: Rounding::Nearest, ..method.how(bits, problem) }
+}
+
+fn leafwise(operator: &Operator<f64>, how: &How<'_>) -> Operator<f64> {
+    match operator {
+        Operator::Dense(leaf) => {
+            let found = how.round(leaf.values(), &crate::metric::Weighting::Identity, &mut Vec::new());
+            Operator::Quantized(found.unwrap())
+        }
+        Operator::Interpolative(leaf) => {
+            let numbers = leafwise(leaf.coefficients(), how);
+            let leaf = crate::operator::Interpolative::new(leaf.side(), leaf.pivots().clone(), numbers).unwrap();
+            Operator::Interpolative(leaf)
+        }
+        Operator::Product(parts) => Operator::Product(parts.iter().map(|part| leafwise(part, how)).collect()),
+        other => other.clone(),
+    }
+}

@@ -1,0 +1,165 @@
+//! Products with rows of packed codes of 2 to 8 bits.
+//!
+//! One vector, AVX-512, 2, 4 and 8 bits: codes become numbers in registers. A word of 32 bits holds 8 codes
+//! of 4 bits; shifted right by 4k, its lowest bits pick the number of code k from a table in one register
+//! (`vpermps` reads four bits of an index and no more), which meets the inputs 8l + k of lane l, laid out so
+//! beforehand. A group's scale is applied once for the words that it covers. Elsewhere, and at other
+//! widths, a row is unpacked into memory that stays in the nearest cache.
+
+use ndarray::ArrayView1;
+use pulp::Arch;
+
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+mod wide;
+
+use crate::scalar::Real;
+
+/// Appends codes as a stream of bits, lowest first, ended on a whole byte.
+pub(crate) fn pack(bits: u8, codes: &[u8], to: &mut Vec<u8>) {
+    let (mut held, mut count) = (0u32, 0u32);
+    for &code in codes {
+        held |= u32::from(code) << count;
+        count += u32::from(bits);
+        while count >= 8 {
+            to.push(held as u8);
+            (held, count) = (held >> 8, count - 8);
+        }
+    }
+    if count > 0 {
+        to.push(held as u8);
+    }
+}
+
+/// Calls with the place and value of each of the first `n` codes of a stream.
+#[inline(always)]
+pub(crate) fn each_code(bits: u8, from: &[u8], n: usize, mut each: impl FnMut(usize, u8)) {
+    let mask = u64::from(u8::MAX >> (8 - bits));
+    // Eight codes are as many bytes as a code has bits.
+    for (at, chunk) in from.chunks(usize::from(bits)).enumerate().take(n.div_ceil(8)) {
+        let mut eight = [0; 8];
+        eight[..chunk.len()].copy_from_slice(chunk);
+        let word = u64::from_le_bytes(eight);
+        for k in 0..(n - 8 * at).min(8) {
+            each(8 * at + k, (word >> (k * usize::from(bits)) & mask) as u8);
+        }
+    }
+}
+
+/// A row of codes with what makes numbers of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CodedRow<'a, T> {
+    pub bits: u8,
+    /// Columns that share a scale.
+    pub group: usize,
+    pub columns: usize,
+    /// The codes of this row first; others may follow.
+    pub codes: &'a [u8],
+    pub scales: &'a [T],
+    /// Zero points; half of all levels if there are none.
+    pub zeros: Option<&'a [u8]>,
+}
+
+/// An input, laid out for rows of one kind.
+#[derive(Debug)]
+pub(crate) struct Prepared<T> {
+    plain: Vec<T>,
+    /// Its sum over each group, for zero points.
+    sums: Vec<T>,
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    planes: Option<wide::Planes>,
+}
+
+impl<T: Real> Prepared<T> {
+    pub(crate) fn new(x: ArrayView1<'_, T>, bits: u8, group: usize, asymmetric: bool) -> Self {
+        let plain = x.to_vec();
+        let sums = match asymmetric {
+            true => plain.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
+            false => Vec::new(),
+        };
+        Prepared {
+            sums,
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            planes: wide::Planes::new(&plain, bits, group),
+            plain,
+        }
+    }
+}
+
+impl<T: Real> CodedRow<'_, T> {
+    /// Half of all levels: where a symmetric grid has its zero.
+    fn half(&self) -> u8 {
+        1 << (self.bits - 1)
+    }
+
+    /// Writes the row out.
+    pub(crate) fn write(&self, to: &mut [T]) {
+        each_code(self.bits, self.codes, self.columns, |j, code| to[j] = T::from_f64(code.into()));
+        for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.scales).enumerate() {
+            let zero = T::from_f64(self.zeros.map_or(self.half(), |zeros| zeros[g]).into());
+            part.iter_mut().for_each(|v| *v = scale * (*v - zero));
+        }
+    }
+
+    /// The inner product with an input.
+    pub(crate) fn dot(&self, arch: Arch, x: &Prepared<T>) -> T {
+        // Codes count from the middle, so that large terms need not cancel; zero points shift what is left.
+        let shift: T = match self.zeros {
+            Some(zeros) => {
+                let each =
+                    zeros.iter().zip(self.scales).zip(&x.sums).map(|((&zero, &scale), &sum)| {
+                        scale * sum * T::from_f64(f64::from(self.half()) - f64::from(zero))
+                    });
+                each.fold(T::zero(), |a, b| a + b)
+            }
+            None => T::zero(),
+        };
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if let (Arch::V4(simd), Some(planes)) = (arch, &x.planes) {
+            return shift + T::from_f64(planes.dot(simd, self).into());
+        }
+        let _ = arch;
+        let half = i16::from(self.half());
+        let mut total = shift;
+        let mut part = [T::zero(); CHUNK];
+        // Whole groups, or parts of one, at a time.
+        for ((g, &scale), inputs) in self.scales.iter().enumerate().zip(x.plain.chunks(self.group)) {
+            let mut sum = T::zero();
+            for (c, inputs) in inputs.chunks(CHUNK).enumerate() {
+                let first = g * self.group + c * CHUNK;
+                self.middle(first, inputs.len(), half, &mut part);
+                sum += inner(&part[..inputs.len()], inputs);
+            }
+            total += scale * sum;
+        }
+        total
+    }
+
+    /// Codes `first..first + count`, counted from the middle.
+    fn middle(&self, first: usize, count: usize, half: i16, to: &mut [T; CHUNK]) {
+        let bit = first * usize::from(self.bits);
+        // To a whole byte: eight codes back at most.
+        let skip = if bit % 8 == 0 { 0 } else { first % 8 };
+        let bytes = &self.codes[(first - skip) * usize::from(self.bits) / 8..];
+        each_code(self.bits, bytes, skip + count, |j, code| {
+            if j >= skip {
+                to[j - skip] = T::from_f64(f64::from(i16::from(code) - half));
+            }
+        });
+    }
+}
+
+/// Codes that are unpacked at a time.
+const CHUNK: usize = 256;
+
+/// Σ aᵢ·bᵢ in eight sums at a time.
+fn inner<T: Real>(a: &[T], b: &[T]) -> T {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [T::zero(); 8];
+    for (a, b) in a.iter().zip(b) {
+        for k in 0..8 {
+            sums[k] += a[k] * b[k];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).map(|(&a, &b)| a * b);
+    sums.into_iter().chain(rest).fold(T::zero(), |a, b| a + b)
+}

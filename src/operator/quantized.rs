@@ -1,0 +1,293 @@
+//! A matrix of small integers: round numbers on a grid, packed.
+//!
+//! > wᵢⱼ = sᵢ_g·(qᵢⱼ − zᵢ_g),  q in 0 … 2ᵇ−1,  g = ⌊j ÷ group⌋
+//!
+//! Consecutive columns of a row, a group, share a scale s and, on an asymmetric grid, a zero point z, an
+//! integer of as many bits; on a symmetric one z is 2ᵇ⁻¹. Codes are packed on disk and in memory alike: a
+//! row is a stream of bits, lowest first, that ends on a whole byte. An entry costs b bits and its part of
+//! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use pulp::Arch;
+
+use super::kernels::{CodedRow, Prepared, each_code, pack};
+use super::permutation::LONGEST;
+use super::sparse::{each_panel, each_row};
+use super::{Dense, LinearOperator};
+use crate::error::{Error, Result};
+use crate::linalg::matmul_into;
+use crate::scalar::{DType, Real};
+
+/// Up to so many vectors, each by itself.
+const FEW: usize = 4;
+/// Rows that are written out at a time.
+const PANEL: usize = 128;
+
+/// The numbers that an m×n matrix may have: scales and zero points for each group of each row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grid<T> {
+    bits: u8,
+    group: usize,
+    scales: Dense<T>,
+    zeros: Option<Array2<u8>>,
+}
+
+impl<T: Real> Grid<T> {
+    /// Widths that exist.
+    pub const BITS: std::ops::RangeInclusive<u8> = 2..=8;
+
+    /// A grid of 2^`bits` levels for groups of `group` columns; scales are m × groups, and so are zero points,
+    /// if there are any.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if bits are not 2 to 8, the group is empty, the two differ in shape or a zero point has
+    /// more bits.
+    pub fn new(bits: u8, group: usize, scales: Dense<T>, zeros: Option<Array2<u8>>) -> Result<Self> {
+        if !Self::BITS.contains(&bits) {
+            return Err(Error::shape("2 to 8 bits", bits));
+        }
+        if group == 0 || group > LONGEST {
+            return Err(Error::shape("groups of 1 to 2^26 columns", group));
+        }
+        if let Some(zeros) = &zeros {
+            if zeros.dim() != scales.shape() {
+                return Err(Error::shape(scales.shape(), zeros.dim()));
+            }
+            if let Some(zero) = zeros.iter().find(|&&zero| zero > top(bits)) {
+                return Err(Error::shape(format!("zero points of {bits} bits"), zero));
+            }
+        }
+        Ok(Grid { bits, group, scales, zeros })
+    }
+
+    /// b.
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+    /// Columns that share a scale.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+    /// m × groups.
+    pub fn scales(&self) -> &Dense<T> {
+        &self.scales
+    }
+    /// m × groups, if the grid is asymmetric.
+    pub fn zeros(&self) -> Option<ArrayView2<'_, u8>> {
+        self.zeros.as_ref().map(|zeros| zeros.view())
+    }
+    /// The zero point of a group.
+    pub fn zero(&self, row: usize, group: usize) -> u8 {
+        self.zeros.as_ref().map_or(1 << (self.bits - 1), |zeros| zeros[(row, group)])
+    }
+
+    /// Bytes on disk of an m×n matrix: codes, scales of 16 bits and zero points.
+    pub fn bytes_of((m, n): (usize, usize), bits: u8, group: usize, symmetric: bool) -> u64 {
+        let groups = n.div_ceil(group.max(1));
+        let zeros = if symmetric { 0 } else { width(groups, bits) };
+        (m * (width(n, bits) + 2 * groups + zeros)) as u64
+    }
+
+    /// The same of a matrix on this grid.
+    pub(super) fn bytes(&self, (m, n): (usize, usize)) -> u64 {
+        let zeros = self.zeros.as_ref().map_or(0, |zeros| m * width(zeros.ncols(), self.bits));
+        (m * width(n, self.bits) + zeros) as u64 + self.scales.bytes()
+    }
+
+    /// The nearest codes of a matrix, packed. Exact for numbers on the grid.
+    pub fn encode(&self, values: ArrayView2<'_, T>) -> Vec<u8> {
+        let limit = T::from_f64(top(self.bits).into());
+        let mut packed = Vec::with_capacity(values.nrows() * width(values.ncols(), self.bits));
+        let mut codes = vec![0u8; values.ncols()];
+        for (i, row) in values.rows().into_iter().enumerate() {
+            for (j, (code, &value)) in codes.iter_mut().zip(row).enumerate() {
+                let (scale, zero) = (self.scales.values()[(i, j / self.group)], self.zero(i, j / self.group));
+                let zero = T::from_f64(zero.into());
+                let nearest = if scale == T::zero() { zero } else { (value / scale + zero).round() };
+                *code = nearest.max(T::zero()).min(limit).wide() as u8;
+            }
+            pack(self.bits, &codes, &mut packed);
+        }
+        packed
+    }
+
+    /// The zero points as they are stored: a row is a stream of bits.
+    pub(super) fn packed_zeros(&self) -> Option<Vec<u8>> {
+        let zeros = self.zeros.as_ref()?;
+        let mut packed = Vec::with_capacity(zeros.nrows() * width(zeros.ncols(), self.bits));
+        zeros.rows().into_iter().for_each(|row| pack(self.bits, &row.to_vec(), &mut packed));
+        Some(packed)
+    }
+
+    /// Reads [`packed_zeros`](Self::packed_zeros) back.
+    pub(super) fn unpack_zeros(bits: u8, dim: (usize, usize), packed: &[u8]) -> Result<Array2<u8>> {
+        if !Self::BITS.contains(&bits) {
+            return Err(Error::shape("2 to 8 bits", bits));
+        }
+        let bytes = width(dim.1, bits);
+        if dim.0.checked_mul(bytes) != Some(packed.len()) {
+            return Err(Error::shape(format!("{} x {bytes} bytes of zero points", dim.0), packed.len()));
+        }
+        let mut zeros = Array2::zeros(dim);
+        for (mut to, from) in zeros.rows_mut().into_iter().zip(packed.chunks(bytes.max(1))) {
+            each_code(bits, from, dim.1, |j, code| to[j] = code);
+        }
+        Ok(zeros)
+    }
+}
+
+/// The largest code.
+fn top(bits: u8) -> u8 {
+    u8::MAX >> (8 - bits)
+}
+
+/// Bytes of a row of n codes.
+pub(super) fn width(n: usize, bits: u8) -> usize {
+    (n * usize::from(bits)).div_ceil(8)
+}
+
+/// A matrix whose entries are on a grid.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized<T> {
+    columns: usize,
+    grid: Grid<T>,
+    /// m rows of ⌈n·b/8⌉ bytes.
+    codes: Vec<u8>,
+}
+
+impl<T: Real> Quantized<T> {
+    /// A matrix of n columns from its packed codes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the grid has not ⌈n ÷ group⌉ groups, or codes are missing, too many or followed by
+    /// bits that are not zero.
+    pub fn new(columns: usize, grid: Grid<T>, codes: Vec<u8>) -> Result<Self> {
+        if columns == 0 || columns > LONGEST {
+            return Err(Error::shape("1 to 2^26 columns", columns));
+        }
+        let (m, groups) = grid.scales.shape();
+        if groups != columns.div_ceil(grid.group) {
+            return Err(Error::shape(format!("scales of {} groups", columns.div_ceil(grid.group)), groups));
+        }
+        let width = width(columns, grid.bits);
+        if m.checked_mul(width) != Some(codes.len()) {
+            return Err(Error::shape(format!("{m} x {width} bytes of codes"), codes.len()));
+        }
+        let left = (8 - (columns * usize::from(grid.bits)) % 8) % 8;
+        let clean = |row: &[u8]| row.last().is_none_or(|&last| left == 0 || last >> (8 - left) == 0);
+        if !codes.chunks(width).all(clean) {
+            return Err(Error::shape(format!("{columns} codes in each row"), "bits set beyond them"));
+        }
+        Ok(Quantized { columns, grid, codes })
+    }
+
+    /// The nearest entries on a grid.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the grid is of another shape.
+    pub fn nearest(values: ArrayView2<'_, T>, grid: Grid<T>) -> Result<Self> {
+        let expected = (values.nrows(), values.ncols().div_ceil(grid.group));
+        if grid.scales.shape() != expected {
+            return Err(Error::shape(expected, grid.scales.shape()));
+        }
+        let codes = grid.encode(values);
+        Self::new(values.ncols(), grid, codes)
+    }
+
+    /// What entries may be.
+    pub fn grid(&self) -> &Grid<T> {
+        &self.grid
+    }
+    /// m rows of ⌈n·b/8⌉ bytes.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    fn row(&self, i: usize) -> CodedRow<'_, T> {
+        let width = width(self.columns, self.grid.bits);
+        let groups = self.grid.scales.shape().1;
+        let scales = self.grid.scales.values().to_slice().unwrap_or_default();
+        let zeros = self.grid.zeros.as_ref().and_then(|zeros| zeros.as_slice());
+        CodedRow {
+            bits: self.grid.bits,
+            group: self.grid.group,
+            columns: self.columns,
+            codes: &self.codes[i * width..],
+            scales: &scales[i * groups..(i + 1) * groups],
+            zeros: zeros.map(|zeros| &zeros[i * groups..(i + 1) * groups]),
+        }
+    }
+}
+
+impl<T: Real> LinearOperator<T> for Quantized<T> {
+    fn shape(&self) -> (usize, usize) {
+        (self.grid.scales.shape().0, self.columns)
+    }
+    fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
+        if b <= FEW {
+            let asymmetric = self.grid.zeros.is_some();
+            let prepared =
+                x.columns().into_iter().map(|x| Prepared::new(x, self.grid.bits, self.grid.group, asymmetric));
+            let prepared: Vec<Prepared<T>> = prepared.collect();
+            return each_row(m, b, m * n, |i, y| {
+                let row = self.row(i);
+                y.iter_mut().zip(&prepared).for_each(|(y, x)| *y = row.dot(arch, x));
+            });
+        }
+        let mut y = Array2::zeros((m, b));
+        let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
+            let rows = self.panel(at, y.nrows());
+            matmul_into(T::one(), rows.view(), x, T::zero(), y);
+        };
+        each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), m * n * b, panel);
+        y
+    }
+    fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let mut y = Array2::zeros((self.columns, x.ncols()));
+        for (at, x) in x.axis_chunks_iter(Axis(0), PANEL).enumerate() {
+            let rows = self.panel(at, x.nrows());
+            matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());
+        }
+        y
+    }
+    fn params(&self) -> usize {
+        self.shape().0 * self.columns + self.grid.scales.params()
+    }
+    fn bytes(&self) -> u64 {
+        self.grid.bytes(self.shape())
+    }
+    fn flops(&self, columns: usize) -> u64 {
+        2 * (self.shape().0 * self.columns * columns) as u64
+    }
+    fn to_dense(&self) -> Array2<T> {
+        let mut dense = Array2::zeros(self.shape());
+        for (at, mut to) in dense.axis_chunks_iter_mut(Axis(0), PANEL).enumerate() {
+            let rows = self.panel(at, to.nrows());
+            to.assign(&rows);
+        }
+        dense
+    }
+}
+
+impl<T: Real> Quantized<T> {
+    /// Some rows, written out.
+    fn panel(&self, at: usize, count: usize) -> Array2<T> {
+        let mut rows = Array2::zeros((count, self.columns));
+        for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
+            if let Some(row) = row.as_slice_mut() {
+                self.row(at * PANEL + i).write(row);
+            }
+        }
+        rows
+    }
+}
+
+/// The dtype that holds such scales best in 16 bits: F16 unless one would be subnormal or too large.
+pub(crate) fn scale_dtype<T: Real>(scales: ArrayView2<'_, T>) -> DType {
+    let fits = |v: &T| *v == T::zero() || (6.2e-5..6.5e4).contains(&v.wide().abs());
+    if scales.iter().all(fits) { DType::F16 } else { DType::BF16 }
+}
+
+#[cfg(test)]
+mod tests;

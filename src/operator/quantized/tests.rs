@@ -1,0 +1,81 @@
+use ndarray::{Array2, array};
+
+use super::*;
+
+fn numbers(m: usize, n: usize, factor: usize) -> Array2<f64> {
+    Array2::from_shape_fn((m, n), |(i, j)| ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0)
+}
+
+fn grid(m: usize, n: usize, bits: u8, group: usize, symmetric: bool) -> Grid<f64> {
+    let groups = n.div_ceil(group);
+    let scales = Array2::from_shape_fn((m, groups), |(i, g)| 0.25 + ((i * 5 + g * 3) % 7) as f64 / 16.0);
+    let zeros = Array2::from_shape_fn((m, groups), |(i, g)| ((i * 11 + g * 7) % (1 << bits)) as u8);
+    Grid::new(bits, group, Dense::rounded(scales, DType::F16).unwrap(), (!symmetric).then_some(zeros)).unwrap()
+}
+
+#[test]
+fn multiplies_as_its_dense_form_at_all_widths_and_groups() {
+    for (m, n, group) in [(3, 1, 1), (2, 31, 64), (5, 64, 32), (4, 130, 32), (3, 257, 128), (2, 300, 7), (130, 96, 16)]
+    {
+        for (bits, symmetric) in Grid::<f64>::BITS.flat_map(|bits| [(bits, true), (bits, false)]) {
+            let grid = grid(m, n, bits, group, symmetric);
+            let wide = Quantized::nearest((numbers(m, n, 31) * 4.0).view(), grid.clone()).unwrap();
+            let dense = wide.to_dense();
+            // What is on the grid stays what it is.
+            assert_eq!(Quantized::nearest(dense.view(), grid).unwrap(), wide);
+            let single = {
+                let grid = wide.grid();
+                let scales = Dense::rounded(grid.scales().values().mapv(|v| v as f32), DType::F16).unwrap();
+                let grid = Grid::new(bits, group, scales, grid.zeros().map(|zeros| zeros.to_owned())).unwrap();
+                Quantized::new(n, grid, wide.codes().to_vec()).unwrap()
+            };
+            assert_eq!(single.to_dense().mapv(f64::from), dense);
+            for b in [1, 3, 5, 40] {
+                let x = numbers(n, b, 17);
+                let (exact, scale) = (dense.dot(&x), dense.mapv(f64::abs).dot(&x.mapv(f64::abs)));
+                let close = |got: Array2<f64>, eps: f64| {
+                    let off = (&got - &exact).mapv(f64::abs) - &scale * eps;
+                    assert!(off.iter().all(|&v| v <= 1e-9), "{m}x{n}, {bits} bits, group {group}, batch {b}");
+                };
+                close(wide.product(x.view()), 1e-13);
+                close(single.product(x.mapv(|v| v as f32).view()).mapv(f64::from), 4e-6);
+            }
+            let y = numbers(m, 2, 19);
+            let turned = &wide.product_transposed(y.view()) - &dense.t().dot(&y);
+            assert!(turned.iter().all(|v| v.abs() < 1e-9));
+            let stored = wide.codes().len() as u64
+                + wide.grid().scales().bytes()
+                + wide.grid().packed_zeros().map_or(0, |zeros| zeros.len() as u64);
+            assert_eq!((stored, stored), (wide.bytes(), Grid::<f64>::bytes_of((m, n), bits, group, symmetric)));
+        }
+    }
+}
+
+#[test]
+fn a_row_by_hand() {
+    // 3 bits, groups of 2: codes 0…7, the zero of a symmetric grid at 4.
+    let grid = Grid::new(3, 2, Dense::new(array![[0.5, 2.0]]), None).unwrap();
+    let row = Quantized::nearest(array![[-9.0, 1.2, 6.0, -1.1]].view(), grid).unwrap();
+    assert_eq!(row.to_dense(), array![[-2.0, 1.0, 6.0, -2.0]]);
+    // Codes 0, 6, 7, 3 in three bits each, the lowest first.
+    assert_eq!(row.codes(), [0b1111_0000, 0b0000_0111]);
+    let zeros = Grid::<f64>::unpack_zeros(3, (1, 3), &[0b1101_0001, 0b0000_0001]).unwrap();
+    assert_eq!(zeros, array![[1, 2, 7]]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let scales = || Dense::new(array![[1.0, 1.0]]);
+    assert!(Grid::new(1, 2, scales(), None).is_err());
+    assert!(Grid::new(9, 2, scales(), None).is_err());
+    assert!(Grid::new(4, 0, scales(), None).is_err());
+    assert!(Grid::new(2, 2, scales(), Some(array![[1, 4]])).is_err());
+    assert!(Grid::new(2, 2, scales(), Some(array![[1], [1]])).is_err());
+    let grid = || Grid::new(3, 2, scales(), None).unwrap();
+    assert!(Quantized::new(5, grid(), vec![0; 2]).is_err());
+    assert!(Quantized::new(3, grid(), vec![0; 3]).is_err());
+    assert!(Quantized::new(3, grid(), vec![0, 0b10]).is_err());
+    assert!(Quantized::new(3, grid(), vec![0, 1]).is_ok());
+    assert!(Quantized::new(0, grid(), vec![]).is_err());
+    assert!(Grid::<f64>::unpack_zeros(3, (2, 3), &[0; 3]).is_err());
+}
