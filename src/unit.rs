@@ -206,6 +206,8 @@ impl Worker<'_, '_> {
                 self.curve(index)?;
                 self.cached(index, job)?
             }
+            // A limit in bytes needs no curve: some methods solve a single choice for less.
+            None if job.budget.byte_limit(job.bytes()).is_some() => None,
             None => method.decompose(group)?,
         };
         match decomposition {

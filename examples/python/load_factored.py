@@ -82,6 +82,8 @@ class Checkpoint:
         if op == "dense":
             matrix = self.tensor(node["tensor"]).astype("f8")
             return Operator(matrix.shape, lambda x: matrix @ x, "dense %dx%d" % matrix.shape)
+        if op == "quantized":
+            return self.quantized(node)
         if op in ("product", "sum"):
             parts = [self.build(part) for part in node["factors" if op == "product" else "terms"]]
             if op == "sum":
@@ -130,6 +132,19 @@ class Checkpoint:
             y[chosen], y[rest] = x, t.apply(x)
             return y
         return Operator(shape, interpolate, text)
+
+    def quantized(self, node):
+        """scale * (code - zero point), both of a group of columns; codes are a stream of bits in each row."""
+        bits, group, columns = node["bits"], node["group"], node["columns"]
+
+        def codes(name, count):
+            stream = np.unpackbits(self.tensor(name), axis=1, bitorder="little")[:, :count * bits]
+            return stream.reshape(-1, count, bits) @ (1 << np.arange(bits))
+        scales = self.tensor(node["scales"]).astype("f8")
+        zeros = codes(node["zeros"], scales.shape[1]) if "zeros" in node else np.full(scales.shape, 1 << bits - 1)
+        spread = [np.repeat(a, group, axis=1)[:, :columns] for a in (scales, zeros)]
+        matrix = spread[0] * (codes(node["codes"], columns) - spread[1])
+        return Operator(matrix.shape, lambda x: matrix @ x, "%d-bit %dx%d" % (bits, *matrix.shape))
 
     def sparse(self, node):
         """Marks from packed positions or a bit mask; the stored values fill them row by row."""

@@ -224,13 +224,18 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
     /// [`Error::Shape`], [`Error::Numerical`] for problems that cannot be solved.
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>>;
 
-    /// The same, for methods without a curve, with what a reader of the report should know added to `notes`.
+    /// The same, with what a reader of the report should know added to `notes`.
     ///
     /// # Errors
     /// As [`factorize`](Self::factorize).
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        let _ = notes;
-        self.factorize(group)
+        match self.decompose(group)? {
+            Some(found) => {
+                notes.extend(found.notes.iter().cloned());
+                self.assemble(group, &found)
+            }
+            None => self.factorize(group),
+        }
     }
 
     /// Computes what serves every budget, for methods that can: the error curve and the state that

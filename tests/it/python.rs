@@ -133,6 +133,15 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     {
         forms.push((&mixed, format!("method = {{ {method} }}\nbudget = {{ keep = 0.9 }}")));
     }
+    for method in [
+        "type = 'quantize', group = 10",
+        "type = 'quantize', bits = 3, group = 0, symmetric = false",
+        "type = 'quantize', inner = { type = 'svd' }",
+        "type = 'residual', first = { type = 'quantize', bits = 2 }, then = { type = 'svd' }",
+        "type = 'auto'",
+    ] {
+        forms.push((&mixed, format!("method = {{ {method} }}\nbudget = {{ keep = 0.5 }}")));
+    }
     for rest in [
         "input-blocks = 3",
         "output-blocks = 2, groups = 'strided', ranks = 'uniform'",

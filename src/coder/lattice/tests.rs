@@ -135,8 +135,8 @@ fn clipping_is_never_worse_than_the_full_range() {
                     columns.clone().map(|j| weights[(i, j)] * (f(j) - of(j)).powi(2)).sum()
                 };
                 let (ours, full) = (loss(&|j| found[(i, j)]), loss(&|j| plain(of(j))));
-                // The plain scale is not rounded to 16 bits, and none of those that are tried equals it.
-                let slack = 1e-6 * loss(&|_| 0.0);
+                // The plain scale is not rounded to 16 bits (8 of them significant), and none of those that are tried equals it.
+                let slack = 2e-5 * loss(&|_| 0.0);
                 assert!(ours <= 1.1 * full + slack, "{levels:?}: {ours} of {full}");
             }
         }

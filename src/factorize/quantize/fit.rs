@@ -83,6 +83,9 @@ impl<T: Real> Fit<'_, T> {
         if rest.is_empty() {
             return Ok(vec![self.fit(last, target, input)?]);
         }
+        if last.shape().0 == 0 {
+            return Ok(factors.to_vec());
+        }
         let last = match (rest.last(), last) {
             (Some(Operator::Dense(left)), Operator::Dense(right)) => {
                 let turned = self.turned(left, right);
@@ -152,7 +155,12 @@ fn absorbed<T: Real>(
     let form = kernels.symmetric_product(weighed.view(), last.view());
     let right = kernels.matmul(weighed.view(), f64::cast(target).t());
     let mean = form.diag().sum() / form.nrows().max(1) as f64;
-    let mut ridge = 1e-8 * mean.max(f64::MIN_POSITIVE);
+    if mean <= 0.0 {
+        // A zero weight: nothing to fit to.
+        let zero = Array2::zeros((target.nrows(), form.nrows()));
+        return Ok((zero, Gram::new("factor", Array2::eye(form.nrows()))?));
+    }
+    let mut ridge = 1e-8 * mean;
     loop {
         let mut damped = form.clone();
         damped.diag_mut().mapv_inplace(|d| d + ridge);
@@ -160,11 +168,6 @@ fn absorbed<T: Real>(
             Ok(found) if found.iter().all(|v| v.is_finite()) => {
                 let found = found.t().mapv(T::from_f64).as_standard_layout().into_owned();
                 return Ok((found, Gram::new("factor", form)?));
-            }
-            // A zero weight: nothing to fit to.
-            _ if mean <= 0.0 => {
-                let zero = Array2::zeros((target.nrows(), form.nrows()));
-                return Ok((zero, Gram::new("factor", Array2::eye(form.nrows()))?));
             }
             Err(why) if ridge > 1e-2 * mean => return Err(why),
             _ => ridge *= 100.0,

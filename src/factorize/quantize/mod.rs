@@ -171,10 +171,10 @@ impl Quantize {
         })
     }
 
-    /// What a number costs in `bits`, as a fraction of what it costs now.
-    fn ratio(&self, bits: u8, dtype: DType) -> f64 {
-        let long = 4096;
-        self.bytes((1, long), bits, dtype) as f64 / dtype.bytes(long) as f64
+    /// What a number of such a weight's factors costs in `bits`, as a fraction of what it costs now.
+    fn ratio(&self, bits: u8, shape: (usize, usize), dtype: DType) -> f64 {
+        let row = (1, shape.0.min(shape.1).max(1));
+        self.bytes(row, bits, dtype) as f64 / dtype.bytes(row.1) as f64
     }
 
     /// The inner method's result of which the rounded form fits the group's budget best.
@@ -199,7 +199,7 @@ impl Quantize {
         // A curve is cut in no time; whatever is solved anew each time may leave a little more unused.
         let enough = if found.is_some() { 0.995 } else { 0.97 };
         let (mut low, mut high) = (0, before + 1);
-        let mut room = ((limit as f64 / self.ratio(bits, first.dtype)) as u64).min(before);
+        let mut room = ((limit as f64 / self.ratio(bits, first.shape(), first.dtype)) as u64).min(before);
         let (mut best, mut least) = (None, u64::MAX);
         for _ in 0..TRIES {
             let budget = Budget::Bytes(room);
@@ -222,6 +222,8 @@ impl Quantize {
                 break;
             }
             let scaled = (room as f64 * limit as f64 / size.max(1) as f64) as u64;
+            // Ranks are whole numbers: what is hardly too large has to come down by more than a hair.
+            let scaled = if fits { scaled } else { scaled - scaled / 64 };
             room = if scaled > low && scaled < high { scaled } else { low + (high - low) / 2 }.min(before);
         }
         let (operators, said) = best.ok_or_else(|| Error::Budget {
@@ -241,7 +243,7 @@ impl Quantize {
 }
 
 /// Cuts of an inner method's result until it fits.
-const TRIES: usize = 6;
+const TRIES: usize = 8;
 
 fn no_error(budget: &Budget) -> Error {
     Error::Unsupported(format!(
@@ -338,12 +340,13 @@ impl<T: Real> Factorize<T> for Quantize {
             };
             return Ok(Forecast { bytes, exact: budget.byte_limit(before).is_some(), memory: own });
         };
-        let (bits, dtype) = (self.bits.unwrap_or(INNER), group.first().map_or(DType::BF16, |outline| outline.dtype));
+        let bits = self.bits.unwrap_or(INNER);
+        let (shape, dtype) = group.first().map_or(((1, 1), DType::BF16), |outline| (outline.shape, outline.dtype));
         if bits == WHOLE {
             return Factorize::<T>::forecast(&**method, group, metric, budget);
         }
         let room = match (budget, budget.byte_limit(before)) {
-            (_, Some(limit)) => Budget::Bytes(((limit as f64 / self.ratio(bits, dtype)) as u64).min(before)),
+            (_, Some(limit)) => Budget::Bytes(((limit as f64 / self.ratio(bits, shape, dtype)) as u64).min(before)),
             (Budget::Rank(_), None) => *budget,
             (other, None) => return Err(no_error(other)),
         };
