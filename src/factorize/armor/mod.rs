@@ -89,7 +89,7 @@ impl Default for Armor {
             block: None,
             overhead: 0.08,
             diagonal_sweeps: 8,
-            sweeps: 6,
+            sweeps: 12,
             inertia: 0.8,
             damping: 1e-3,
             share: None,
