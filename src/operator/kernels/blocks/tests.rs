@@ -118,8 +118,8 @@ fn equals_the_naive_sums_for_every_shape() {
     if cfg!(miri) {
         // One path, interpreted: all heights of tiles and all widths of panels, once.
         let [.., mixed, _, tall] = shapes;
-        check::<f32>(mixed, &[0, 1, 3, 17, 67], Arch::Scalar);
-        return check::<f64>(&tall[1..], &[1, 5], Arch::Scalar);
+        check::<f32>(mixed, &[0, 1, 3, 9], Arch::Scalar);
+        return check::<f64>(&tall[1..], &[5], Arch::Scalar);
     }
     for arch in architectures() {
         for extents in shapes {
