@@ -15,7 +15,7 @@ use ndarray::{Array2, Axis, s};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::state::{Form, State};
+use super::state::{Form, State, dot};
 use crate::coder::{Judge, LANES, Masks, Pattern, Tables, Vectors};
 use crate::linalg::matmul_into;
 use crate::operator::Nm;
@@ -208,9 +208,9 @@ impl<T: Real, V: Copy> Step<'_, T, V> {
 }
 
 impl<T: Real> State<'_, T> {
-    /// S-step: all groups once, tile after tile; the loss does not rise.
-    pub(super) fn step_core(&mut self, form: &Form<'_, T>, nm: Nm, block: usize) {
-        let (_, n) = self.weight.dim();
+    /// S-step: all groups once, tile after tile; the loss does not rise. Returns what it changes by.
+    pub(super) fn step_core(&mut self, form: &Form<'_, T>, nm: Nm, block: usize) -> f64 {
+        let ((_, n), mut change) = (self.weight.dim(), 0.0);
         let height = self.rows.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
         let squares: Vec<Array2<T>> = self.left.iter().map(|a| multiply(a.t(), a.view())).collect();
         for range in tiles(n, block, nm) {
@@ -234,9 +234,10 @@ impl<T: Real> State<'_, T> {
                 None => blocks.par_chunks(LANES).map(run).collect(),
             };
             for (blocks, batch) in blocks.chunks(LANES).zip(&batches) {
-                self.scatter(blocks, batch, (&tables, &b), &range);
+                change += self.scatter(blocks, batch, (&tile, &b), &right, &range);
             }
         }
+        change
     }
 
     fn gather(
@@ -271,14 +272,16 @@ impl<T: Real> State<'_, T> {
         batch
     }
 
+    /// Takes over what a batch found; `right` is E·G·Bᵀ before. Returns what the loss changes by.
     fn scatter(
         &mut self,
         blocks: &[usize],
         batch: &Batch<T>,
-        (tables, b): (&Tables<T>, &Array2<T>),
+        (tile, b): (&Tile<'_, T>, &Array2<T>),
+        right: &Array2<T>,
         range: &Range<usize>,
-    ) {
-        let width = range.len();
+    ) -> f64 {
+        let (width, tables, mut loss) = (range.len(), tile.tables, 0.0);
         for (lane, &p) in blocks.iter().enumerate() {
             let part = self.rows[p].clone();
             let mut change = Array2::zeros((part.len(), width));
@@ -300,9 +303,13 @@ impl<T: Real> State<'_, T> {
                 }
             }
             let moved = multiply(self.left[p].view(), change.view());
+            // 2·⟨D, E·G·Bᵀ⟩ + tr(D·H·Dᵀ) for D = A·dS.
+            let both = multiply(moved.view(), tile.form.view()) + &right.slice(s![part.clone(), ..]) * T::from_f64(2.0);
+            loss += dot(both.view(), moved.view());
             let to = self.error.slice_mut(s![part, range.clone()]);
             matmul_into(T::one(), moved.view(), b.view(), T::one(), to);
         }
+        loss
     }
 }
 

@@ -35,6 +35,7 @@ use crate::operator::{BlockDiagonal, Nm, NmSparse, Operator};
 use crate::scalar::{DType, Real};
 
 mod core;
+mod inertia;
 mod paper;
 mod state;
 
@@ -55,6 +56,9 @@ pub struct Armor {
     pub diagonal_sweeps: usize,
     /// Sweeps in the whole Gram matrix.
     pub sweeps: usize,
+    /// How far a sweep begins beyond the end of the last one, as a fraction of what that one did; below 1. A sweep
+    /// that ends with a larger error is taken back. 0: plain sweeps.
+    pub inertia: f64,
     /// What is added to the diagonal of a Gram matrix, as a fraction of its mean.
     pub damping: f64,
     /// What the weights of a group share: B, if they share inputs.
@@ -85,7 +89,8 @@ impl Default for Armor {
             block: None,
             overhead: 0.08,
             diagonal_sweeps: 8,
-            sweeps: 6,
+            sweeps: 12,
+            inertia: 0.8,
             damping: 1e-3,
             share: None,
             solver: Solver::Exact,
@@ -119,7 +124,7 @@ impl<T: Real> Factorize<T> for Armor {
         let (m, n) = joint(group);
         let squares = if metric.input == InputMetric::Gram { 5 * n * n } else { 0 };
         let moments = if self.solver == Solver::Paper { 6 * m * n } else { 0 };
-        Ok(Forecast { bytes, exact: true, memory: 8 * (9 * m * n + moments + squares) as u64 })
+        Ok(Forecast { bytes, exact: true, memory: 8 * (13 * m * n + moments + squares) as u64 })
     }
 }
 
@@ -147,6 +152,7 @@ impl Armor {
         no_rank("armor", budget)?;
         fraction("damping", self.damping)?;
         fraction("overhead", self.overhead)?;
+        fraction("inertia", self.inertia)?;
         if self.block == Some(0) {
             return Err(Error::Unsupported("block = 0: expected at least 1".into()));
         }
@@ -240,7 +246,7 @@ impl Armor {
         let values = Array2::from_shape_fn(weight.dim(), |at| if kept[at] { weight[at] } else { T::zero() });
         let mut state = State::new(weight, Coded { values, kept }, rows, columns, first.backend);
         let narrow = squares.mapv(T::from_f64);
-        self.sweep(&mut state, &Form::Diagonal(narrow.view()), nm, block, self.diagonal_sweeps)?;
+        state.descend(&Form::Diagonal(narrow.view()), (nm, block), self.diagonal_sweeps, self.inertia)?;
         if let Weighting::Gram(gram) = &metric.input {
             let factor = Factor::<T>::new(gram.matrix(), self.damping, first.backend)?;
             unusual(&factor, self.damping, notes);
@@ -248,27 +254,14 @@ impl Armor {
             let ridge = damping * squares.sum() / squares.len().max(1) as f64;
             let mut damped = gram.matrix().mapv(T::from_f64);
             damped.diag_mut().iter_mut().zip(&squares).for_each(|(d, full)| *d = T::from_f64(full + ridge));
-            self.sweep(&mut state, &Form::Full(damped.view()), nm, block, self.sweeps)?;
+            let form = Form::full(damped.view(), state.weight.view());
+            // The last one is plain: it settles at the bottom of the valley.
+            let last = self.sweeps.min(1);
+            state.descend(&form, (nm, block), self.sweeps - last, self.inertia)?;
+            state.descend(&form, (nm, block), last, 0.0)?;
         }
         state.scale_rows(|i| 1.0 / scales[i]);
         Ok(state)
-    }
-
-    fn sweep<T: Real>(
-        &self,
-        state: &mut State<'_, T>,
-        form: &Form<'_, T>,
-        nm: Nm,
-        block: usize,
-        sweeps: usize,
-    ) -> Result<()> {
-        for _ in 0..sweeps {
-            state.refresh();
-            state.step_left(form)?;
-            state.step_right(form)?;
-            state.step_core(form, nm, block);
-        }
-        Ok(())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Zip, s};
 
 use crate::coder::Coded;
 use crate::error::Result;
@@ -14,16 +14,21 @@ use crate::scalar::Real;
 pub(super) enum Form<'a, T> {
     /// diag(d).
     Diagonal(ArrayView1<'a, T>),
-    /// G, n×n.
-    Full(ArrayView2<'a, T>),
+    /// G, n×n, and W·G, m×n.
+    Full(ArrayView2<'a, T>, Array2<T>),
 }
 
-impl<T: Real> Form<'_, T> {
+impl<'a, T: Real> Form<'a, T> {
+    /// The form G of a weight.
+    pub(super) fn full(g: ArrayView2<'a, T>, weight: ArrayView2<'_, T>) -> Self {
+        Form::Full(g, matmul(weight, g))
+    }
+
     /// X·G.
     pub(super) fn times(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
             Form::Diagonal(d) => &x * d,
-            Form::Full(g) => matmul(x, *g),
+            Form::Full(g, _) => matmul(x, *g),
         }
     }
 
@@ -31,7 +36,7 @@ impl<T: Real> Form<'_, T> {
     pub(super) fn columns(&self, x: ArrayView2<'_, T>, part: Range<usize>) -> Array2<T> {
         match self {
             Form::Diagonal(d) => &x.slice(s![.., part.clone()]) * &d.slice(s![part]),
-            Form::Full(g) => matmul(x, g.slice(s![.., part])),
+            Form::Full(g, _) => matmul(x, g.slice(s![.., part])),
         }
     }
 
@@ -39,9 +44,14 @@ impl<T: Real> Form<'_, T> {
     pub(super) fn block(&self, part: Range<usize>) -> Array2<f64> {
         match self {
             Form::Diagonal(d) => Array2::from_diag(&d.slice(s![part]).mapv(Real::wide)),
-            Form::Full(g) => g.slice(s![part.clone(), part]).mapv(Real::wide),
+            Form::Full(g, _) => g.slice(s![part.clone(), part]).mapv(Real::wide),
         }
     }
+}
+
+/// ⟨A, B⟩.
+pub(super) fn dot<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> f64 {
+    Zip::from(a).and(b).fold(0.0, |sum, a, b| sum + a.wide() * b.wide())
 }
 
 fn matmul<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
@@ -122,28 +132,38 @@ impl<'a, T: Real> State<'a, T> {
     /// tr(E·G·Eᵀ).
     #[cfg(test)]
     pub(super) fn loss(&self, form: &Form<'_, T>) -> f64 {
-        let product = form.times(self.error.view());
-        product.iter().zip(&self.error).map(|(a, b)| a.wide() * b.wide()).sum()
+        dot(form.times(self.error.view()).view(), self.error.view())
     }
 
-    /// A-step: with Z = S·B each block of A is a regression, A ← A − E·G·Zᵀ·(Z·G·Zᵀ)⁻¹.
-    pub(super) fn step_left(&mut self, form: &Form<'_, T>) -> Result<()> {
+    /// A-step: with Z = S·B each block of A is a regression, A ← A − E·G·Zᵀ·(Z·G·Zᵀ)⁻¹. Returns the loss.
+    pub(super) fn step_left(&mut self, form: &Form<'_, T>) -> Result<f64> {
         let z = self.right_side();
         let zg = form.times(z.view());
-        let kernels = f64::kernels(self.backend);
+        let (kernels, mut loss) = (f64::kernels(self.backend), 0.0);
         for (part, a) in self.rows.iter().zip(&mut self.left) {
             let rows = s![part.clone(), ..];
             let wide = zg.slice(rows).mapv(Real::wide);
             let normal = wide.dot_rows(z.slice(rows), kernels);
             let residual = wide.dot_rows(self.error.slice(rows), kernels);
             // N·Xᵀ = (E·G·Zᵀ)ᵀ; both N and X are b×b.
-            let Some(step) = solve(normal, residual, kernels) else { continue };
-            let step = step.t().mapv(|v| T::from_f64(-v));
-            matmul_into(T::one(), step.view(), z.slice(rows), T::one(), self.error.slice_mut(rows));
-            *a += &step;
+            if let Some(step) = solve(normal, residual, kernels) {
+                let step = step.t().mapv(|v| T::from_f64(-v));
+                matmul_into(T::one(), step.view(), z.slice(rows), T::one(), self.error.slice_mut(rows));
+                *a += &step;
+            }
+            // E·G = A·(Z·G) − W·G spares a product with G.
+            let error = self.error.slice(rows);
+            loss += match form {
+                Form::Diagonal(d) => dot((&error * d).view(), error),
+                Form::Full(_, image) => {
+                    let mut force = image.slice(rows).to_owned();
+                    matmul_into(T::one(), a.view(), zg.slice(rows), -T::one(), force.view_mut());
+                    dot(force.view(), error)
+                }
+            };
         }
         self.gauge();
-        Ok(())
+        Ok(loss)
     }
 
     /// Columns of A at unit norm, the rows of S take the scale.
@@ -160,31 +180,41 @@ impl<'a, T: Real> State<'a, T> {
     }
 
     /// B-step, one block after the other: with Y = A·S, B ← B − (YᵀY)⁻¹·Yᵀ·(E·G)_q·G_qq⁻¹. A diagonal G
-    /// cancels.
-    pub(super) fn step_right(&mut self, form: &Form<'_, T>) -> Result<()> {
+    /// cancels. Returns what the loss changes by.
+    pub(super) fn step_right(&mut self, form: &Form<'_, T>) -> Result<f64> {
         let y = self.left_side();
-        let kernels = f64::kernels(self.backend);
+        let (kernels, mut change) = (f64::kernels(self.backend), 0.0);
         for (part, b) in self.columns.iter().zip(&mut self.right) {
             let columns = s![.., part.clone()];
             let own = y.slice(columns);
             let wide = own.t().mapv(Real::wide);
             let normal = wide.dot_rows(own.t(), kernels);
-            let residual = match form {
-                Form::Diagonal(_) => kernels.matmul(wide.view(), self.error.slice(columns).mapv(Real::wide).view()),
-                Form::Full(g) => {
+            let square = form.block(part.clone());
+            // R with N·X = R, and Yᵀ·(E·G)_q.
+            let (residual, gradient) = match form {
+                Form::Diagonal(_) => {
+                    let residual = kernels.matmul(wide.view(), self.error.slice(columns).mapv(Real::wide).view());
+                    let gradient = kernels.matmul(residual.view(), square.view());
+                    (residual, gradient)
+                }
+                Form::Full(g, _) => {
                     let projected = matmul(own.t(), self.error.view());
                     let gradient = matmul(projected.view(), g.slice(columns)).mapv(Real::wide);
-                    // X·G_qq = gradient, solved as G_qq·Xᵀ = gradientᵀ.
-                    let Some(x) = solve(form.block(part.clone()), gradient.reversed_axes(), kernels) else { continue };
-                    x.reversed_axes()
+                    // R·G_qq = gradient, solved as G_qq·Rᵀ = gradientᵀ.
+                    let turned = gradient.t().as_standard_layout().into_owned();
+                    let Some(x) = solve(square.clone(), turned, kernels) else { continue };
+                    (x.reversed_axes(), gradient)
                 }
             };
-            let Some(step) = solve(normal, residual, kernels) else { continue };
+            let Some(step) = solve(normal.clone(), residual, kernels) else { continue };
+            // tr(Xᵀ·N·X·G_qq) − 2·⟨X, gradient⟩ for B − X.
+            let bent = kernels.matmul(kernels.matmul(normal.view(), step.view()).view(), square.view());
+            change += dot((bent - gradient * 2.0).view(), step.view());
             let step = step.mapv(|v| T::from_f64(-v));
             matmul_into(T::one(), own, step.view(), T::one(), self.error.slice_mut(columns));
             *b += &step;
         }
-        Ok(())
+        Ok(change)
     }
 
     /// Multiplies A by a diagonal from the left.

@@ -10,7 +10,7 @@ use crate::metric::Metric;
 use crate::operator::LinearOperator;
 use crate::stats::Gram;
 
-fn numbers(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+pub(super) fn numbers(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     Array2::from_shape_fn((rows, columns), |_| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -18,7 +18,7 @@ fn numbers(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
     })
 }
 
-fn form(n: usize, seed: u64) -> Array2<f64> {
+pub(super) fn form(n: usize, seed: u64) -> Array2<f64> {
     let mut x = numbers(n, 2 * n, seed);
     let common = numbers(1, 2 * n, seed + 1);
     for (j, mut row) in x.rows_mut().into_iter().enumerate() {
@@ -28,7 +28,7 @@ fn form(n: usize, seed: u64) -> Array2<f64> {
     x.dot(&x.t()) / (2 * n) as f64
 }
 
-fn nowag(w: &Array2<f64>, squares: ndarray::ArrayView1<'_, f64>) -> Coded<f64> {
+pub(super) fn nowag(w: &Array2<f64>, squares: ndarray::ArrayView1<'_, f64>) -> Coded<f64> {
     let score = scores(Rule::Nowag, w.view(), squares);
     prune(w.view(), score.view(), Pattern::Groups(Nm::TWO_FOUR), 0)
 }
@@ -41,22 +41,23 @@ fn no_step_raises_the_loss_with_any_block_that_fits_or_not() {
         let diagonal = g.diag().to_owned();
         let start = nowag(&w, diagonal.view());
         let mut state = State::new(w.clone(), start, parts(m, block), parts(n, block), &Faer);
-        let forms = [Form::Diagonal(diagonal.view()), Form::Full(g.view())];
+        let forms = [Form::Diagonal(diagonal.view()), Form::full(g.view(), w.view())];
         for form in &forms {
             let mut last = state.loss(form);
             let first = last;
             for sweep in 0..4 {
                 for step in 0..3 {
-                    match step {
+                    let said = match step {
                         0 => state.step_left(form).unwrap(),
-                        1 => state.step_right(form).unwrap(),
-                        _ => state.step_core(form, Nm::TWO_FOUR, block),
-                    }
+                        1 => last + state.step_right(form).unwrap(),
+                        _ => last + state.step_core(form, Nm::TWO_FOUR, block),
+                    };
                     let carried = state.error.clone();
                     state.refresh();
                     let drift = (&carried - &state.error).iter().fold(0.0f64, |a, v| a.max(v.abs()));
                     assert!(drift < 1e-10, "{m}x{n}/{block}: the carried error is off by {drift}");
                     let now = state.loss(form);
+                    assert!((said / now - 1.0).abs() < 1e-9, "{m}x{n}/{block} step {step}: {now}, said {said}");
                     assert!(now <= last * (1.0 + 1e-9), "{m}x{n}/{block} sweep {sweep} step {step}: {last} to {now}");
                     last = now;
                 }
@@ -76,7 +77,7 @@ fn between_identities_the_core_step_is_a_sweep_of_the_coder() {
         let (w, g) = (numbers(m, n, 1), form(n, 2));
         let start = nowag(&w, g.diag());
         let mut state = State::new(w.clone(), start.clone(), parts(m, 8), parts(n, 8), &Faer);
-        state.step_core(&Form::Full(g.view()), Nm::TWO_FOUR, 8);
+        state.step_core(&Form::full(g.view(), w.view()), Nm::TWO_FOUR, 8);
         let tables = Tables::new(g.view(), 0.0, Pattern::Groups(Nm::TWO_FOUR));
         let coder = descend(w.view(), g.view(), &tables, &start, 1).unwrap();
         assert_eq!(state.core.kept, coder.kept);
@@ -95,8 +96,8 @@ fn without_sweeps_it_is_nowag() {
     assert_eq!(operator.to_dense(), start.values);
 }
 
-/// Loss at the start and after many sweeps, for W made of such a product.
-fn planted(size: usize, distance: f64, seed: u64) -> (f64, f64) {
+/// Loss at the start and after some sweeps, for W made of such a product.
+fn planted(size: usize, distance: f64, seed: u64, (sweeps, inertia): (usize, f64)) -> (f64, f64) {
     let block = 4;
     let ones = Array1::<f64>::ones(size);
     let core = nowag(&numbers(size, size, seed), ones.view());
@@ -113,20 +114,21 @@ fn planted(size: usize, distance: f64, seed: u64) -> (f64, f64) {
     let mut state = State::new(w.clone(), nowag(&w, ones.view()), blocks(), blocks(), &Faer);
     let form = Form::Diagonal(ones.view());
     let first = state.loss(&form);
-    for _ in 0..150 {
-        state.refresh();
-        state.step_left(&form).unwrap();
-        state.step_right(&form).unwrap();
-        state.step_core(&form, Nm::TWO_FOUR, block);
-    }
+    state.descend(&form, (Nm::TWO_FOUR, block), sweeps, inertia).unwrap();
     (first, state.loss(&form))
 }
 
 #[test]
-fn a_planted_product_is_found() {
+fn a_planted_product_is_found_and_with_inertia_sooner() {
     for seed in 1..5 {
-        let (first, last) = planted(32, 0.2, seed);
-        assert!(first > 1.0 && last < 1e-3 * first, "{first} to {last}");
+        let (first, plain) = planted(32, 0.2, seed, (150, 0.0));
+        assert!(first > 1.0 && plain < 1e-3 * first, "{first} to {plain}");
+        // Near the identity both find it; further off, where no product is found, inertia saves half of the sweeps.
+        let after = |distance, sweeps, inertia| planted(32, distance, seed, (sweeps, inertia)).1;
+        let (plain, fast) = (after(0.2, 20, 0.0), after(0.2, 20, 0.8));
+        assert!(fast < 0.6 * plain, "{fast} and {plain} after 20 sweeps");
+        let (plain, fast) = (after(0.5, 40, 0.0), after(0.5, 20, 0.8));
+        assert!(fast < plain, "{fast} after 20 sweeps, {plain} after 40 plain ones");
     }
 }
 
@@ -169,12 +171,7 @@ fn the_published_solver_descends_in_its_proxy_and_the_exact_one_is_below_it_afte
     let core = nowag(&normal, squares.view());
     let mut state = State::new(normal, core, parts(m, block), parts(n, block), &Faer);
     let form = Form::Diagonal(squares.view());
-    for _ in 0..20 {
-        state.refresh();
-        state.step_left(&form).unwrap();
-        state.step_right(&form).unwrap();
-        state.step_core(&form, Nm::TWO_FOUR, block);
-    }
+    state.descend(&form, (Nm::TWO_FOUR, block), 20, 0.0).unwrap();
     assert!(state.loss(&form) < paper, "{} against {paper}", state.loss(&form));
 }
 
