@@ -98,5 +98,24 @@ fn all(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, all);
+/// One token through matrices of a small language model and their two factors of half the bytes, beside ndarray's own
+/// product. All fit into the cache: of what memory allows, `evaluate` tells.
+fn one_vector(c: &mut Criterion) {
+    let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(1).build() else { return };
+    for (m, n) in [(576, 576), (1536, 576), (576, 1536)] {
+        let (w, x, r) = (numbers(m, n), numbers(1, n), m * n / (2 * (m + n)));
+        let dense = |a: Array2<f32>| Operator::Dense(Dense::new(a));
+        let factors = vec![dense(numbers(m, r)), dense(numbers(r, n))];
+        let Ok(factors) = Operator::product_of(factors) else { return };
+        let mut group = c.benchmark_group(format!("operator/f32/{m}x{n}/one vector"));
+        let column = x.row(0);
+        group.bench_function("ndarray", |b| b.iter(|| w.dot(black_box(&column))));
+        for (name, operator) in [("dense", dense(w.clone())), ("factors, half", factors)] {
+            group.bench_function(name, |b| pool.install(|| b.iter(|| operator.forward(black_box(x.view())).is_ok())));
+        }
+        group.finish();
+    }
+}
+
+criterion_group!(benches, all, one_vector);
 criterion_main!(benches);

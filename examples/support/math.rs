@@ -61,8 +61,16 @@ fn rows_mut(x: &mut Array2<f32>) -> std::slice::ChunksExactMut<'_, f32> {
 pub fn rms_scale(x: &Array2<f32>, eps: f32) -> Vec<f32> {
     let mut scale = vec![0.0f32; x.ncols()];
     Arch::new().dispatch(|| {
-        for row in rows(x) {
-            scale.iter_mut().zip(row).for_each(|(s, v)| *s += v * v);
+        match (x.as_slice(), &mut scale[..]) {
+            // One token: its features are what lies in order.
+            (Some(x), [scale]) => {
+                let mut sums = [0.0f32; 32];
+                let (whole, rest) = x.as_chunks::<32>();
+                whole.iter().for_each(|x| sums.iter_mut().zip(x).for_each(|(s, v)| *s += v * v));
+                sums.iter_mut().zip(rest).for_each(|(s, v)| *s += v * v);
+                *scale = sums.iter().sum();
+            }
+            _ => rows(x).for_each(|row| scale.iter_mut().zip(row).for_each(|(s, v)| *s += v * v)),
         }
         scale.iter_mut().for_each(|s| *s = 1.0 / (*s / x.nrows() as f32 + eps).sqrt());
     });
@@ -72,9 +80,14 @@ pub fn rms_scale(x: &Array2<f32>, eps: f32) -> Vec<f32> {
 /// Every token divided by its root mean square, every feature times its gain.
 pub fn rms_norm(x: &Array2<f32>, gain: &Array1<f32>, eps: f32) -> Array2<f32> {
     let (mut y, scale) = (Array2::zeros(x.dim()), rms_scale(x, eps));
-    Arch::new().dispatch(|| {
-        for ((y, x), gain) in rows_mut(&mut y).zip(rows(x)).zip(gain) {
-            y.iter_mut().zip(x).zip(&scale).for_each(|((y, x), s)| *y = x * s * gain);
+    Arch::new().dispatch(|| match (y.as_slice_mut(), x.as_slice(), gain.as_slice(), &scale[..]) {
+        (Some(y), Some(x), Some(gain), [s]) => {
+            y.iter_mut().zip(x).zip(gain).for_each(|((y, x), gain)| *y = x * s * gain);
+        }
+        _ => {
+            for ((y, x), gain) in rows_mut(&mut y).zip(rows(x)).zip(gain) {
+                y.iter_mut().zip(x).zip(&scale).for_each(|((y, x), s)| *y = x * s * gain);
+            }
         }
     });
     y
@@ -101,9 +114,8 @@ pub fn layer_norm(x: &mut Array2<f32>, gain: &Array1<f32>, bias: &Array1<f32>, e
 /// gate ← SiLU(gate)·up.
 pub fn swiglu(gate: &mut Array2<f32>, up: &Array2<f32>) {
     Arch::new().dispatch(|| {
-        for (gate, up) in rows_mut(gate).zip(rows(up)) {
-            gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u);
-        }
+        let (gate, up) = (gate.as_slice_mut().unwrap_or_default(), up.as_slice().unwrap_or_default());
+        gate.iter_mut().zip(up).for_each(|(g, u)| *g = *g / (1.0 + exp(-*g)) * u);
     });
 }
 

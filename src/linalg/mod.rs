@@ -23,6 +23,7 @@ pub(crate) mod pages;
 mod product;
 mod slices;
 mod transform;
+mod vector;
 
 pub use self::faer::Faer;
 #[cfg(feature = "lapack")]
@@ -32,6 +33,7 @@ pub(crate) use self::product::matmul_into;
 use self::product::{mirror, upper_triangle};
 pub use self::slices::{SingularTriplet, leading_triplets};
 pub use self::transform::Transform;
+pub(crate) use self::vector::rows_times_to;
 
 /// Eigenvalues, largest first, and the orthonormal eigenvectors as columns: A = V·diag(λ)·Vᵀ.
 #[derive(Debug, Clone)]

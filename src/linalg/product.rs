@@ -1,11 +1,12 @@
-//! The matrix product on ndarray views of any strides, by the `gemm` crate.
+//! The matrix product on ndarray views of any strides, by the `gemm` crate; that with one vector by a kernel of its own.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
+use super::vector::multiply_vector;
 use crate::scalar::Real;
 
 /// Below this many multiply-adds a product runs on one thread.
-const PARALLEL_FROM: usize = 1 << 20;
+pub(super) const PARALLEL_FROM: usize = 1 << 20;
 
 /// C ← α·A·B + β·C. Uses the global pool for large products, unless the calling thread is a rayon
 /// worker already: then the caller is parallel and nesting would only add waiting.
@@ -22,6 +23,9 @@ pub(crate) fn matmul_into<T: Real>(
     let ((m, k), n) = (a.dim(), b.ncols());
     assert_eq!((b.nrows(), c.dim()), (k, (m, n)), "product of {m}x{k} and {}x{n} into {:?}", b.nrows(), c.dim());
     if m == 0 || n == 0 {
+        return;
+    }
+    if n == 1 && multiply_vector(alpha, a, b, beta, &mut c) {
         return;
     }
     if costly_to_pack(&a, &b, &c) {

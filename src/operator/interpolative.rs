@@ -9,6 +9,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::{IndexSet, LinearOperator, Operator};
 use crate::error::{Error, Result};
+use crate::linalg::rows_times_to;
 use crate::scalar::Real;
 
 /// On which side of a product the interpolation matrix stands.
@@ -67,6 +68,15 @@ impl<T: Real> Interpolative<T> {
         y
     }
 
+    /// [x ; T·x] of one vector with all in its place at once, where T is a matrix.
+    fn spread_one(&self, x: ArrayView2<'_, T>) -> Option<Array2<T>> {
+        let (Operator::Dense(t), 1) = (self.coefficients.unshared(), x.ncols()) else { return None };
+        let (mut y, column) = (Array2::zeros((self.pivots.len(), 1)), x.column(0));
+        scatter(self.pivots.chosen(), x, &mut y);
+        rows_times_to(t.values(), column.to_slice()?, y.as_slice_mut()?, &self.rest);
+        Some(y)
+    }
+
     /// x[pivots] + T·x[rest].
     fn gather(&self, x: ArrayView2<'_, T>, t: impl Fn(ArrayView2<'_, T>) -> Array2<T>) -> Array2<T> {
         let mut y = t(self.select(x).view());
@@ -104,7 +114,10 @@ impl<T: Real> LinearOperator<T> for Interpolative<T> {
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let t = &self.coefficients;
-        if self.side == Side::Left { self.spread(t.product(x), x) } else { self.gather(x, |rest| t.product(rest)) }
+        match self.side {
+            Side::Left => self.spread_one(x).unwrap_or_else(|| self.spread(t.product(x), x)),
+            Side::Right => self.gather(x, |rest| t.product(rest)),
+        }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let t = |x: ArrayView2<'_, T>| self.coefficients.product_transposed(x);

@@ -185,7 +185,7 @@ impl Load for u16 {
 /// Asks for the lines of the chunk that comes [`AHEAD`] bytes later.
 #[inline(always)]
 pub(super) fn prefetch<L>(kept: &Chunk<L>) {
-    crate::operator::kernels::prefetch(kept, AHEAD);
+    crate::simd::prefetch(kept, AHEAD);
 }
 
 /// Where the group of a lane begins among the numbers that a permutation chooses from.
