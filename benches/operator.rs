@@ -12,8 +12,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, s};
 use weightpress::Result;
 use weightpress::operator::{
-    Bitmask, BlockDiagonal, Dense, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation, Runs,
-    Side,
+    Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation,
+    Quantized, Runs, Side,
 };
 use weightpress::scalar::DType;
 
@@ -63,7 +63,15 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     // Half the bytes: a bit for each entry, and 15 of 32 values.
     let kept = Array2::from_shape_fn((n, n), |(i, j)| (i * 31 + j * 17 + i * j) % 32 < 15);
     let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
+    let codes = |bits: u8| {
+        let scales = Dense::rounded(Array2::from_elem((n, n.div_ceil(128)), 0.01), DType::F16)?;
+        Quantized::nearest(w.view(), Grid::new(bits, 128.min(n), scales, None)?).map(Operator::Quantized)
+    };
     Ok(vec![
+        ("8 bits", codes(8)?),
+        ("4 bits", codes(4)?),
+        ("3 bits", codes(3)?),
+        ("2 bits", codes(2)?),
         ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),
         ("2:4, bf16", sparse(DType::BF16)?),

@@ -224,7 +224,7 @@ impl<T: Real> Rounded<T> {
     fn rescale(&mut self, form: ArrayView2<'_, T>, start: usize, end: usize, dtype: DType) {
         let forces = self.forces(form, start, end);
         let mut numbers = self.strip.coded.slice(s![start..end, ..]).to_owned();
-        numbers.zip_mut_with(&self.steps.slice(s![start..end, ..]), |number, &step| *number = *number * inverse(step));
+        numbers.zip_mut_with(&self.steps.slice(s![start..end, ..]), |number, &step| *number *= inverse(step));
         let mut image = Array2::zeros(numbers.dim());
         matmul_into(T::one(), form.slice(s![start..end, start..end]), numbers.view(), T::zero(), image.view_mut());
         let width = self.strip.width();

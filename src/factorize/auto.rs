@@ -33,16 +33,14 @@ pub struct Auto {
 
 impl Default for Auto {
     fn default() -> Self {
-        let quantize = |group, inner: Option<Method>| {
-            Method::Quantize(Quantize { group, inner: inner.map(Box::new), ..Quantize::default() })
-        };
+        let quantize = |group, symmetric| Method::Quantize(Quantize { group, symmetric, ..Quantize::default() });
         Auto {
             levels: vec![0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8],
             cap: None,
             candidates: vec![
-                quantize(128, None),
-                quantize(0, None),
-                quantize(128, Some(Method::Svd(Svd::default()))),
+                quantize(0, true),
+                quantize(128, true),
+                quantize(32, false),
                 Method::Svd(Svd::default()),
                 Method::Bitmask(Bitmask::default()),
             ],

@@ -1,5 +1,6 @@
 //! One integration binary; its modules mirror `src`, and `examples`.
 
+mod cache;
 mod checkpoint;
 mod cli;
 mod convert;

@@ -62,7 +62,7 @@ fn recipe(budget: &str, rest: &str) -> Recipe {
     .unwrap()
 }
 
-fn run(
+pub fn run(
     model: &Path,
     out: &Path,
     recipe: &Recipe,

@@ -28,7 +28,7 @@ pub(super) struct Fit<'a, T: Real> {
     pub(super) mix: bool,
     pub(super) seed: u64,
     pub(super) notes: &'a mut Vec<String>,
-    pub(super) shared: Vec<(Arc<Operator<T>>, Arc<Operator<T>>)>,
+    pub(super) shared: Vec<[Arc<Operator<T>>; 2]>,
 }
 
 impl<T: Real> Fit<'_, T> {
@@ -53,11 +53,11 @@ impl<T: Real> Fit<'_, T> {
             Operator::Product(factors) => Operator::product_of(self.product(factors, target, input)?)?,
             Operator::Sum(terms) => self.sum(terms, target, input)?,
             Operator::Shared(inner) => {
-                if let Some((_, known)) = self.shared.iter().find(|(from, _)| Arc::ptr_eq(from, inner)) {
+                if let Some([_, known]) = self.shared.iter().find(|[from, _]| Arc::ptr_eq(from, inner)) {
                     return Ok(Operator::Shared(known.clone()));
                 }
                 let rounded = Arc::new(self.alone(inner, input)?);
-                self.shared.push((inner.clone(), rounded.clone()));
+                self.shared.push([inner.clone(), rounded.clone()]);
                 Operator::Shared(rounded)
             }
             Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.clone(),

@@ -218,7 +218,8 @@ impl Quantize {
                 high = room;
             }
             least = least.min(size);
-            if room >= before && fits || fits && size as f64 >= enough * limit as f64 || high - low <= 1 {
+            let full = fits && (room >= before || size as f64 >= enough * limit as f64);
+            if full || high - low <= 1 {
                 break;
             }
             let scaled = (room as f64 * limit as f64 / size.max(1) as f64) as u64;

@@ -108,7 +108,8 @@ fn factors_make_up_for_each_other_within_the_budget() {
             assert!(found.bytes() as f64 >= 0.8 * keep * problem.bytes() as f64, "{found}: {}", found.bytes());
             // Each factor to its own nearest, of the same expression.
             let mut notes = Vec::new();
-            let exact = method.inner(method.inner.as_ref().unwrap(), &[problem.clone()], bits, &mut notes).unwrap();
+            let exact =
+                method.inner(method.inner.as_ref().unwrap(), std::slice::from_ref(&problem), bits, &mut notes).unwrap();
             let nearest = how_nearest(&method, bits, &problem);
             let apart = leafwise(&exact[0], &nearest);
             let apart = problem.error_of(&apart);

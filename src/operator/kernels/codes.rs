@@ -138,7 +138,7 @@ impl<T: Real> CodedRow<'_, T> {
     fn middle(&self, first: usize, count: usize, half: i16, to: &mut [T; CHUNK]) {
         let bit = first * usize::from(self.bits);
         // To a whole byte: eight codes back at most.
-        let skip = if bit % 8 == 0 { 0 } else { first % 8 };
+        let skip = if bit.is_multiple_of(8) { 0 } else { first % 8 };
         let bytes = &self.codes[(first - skip) * usize::from(self.bits) / 8..];
         each_code(self.bits, bytes, skip + count, |j, code| {
             if j >= skip {

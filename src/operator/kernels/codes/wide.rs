@@ -35,8 +35,8 @@ impl Planes {
         let block = in_word * LANES;
         // A block lies in one group, or a group is some whole lanes of a block.
         let lanes = match group {
-            _ if group >= x.len() || group % block == 0 => None,
-            _ if block % group == 0 && group % in_word == 0 => {
+            _ if group >= x.len() || group.is_multiple_of(block) => None,
+            _ if block.is_multiple_of(group) && group.is_multiple_of(in_word) => {
                 Some(std::array::from_fn(|lane| (lane * in_word / group) as u32))
             }
             _ => return None,
