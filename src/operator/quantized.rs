@@ -237,7 +237,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         }
         let mut y = Array2::zeros((m, b));
         let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
-            let rows = self.panel(at, y.nrows());
+            let rows = self.panel(arch, at, y.nrows());
             matmul_into(T::one(), rows.view(), x, T::zero(), y);
         };
         each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), m * n * b, panel);
@@ -246,7 +246,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.columns, x.ncols()));
         for (at, x) in x.axis_chunks_iter(Axis(0), PANEL).enumerate() {
-            let rows = self.panel(at, x.nrows());
+            let rows = self.panel(Arch::new(), at, x.nrows());
             matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());
         }
         y
@@ -263,7 +263,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
     fn to_dense(&self) -> Array2<T> {
         let mut dense = Array2::zeros(self.shape());
         for (at, mut to) in dense.axis_chunks_iter_mut(Axis(0), PANEL).enumerate() {
-            let rows = self.panel(at, to.nrows());
+            let rows = self.panel(Arch::new(), at, to.nrows());
             to.assign(&rows);
         }
         dense
@@ -272,11 +272,11 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
 
 impl<T: Real> Quantized<T> {
     /// Some rows, written out.
-    fn panel(&self, at: usize, count: usize) -> Array2<T> {
+    fn panel(&self, arch: Arch, at: usize, count: usize) -> Array2<T> {
         let mut rows = Array2::zeros((count, self.columns));
         for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
             if let Some(row) = row.as_slice_mut() {
-                self.row(at * PANEL + i).write(row);
+                self.row(at * PANEL + i).write(arch, row);
             }
         }
         rows

@@ -92,12 +92,30 @@ impl<T: Real> CodedRow<'_, T> {
     }
 
     /// Writes the row out.
-    pub(crate) fn write(&self, to: &mut [T]) {
-        each_code(self.bits, self.codes, self.columns, |j, code| to[j] = T::from_f64(code.into()));
+    pub(crate) fn write(&self, arch: Arch, to: &mut [T]) {
+        self.unpack(arch, to);
         for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.scales).enumerate() {
-            let zero = T::from_f64(self.zeros.map_or(self.half(), |zeros| zeros[g]).into());
-            part.iter_mut().for_each(|v| *v = scale * (*v - zero));
+            let shift = self.zeros.map_or(0, |zeros| i16::from(zeros[g]) - i16::from(self.half()));
+            let shift = T::from_f64(shift.into());
+            part.iter_mut().for_each(|v| *v = scale * (*v - shift));
         }
+    }
+
+    /// All codes, counted from the middle.
+    fn unpack(&self, arch: Arch, to: &mut [T]) {
+        #[allow(unused_mut)]
+        let (mut done, half) = (0, i16::from(self.half()));
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if let (Arch::V4(simd), true) = (arch, T::DTYPE == crate::scalar::DType::F32) {
+            wide::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            done = self.columns / 16 * 16;
+        }
+        let _ = arch;
+        // Sixteen codes end on a whole byte.
+        let rest = &self.codes[done * usize::from(self.bits) / 8..];
+        each_code(self.bits, rest, self.columns - done, |j, code| {
+            to[done + j] = T::from_f64(f64::from(i16::from(code) - half));
+        });
     }
 
     /// The inner product with an input.
@@ -117,39 +135,12 @@ impl<T: Real> CodedRow<'_, T> {
         if let (Arch::V4(simd), Some(planes)) = (arch, &x.planes) {
             return shift + T::from_f64(planes.dot(simd, self).into());
         }
-        let _ = arch;
-        let half = i16::from(self.half());
-        let mut total = shift;
-        let mut part = [T::zero(); CHUNK];
-        // Whole groups, or parts of one, at a time.
-        for ((g, &scale), inputs) in self.scales.iter().enumerate().zip(x.plain.chunks(self.group)) {
-            let mut sum = T::zero();
-            for (c, inputs) in inputs.chunks(CHUNK).enumerate() {
-                let first = g * self.group + c * CHUNK;
-                self.middle(first, inputs.len(), half, &mut part);
-                sum += inner(&part[..inputs.len()], inputs);
-            }
-            total += scale * sum;
-        }
-        total
-    }
-
-    /// Codes `first..first + count`, counted from the middle.
-    fn middle(&self, first: usize, count: usize, half: i16, to: &mut [T; CHUNK]) {
-        let bit = first * usize::from(self.bits);
-        // To a whole byte: eight codes back at most.
-        let skip = if bit.is_multiple_of(8) { 0 } else { first % 8 };
-        let bytes = &self.codes[(first - skip) * usize::from(self.bits) / 8..];
-        each_code(self.bits, bytes, skip + count, |j, code| {
-            if j >= skip {
-                to[j - skip] = T::from_f64(f64::from(i16::from(code) - half));
-            }
-        });
+        let mut numbers = vec![T::zero(); self.columns];
+        self.unpack(arch, &mut numbers);
+        let groups = numbers.chunks(self.group).zip(x.plain.chunks(self.group)).zip(self.scales);
+        groups.fold(shift, |total, ((numbers, inputs), &scale)| total + scale * inner(numbers, inputs))
     }
 }
-
-/// Codes that are unpacked at a time.
-const CHUNK: usize = 256;
 
 /// Σ aᵢ·bᵢ in eight sums at a time.
 fn inner<T: Real>(a: &[T], b: &[T]) -> T {
