@@ -80,7 +80,7 @@ impl pulp::NullaryFnOnce for Expand<'_> {
 
     #[inline(always)]
     fn call(self) -> f32 {
-        use super::prefetch;
+        use crate::simd::prefetch;
         use pulp::bytemuck::cast;
         /// Bytes between what is multiplied and what is asked for.
         const AHEAD: usize = 4096;

@@ -76,6 +76,8 @@ impl<T: Real> Prepared<T> {
             true => plain.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
             false => Vec::new(),
         };
+        // Only wide kernels have a layout of their own.
+        let _ = bits;
         Prepared {
             sums,
             #[cfg(all(target_arch = "x86_64", feature = "avx512"))]

@@ -10,4 +10,3 @@ pub(crate) use self::bit_mask::MaskedRow;
 pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_product, stretches};
 pub(crate) use self::codes::{CodedRow, Prepared, each_code, pack};
 pub(crate) use self::two_four::TwoFour;
-use crate::simd::prefetch;

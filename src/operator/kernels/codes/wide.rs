@@ -4,10 +4,10 @@ use pulp::Simd;
 use pulp::bytemuck::{cast, cast_slice};
 use pulp::x86::V4;
 
-use super::super::prefetch;
 use super::CodedRow;
 use crate::scalar::{DType, Real};
 use crate::simd::Aligned;
+use crate::simd::prefetch;
 
 /// Lanes of a register.
 const LANES: usize = 16;
