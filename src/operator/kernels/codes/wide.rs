@@ -173,12 +173,12 @@ impl pulp::NullaryFnOnce for Unpack<'_> {
         let middle = simd.splat_f32s((1 << (bits - 1)) as f32);
         let step = 2 * usize::from(bits);
         for (at, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let mut words = [0u8; 64];
-            match codes.get(at * step..at * step + 16) {
-                Some(whole) => words[..16].copy_from_slice(whole),
-                None => words[..16].iter_mut().zip(&codes[at * step..]).for_each(|(to, &from)| *to = from),
-            }
-            let words: __m512i = cast(words);
+            let words: [u8; 16] = match codes.get(at * step..at * step + 16).and_then(|part| part.first_chunk()) {
+                Some(&whole) => whole,
+                None => std::array::from_fn(|i| codes.get(at * step + i).copied().unwrap_or_default()),
+            };
+            // Four times over: a word beyond the last is the first again, of which nothing is left under the mask.
+            let words: __m512i = avx._mm512_broadcast_i32x4(cast(words));
             let low = avx._mm512_srlv_epi32(avx._mm512_permutexvar_epi32(word, words), right);
             let high = avx._mm512_sllv_epi32(avx._mm512_permutexvar_epi32(next, words), left);
             let code = avx._mm512_and_si512(avx._mm512_or_si512(low, high), mask);
