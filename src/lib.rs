@@ -78,6 +78,8 @@ pub mod scalar;
 mod simd;
 pub mod stats;
 pub mod tensor;
+#[cfg(test)]
+mod testing;
 mod unit;
 
 pub use ndarray;

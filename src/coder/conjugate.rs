@@ -80,12 +80,7 @@ fn strip<T: Real>(
 mod tests {
     use super::*;
     use crate::linalg::{Faer, Kernels};
-
-    fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| {
-            ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-        })
-    }
+    use crate::testing::numbers;
 
     #[test]
     fn reaches_least_squares_on_the_support_and_never_loses() {

@@ -146,14 +146,10 @@ impl<T: Real> Factorize<T> for Auto {
         let Some(first) = group.first() else { return Ok(Vec::new()) };
         let choice = found.choose(&first.budget, group.iter().map(Problem::bytes).sum())?;
         // Choice 0, nothing, is a group of zeros: the smallest result holds that as well.
-        found
-            .solved
-            .iter()
-            .skip(choice)
-            .flatten()
-            .next()
-            .cloned()
-            .ok_or_else(|| Error::Budget { asked: first.budget.to_string(), least: "a profile with results".into() })
+        found.solved.iter().skip(choice).flatten().next().cloned().ok_or_else(|| Error::Budget {
+            asked: first.budget.to_string(),
+            least: "more bytes, or a higher cap: no candidate fits".into(),
+        })
     }
 
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
@@ -197,18 +193,11 @@ fn pareto<T: Real>(all: &mut Vec<Found<T>>, before: u64) {
 
 #[cfg(test)]
 mod tests {
-    use ndarray::Array2;
-
     use super::super::TwoFour;
     use super::*;
     use crate::operator::LinearOperator;
     use crate::scalar::DType;
-
-    fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| {
-            ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-        })
-    }
+    use crate::testing::numbers;
 
     #[test]
     fn is_never_worse_than_a_candidate_at_its_level() {

@@ -151,12 +151,7 @@ impl<T: Real> Factorize<T> for Residual {
 mod tests {
     use super::super::{Form, Quantize, TwoFour};
     use super::*;
-
-    fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| {
-            ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-        })
-    }
+    use crate::testing::numbers;
 
     fn chain(first: Method, then: Method, share: f64, rounds: usize) -> Residual {
         Residual { share, rounds, first: Box::new(first), then: Box::new(then) }

@@ -269,17 +269,7 @@ mod tests {
     use super::*;
     use crate::operator::LinearOperator;
     use crate::stats::Gram;
-
-    fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| {
-            ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-        })
-    }
-
-    fn gram(n: usize) -> Array2<f64> {
-        let x = numbers(n, 2 * n, 104_729);
-        x.dot(&x.t()) / (2 * n) as f64
-    }
+    use crate::testing::{gram, numbers};
 
     #[test]
     fn sweeps_descend_from_any_start() {

@@ -3,17 +3,7 @@ use ndarray::Array2;
 use super::*;
 use crate::coder::{Levels, clip};
 use crate::linalg::{Faer, Kernels};
-
-fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-    Array2::from_shape_fn((rows, columns), |(i, j)| {
-        ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-    })
-}
-
-fn gram(n: usize) -> Array2<f64> {
-    let x = numbers(n, 2 * n, 104_729);
-    x.dot(&x.t()) / (2 * n) as f64
-}
+use crate::testing::{gram, numbers};
 
 /// A target of m×n with scale and zero point of each entry.
 fn case(m: usize, n: usize, levels: Levels) -> [Array2<f64>; 3] {

@@ -5,12 +5,7 @@ use crate::linalg::Faer;
 use crate::metric::{Metric, Weighting};
 use crate::operator::LinearOperator;
 use crate::stats::Gram;
-
-fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-    Array2::from_shape_fn((rows, columns), |(i, j)| {
-        ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-    })
-}
+use crate::testing::numbers;
 
 fn gram(n: usize, factor: usize) -> Weighting {
     let x = numbers(n, 2 * n, factor);

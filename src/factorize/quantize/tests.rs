@@ -7,12 +7,7 @@ use crate::factorize::Svd;
 use crate::metric::Metric;
 use crate::operator::codec::{Decoder, Encoder};
 use crate::stats::Gram;
-
-fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
-    Array2::from_shape_fn((rows, columns), |(i, j)| {
-        ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
-    })
-}
+use crate::testing::numbers;
 
 /// Inputs that depend on each other, of very different size.
 fn metric(n: usize) -> Metric {

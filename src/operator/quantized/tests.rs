@@ -1,10 +1,7 @@
 use ndarray::{Array2, array};
 
 use super::*;
-
-fn numbers(m: usize, n: usize, factor: usize) -> Array2<f64> {
-    Array2::from_shape_fn((m, n), |(i, j)| ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0)
-}
+use crate::testing::numbers;
 
 fn grid(m: usize, n: usize, bits: u8, group: usize, symmetric: bool) -> Grid<f64> {
     let groups = n.div_ceil(group);

@@ -1,0 +1,16 @@
+//! What unit tests have in common.
+
+use ndarray::Array2;
+
+/// Numbers between −1 and 1 in no order, others for each factor.
+pub(crate) fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        ((i * 7919 + j * factor + i * i * j + 13) % 1009) as f64 / 504.5 - 1.0
+    })
+}
+
+/// The Gram matrix of 2n inputs of length n.
+pub(crate) fn gram(n: usize) -> Array2<f64> {
+    let x = numbers(n, 2 * n, 104_729);
+    x.dot(&x.t()) / (2 * n) as f64
+}
