@@ -25,7 +25,7 @@ pub enum Judge {
     /// 1 − the mean cosine between embeddings of these sentences, before and after.
     Encoder { sentences: Vec<Vec<usize>>, before: Array2<f32> },
     /// Mean relative error of the outputs of these weights.
-    Outputs { stats: Stats, weights: Vec<String> },
+    Outputs { stats: Box<Stats>, weights: Vec<String> },
 }
 
 impl Judge {
@@ -53,7 +53,7 @@ impl Judge {
         if weights.is_empty() {
             bail!("the held-out statistics have no Gram matrix of any matched weight");
         }
-        Ok(Judge::Outputs { stats, weights })
+        Ok(Judge::Outputs { stats: Box::new(stats), weights })
     }
 
     /// What the number is.

@@ -130,6 +130,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let stats = Stats::open(&arguments.stats)?;
     let judge = match (&arguments.text, &arguments.held_out) {
+        (Some(_), _) if !arguments.model.is_dir() => {
+            anyhow::bail!("{} is no folder with config.json, which --text needs", arguments.model.display())
+        }
         (Some(text), _) => Judge::of_text(&checkpoint, text, arguments.tokens, arguments.paragraphs)?,
         (None, Some(file)) => Judge::of_outputs(&checkpoint, Stats::open(&[file])?, &arguments.pattern)?,
         (None, None) => anyhow::bail!("--text or --held-out is needed"),
@@ -238,16 +241,15 @@ fn known(file: &Path) -> Result<Vec<Row>> {
 
 /// Whole or not at all.
 fn save(file: &Path, all: &Comparison) -> Result<()> {
-    let folder = file.parent().unwrap_or(Path::new("."));
-    let mut whole = tempfile::NamedTempFile::new_in(folder)?;
-    serde_json::to_writer_pretty(&mut whole, all)?;
-    whole.persist(file).with_context(|| format!("writing {}", file.display()))?;
-    Ok(())
+    let whole = file.with_extension("json.part");
+    let writing = || format!("writing {}", file.display());
+    fs::write(&whole, serde_json::to_string_pretty(all)?).with_context(writing)?;
+    fs::rename(&whole, file).with_context(writing)
 }
 
 fn table(all: &Comparison) -> String {
     let mut text = format!(
-        "{}\n{:<34} {:>6} {:>7} {:>14} {:>12} {:>8}\n{:<34} {:>6} {:>7} {:>14} {:>12.5}",
+        "{}\n{:<46} {:>6} {:>7} {:>14} {:>12} {:>8}\n{:<46} {:>6} {:>7} {:>14} {:>12.5}",
         all.model.display(),
         "",
         "asked",
@@ -263,7 +265,7 @@ fn table(all: &Comparison) -> String {
     );
     for row in &all.rows {
         let mark = if row.baseline { "(baseline) " } else { "" };
-        text += &format!("\n{:<34} {:>6}", format!("{mark}{}", row.line), row.asked);
+        text += &format!("\n{:<46} {:>6}", format!("{mark}{}", row.line), row.asked);
         text += &match &row.result {
             Some(r) => format!(" {:>7.4} {:>14} {:>12.5} {:>8.1}", r.keep, r.file_bytes, r.loss, r.seconds),
             None => "  has no form of this size".into(),

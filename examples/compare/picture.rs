@@ -10,7 +10,7 @@ use crate::{Comparison, Outcome};
 /// What is so many times worse than the best compressed result would flatten all the rest, and is left to the table.
 const HIGHEST: f64 = 1e3;
 
-/// Draws an SVG picture with two logarithmic axes.
+/// Draws an SVG picture; the axis of quality is logarithmic.
 pub fn draw(path: &Path, all: &Comparison) -> Result<()> {
     let shown = |r: &Outcome| r.loss.is_finite() && r.loss > 0.0;
     let mut losses: Vec<f64> = all.rows.iter().filter_map(|row| row.result).filter(shown).map(|r| r.loss).collect();
@@ -23,10 +23,16 @@ pub fn draw(path: &Path, all: &Comparison) -> Result<()> {
     let drawn = || -> Result<(), Box<dyn std::error::Error>> {
         let root = SVGBackend::new(path, (1080, 640)).into_drawing_area();
         root.fill(&WHITE)?;
-        let (y, x) = (((best / 1.3)..(worst * 1.3)).log_scale(), ((low / 1.05)..(high * 1.05)).log_scale());
-        let mut chart =
-            ChartBuilder::on(&root).margin(16).x_label_area_size(40).y_label_area_size(80).build_cartesian_2d(x, y)?;
-        chart.configure_mesh().x_desc("MB on disk").y_desc(&all.loss).draw()?;
+        // Few powers of ten lie between figures that are close to each other.
+        let base = if worst / best < 100.0 { 2.0 } else { 10.0 };
+        let y = ((best / 1.3)..(worst * 1.3)).log_scale().base(base);
+        let mut chart = ChartBuilder::on(&root)
+            .margin(16)
+            .x_label_area_size(40)
+            .y_label_area_size(80)
+            .build_cartesian_2d((low * 0.95)..(high * 1.05), y)?;
+        let figure = |v: &f64| if *v < 1e-2 { format!("{v:.0e}") } else { format!("{v}") };
+        chart.configure_mesh().x_desc("MB on disk").y_desc(&all.loss).y_label_formatter(&figure).draw()?;
         let mut names: Vec<&str> = all.rows.iter().map(|row| row.line.as_str()).collect();
         names.dedup();
         for (at, name) in names.into_iter().enumerate() {
