@@ -125,7 +125,7 @@ impl<T: Real> Lattice<T> {
     }
 
     /// Moves the scale of each group of `group` columns to its best, rounded to `dtype`; the error does not rise.
-    /// All entries of a group must have one scale. 2mn² flops.
+    /// All entries of a group must have one scale, or none. 2mn² flops.
     ///
     /// # Errors
     /// [`Error::Shape`] if H is of another size.
@@ -239,7 +239,9 @@ impl<T: Real> Rounded<T> {
         // The new scale of each row, the old one where there is no better.
         let moved: Vec<T> = (0..width)
             .map(|lane| {
-                let (step, along, curvature) = (self.steps[(start, lane)], along[lane], curvature[lane]);
+                let scales = (start..end).map(|c| self.steps[(c, lane)]);
+                let step = scales.into_iter().find(|&step| step != T::zero()).unwrap_or_default();
+                let (along, curvature) = (along[lane], curvature[lane]);
                 if curvature.is_nan() || curvature <= 0.0 || step == T::zero() {
                     return step;
                 }
@@ -254,7 +256,7 @@ impl<T: Real> Rounded<T> {
         for (c, number) in (start..end).zip(numbers.rows()) {
             let (mut steps, mut coded) = (self.steps.row_mut(c), self.strip.coded.row_mut(c));
             let (mut error, target, zeros) = (self.strip.error.row_mut(c), self.strip.target.row(c), self.zeros.row(c));
-            for lane in 0..width {
+            for lane in (0..width).filter(|&lane| steps[lane] != T::zero()).collect::<Vec<_>>() {
                 // The quotient may be off by rounding; a code is an integer above its zero point.
                 let value = moved[lane] * (nearest(number[lane] + zeros[lane], magic) - zeros[lane]);
                 (steps[lane], coded[lane], error[lane]) = (moved[lane], value, value - target[lane]);

@@ -1,15 +1,19 @@
 //! Unstructured sparsity: one bit for each entry says whether it is stored.
 //!
 //! Costs 1 bit for each of the m·n entries, whatever the pattern: rows may hold any number of values,
-//! and no offsets are stored, since counting bits gives them. A stored value may be zero.
+//! and no offsets are stored, since counting bits gives them. A stored value may be zero. Values are floats, or
+//! codes on a [`Grid`] of the whole matrix.
+
+use std::borrow::Cow;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::Arch;
 
+use super::coded::Coded;
 use super::kernels::MaskedRow;
 use super::permutation::LONGEST;
 use super::sparse::{each_panel, each_row};
-use super::{Dense, LinearOperator};
+use super::{Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::{DType, Real};
@@ -27,8 +31,24 @@ pub struct Bitmask<T> {
     words: Vec<u64>,
     /// Where each row's values begin, and their number at the end.
     offsets: Vec<usize>,
-    /// 1 × stored, row by row, ascending columns.
-    values: Dense<T>,
+    values: Values<T>,
+}
+
+/// What is stored, row by row, ascending columns.
+#[derive(Debug, Clone, PartialEq)]
+enum Values<T> {
+    /// 1 × stored.
+    Plain(Dense<T>),
+    Coded(Coded<T>),
+}
+
+/// Marks of a row in `from..to`.
+fn marks(words: &[u64], from: usize, to: usize) -> usize {
+    let of = |k: usize| {
+        let (low, high) = (from.max(k * 64) - k * 64, to.min(k * 64 + 64) - k * 64);
+        (words[k] >> low & (u64::MAX >> (64 - (high - low)))).count_ones() as usize
+    };
+    (from / 64..to.div_ceil(64)).map(of).sum()
 }
 
 impl<T: Real> Bitmask<T> {
@@ -48,21 +68,39 @@ impl<T: Real> Bitmask<T> {
         let values: Vec<T> = matrix.iter().zip(&kept).filter(|(_, mark)| **mark).map(|(v, _)| *v).collect();
         let values = Array2::from_shape_vec((1, values.len()), values)
             .map_err(|e| Error::shape("one row of values", e.to_string()))?;
-        Self::assemble((m, n), words, Dense::rounded(values, dtype)?)
+        let values = Dense::rounded(values, dtype)?.positive_zeros();
+        Ok(Bitmask { columns: n, offsets: offsets((m, n), &words), words, values: Values::Plain(values) })
     }
 
-    fn assemble((m, n): (usize, usize), words: Vec<u64>, values: Dense<T>) -> Result<Self> {
-        let per_row = n.div_ceil(64);
-        let mut offsets = vec![0];
-        offsets.extend((0..m).scan(0, |end, i| {
-            *end += words[i * per_row..(i + 1) * per_row].iter().map(|word| word.count_ones() as usize).sum::<usize>();
-            Some(*end)
-        }));
-        let stored = offsets.last().copied().unwrap_or(0);
-        if values.shape() != (1, stored) {
-            return Err(Error::shape((1, stored), values.shape()));
-        }
-        Ok(Bitmask { columns: n, words, offsets, values: values.positive_zeros() })
+    /// The same places with the nearest values on a grid for m×n.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the grid is of another shape.
+    pub fn quantized(&self, grid: Grid<T>) -> Result<Self> {
+        let mut scratch = Vec::new();
+        let rows = (0..self.shape().0).map(|i| self.row(Arch::new(), i, &mut scratch).entries().collect());
+        let values = Values::Coded(Coded::nearest(grid, self.columns, rows)?);
+        Ok(Bitmask { values, ..self.clone() })
+    }
+
+    /// The grid, if values are on one.
+    pub fn grid(&self) -> Option<&Grid<T>> {
+        self.coded().map(Coded::grid)
+    }
+
+    pub(super) fn coded(&self) -> Option<&Coded<T>> {
+        if let Values::Coded(codes) = &self.values { Some(codes) } else { None }
+    }
+
+    /// The marks, m×n.
+    pub fn kept(&self) -> Array2<bool> {
+        let per_row = self.columns.div_ceil(64);
+        Array2::from_shape_fn(self.shape(), |(i, j)| self.words[i * per_row + j / 64] >> (j % 64) & 1 == 1)
+    }
+
+    /// The number of values in a row.
+    pub fn stored(&self, row: usize) -> usize {
+        self.offsets[row + 1] - self.offsets[row]
     }
 
     /// Bytes on disk of `stored` values of an m×n matrix.
@@ -70,9 +108,14 @@ impl<T: Real> Bitmask<T> {
         (dtype.bytes(stored) + m * n.div_ceil(8)) as u64
     }
 
-    /// The stored values, one row.
-    pub fn values(&self) -> &Dense<T> {
-        &self.values
+    /// The stored values, one row; those on a grid are written out.
+    pub fn values(&self) -> Cow<'_, Dense<T>> {
+        if let Values::Plain(values) = &self.values {
+            return Cow::Borrowed(values);
+        }
+        let (mut all, mut scratch) = (Vec::new(), Vec::new());
+        (0..self.shape().0).for_each(|i| all.extend(self.row(Arch::new(), i, &mut scratch).values));
+        Cow::Owned(Dense::new(Array2::from_shape_vec((1, all.len()), all).unwrap_or_default()))
     }
 
     /// ⌈n/64⌉ words for each row; bit j%64 of word j/64 marks column j.
@@ -92,32 +135,80 @@ impl<T: Real> Bitmask<T> {
     /// # Errors
     /// [`Error::Shape`] if mask and values do not fit each other.
     pub fn decode((m, n): (usize, usize), mask: &[u8], values: Dense<T>) -> Result<Self> {
-        let width = n.div_ceil(8);
-        if n == 0 || n > LONGEST {
-            return Err(Error::shape("1 to 2^26 columns", n));
+        let (words, offsets) = unpack((m, n), mask)?;
+        let stored = offsets.last().copied().unwrap_or(0);
+        if values.shape() != (1, stored) {
+            return Err(Error::shape((1, stored), values.shape()));
         }
-        if m.checked_mul(width) != Some(mask.len()) {
-            return Err(Error::shape(format!("a mask of {m} x {width} bytes"), mask.len()));
-        }
-        let per_row = n.div_ceil(64);
-        let mut words = vec![0u64; m * per_row];
-        for (at, &byte) in mask.iter().enumerate() {
-            let (i, k) = (at / width, at % width);
-            if k + 1 == width && n % 8 != 0 && byte >> (n % 8) != 0 {
-                return Err(Error::shape(format!("a mask of {n} bits in each row"), "bits set beyond them"));
-            }
-            words[i * per_row + k / 8] |= u64::from(byte) << (k % 8 * 8);
-        }
-        Self::assemble((m, n), words, values)
+        Ok(Bitmask { columns: n, words, offsets, values: Values::Plain(values.positive_zeros()) })
     }
 
-    /// What row i stores.
-    fn row(&self, i: usize) -> MaskedRow<'_, T> {
-        let per_row = self.columns.div_ceil(64);
-        let values = self.values.values().to_slice().unwrap_or_default();
-        let values = values.get(self.offsets[i]..).unwrap_or_default();
-        MaskedRow { words: &self.words[i * per_row..(i + 1) * per_row], values }
+    /// The same of values on a grid: each row's codes are a stream of bits, lowest first, ended on a whole byte.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if mask, grid and codes do not fit each other.
+    pub fn decode_codes((m, n): (usize, usize), mask: &[u8], grid: Grid<T>, codes: Vec<u8>) -> Result<Self> {
+        let (words, offsets) = unpack((m, n), mask)?;
+        let coded = Coded::new(grid, n, offsets.windows(2).map(|pair| pair[1] - pair[0]), codes)?;
+        Ok(Bitmask { columns: n, words, offsets, values: Values::Coded(coded) })
     }
+
+    /// Codes of the marked places of rows of n columns.
+    pub(super) fn of_codes(n: usize, words: Vec<u64>, coded: Coded<T>) -> Self {
+        let offsets = offsets((coded.grid().scales().shape().0, n), &words);
+        Bitmask { columns: n, words, offsets, values: Values::Coded(coded) }
+    }
+
+    /// What row i stores; values on a grid are written to `scratch`.
+    pub(super) fn row<'a>(&'a self, arch: Arch, i: usize, scratch: &'a mut Vec<T>) -> MaskedRow<'a, T> {
+        let per_row = self.columns.div_ceil(64);
+        let words = &self.words[i * per_row..(i + 1) * per_row];
+        let values = match &self.values {
+            Values::Plain(values) => {
+                values.values().to_slice().unwrap_or_default().get(self.offsets[i]..).unwrap_or_default()
+            }
+            Values::Coded(codes) => {
+                let starts = (0..self.columns).step_by(codes.grid().group());
+                let runs = starts.map(|from| marks(words, from, (from + codes.grid().group()).min(self.columns)));
+                codes.write(arch, i, runs, scratch);
+                scratch
+            }
+        };
+        MaskedRow { words, values }
+    }
+}
+
+/// Where each row's values begin, and their number at the end.
+fn offsets((m, n): (usize, usize), words: &[u64]) -> Vec<usize> {
+    let per_row = n.div_ceil(64);
+    let mut end = 0;
+    let ends = (0..m).map(|i| {
+        end += words[i * per_row..(i + 1) * per_row].iter().map(|word| word.count_ones() as usize).sum::<usize>();
+        end
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
+/// The words of a stored mask, and the offsets.
+fn unpack((m, n): (usize, usize), mask: &[u8]) -> Result<(Vec<u64>, Vec<usize>)> {
+    let width = n.div_ceil(8);
+    if n == 0 || n > LONGEST {
+        return Err(Error::shape("1 to 2^26 columns", n));
+    }
+    if m.checked_mul(width) != Some(mask.len()) {
+        return Err(Error::shape(format!("a mask of {m} x {width} bytes"), mask.len()));
+    }
+    let per_row = n.div_ceil(64);
+    let mut words = vec![0u64; m * per_row];
+    for (at, &byte) in mask.iter().enumerate() {
+        let (i, k) = (at / width, at % width);
+        if k + 1 == width && n % 8 != 0 && byte >> (n % 8) != 0 {
+            return Err(Error::shape(format!("a mask of {n} bits in each row"), "bits set beyond them"));
+        }
+        words[i * per_row + k / 8] |= u64::from(byte) << (k % 8 * 8);
+    }
+    let offsets = offsets((m, n), &words);
+    Ok((words, offsets))
 }
 
 impl<T: Real> LinearOperator<T> for Bitmask<T> {
@@ -134,15 +225,17 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
                 to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
             }
             return each_row(m, b, self.params(), |i, y| {
-                y.iter_mut().zip(packed.chunks(width)).for_each(|(y, x)| *y = self.row(i).dot(arch, x));
+                let mut scratch = Vec::new();
+                let row = self.row(arch, i, &mut scratch);
+                y.iter_mut().zip(packed.chunks(width)).for_each(|(y, x)| *y = row.dot(arch, x));
             });
         }
         let mut y = Array2::zeros((m, b));
         let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
-            let mut rows = Array2::zeros((y.nrows(), width));
+            let (mut rows, mut scratch) = (Array2::zeros((y.nrows(), width)), Vec::new());
             for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
                 if let Some(row) = row.as_slice_mut() {
-                    self.row(at * PANEL + i).spread(arch, row);
+                    self.row(arch, at * PANEL + i, &mut scratch).spread(arch, row);
                 }
             }
             matmul_into(T::one(), rows.slice(s![.., ..self.columns]), x, T::zero(), y);
@@ -152,25 +245,33 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let x = x.as_standard_layout();
-        let mut y = Array2::zeros((self.columns, x.ncols()));
+        let (mut y, mut scratch) = (Array2::zeros((self.columns, x.ncols())), Vec::new());
         for (i, from) in x.rows().into_iter().enumerate() {
-            self.row(i).entries().for_each(|(column, value)| y.row_mut(column).scaled_add(value, &from));
+            self.row(Arch::new(), i, &mut scratch)
+                .entries()
+                .for_each(|(column, value)| y.row_mut(column).scaled_add(value, &from));
         }
         y
     }
     fn params(&self) -> usize {
-        self.values.params()
+        match &self.values {
+            Values::Plain(values) => values.params(),
+            Values::Coded(codes) => codes.params(),
+        }
     }
     fn bytes(&self) -> u64 {
-        Self::bytes_of(self.shape(), self.params(), self.values.dtype())
+        match &self.values {
+            Values::Plain(values) => Self::bytes_of(self.shape(), values.params(), values.dtype()),
+            Values::Coded(codes) => Self::bytes_of(self.shape(), 0, DType::U8) + codes.bytes(),
+        }
     }
     fn flops(&self, columns: usize) -> u64 {
-        self.values.flops(columns)
+        2 * (self.offsets.last().copied().unwrap_or(0) * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
-        let mut dense = Array2::zeros(self.shape());
+        let (mut dense, mut scratch) = (Array2::zeros(self.shape()), Vec::new());
         for i in 0..self.shape().0 {
-            self.row(i).entries().for_each(|(column, value)| dense[(i, column)] = value);
+            self.row(Arch::new(), i, &mut scratch).entries().for_each(|(column, value)| dense[(i, column)] = value);
         }
         dense
     }
@@ -202,7 +303,7 @@ mod tests {
             }
             let mask = sparse.encode_mask();
             assert_eq!((mask.len() + 2 * sparse.params()) as u64, sparse.bytes());
-            assert_eq!(Bitmask::decode((m, n), &mask, sparse.values().clone()).unwrap(), sparse);
+            assert_eq!(Bitmask::decode((m, n), &mask, sparse.values().into_owned()).unwrap(), sparse);
         }
         let values = Dense::new(ndarray::array![[1.0f32]]);
         assert!(Bitmask::decode((1, 3), &[0b1000], values.clone()).is_err());

@@ -4,9 +4,10 @@ use half::bf16;
 use ndarray::{Array2, ArrayView2};
 use pulp::Arch;
 
+use super::coded::Coded;
 use super::kernels::{Job, Output, Stretch, block_product, stretch_product};
 use super::permutation::LONGEST;
-use super::{LinearOperator, Permutation};
+use super::{Grid, LinearOperator, Permutation};
 use crate::error::{Error, Result};
 use crate::linalg::pages;
 use crate::scalar::{DType, Real, check_finite};
@@ -20,11 +21,13 @@ pub struct BlockDiagonal<T> {
     dtype: DType,
 }
 
-/// The blocks one after the other, each row-major. BF16 stays as it is: half the memory traffic.
+/// The blocks one after the other, each row-major. BF16 stays as it is: half the memory traffic. Codes are
+/// written out for each product.
 #[derive(Debug, Clone, PartialEq)]
 enum Values<T> {
     Wide(Vec<T>),
     Bf16(Vec<bf16>),
+    Coded(Coded<T>),
 }
 
 impl<T: Real> BlockDiagonal<T> {
@@ -47,11 +50,7 @@ impl<T: Real> BlockDiagonal<T> {
         if !dtype.is_float() {
             return Err(Error::UnsupportedDType { dtype });
         }
-        // Blocks of no size take no bytes, however long they say they are.
-        let sides = [extents.iter().map(|e| e.0 as u128).sum::<u128>(), extents.iter().map(|e| e.1 as u128).sum()];
-        if let Some(&side) = sides.iter().find(|&&side| side > LONGEST as u128) {
-            return Err(Error::shape("at most 2^26 rows and columns", side));
-        }
+        check_sides(&extents)?;
         if Some(values.len()) != count(&extents) {
             return Err(Error::shape(format!("{} blocks", extents.len()), format!("{} values", values.len())));
         }
@@ -64,6 +63,46 @@ impl<T: Real> BlockDiagonal<T> {
             _ => Values::Wide(values),
         };
         Ok(BlockDiagonal { values, extents, dtype })
+    }
+
+    /// The same blocks with the nearest values on a grid of all their rows, m × ⌈columns of the widest ÷ group⌉:
+    /// groups count from the first column of each block.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the grid is of another shape.
+    pub fn quantized(&self, grid: Grid<T>) -> Result<Self> {
+        let (values, mut at) = (self.to_values(), 0);
+        let rows = lengths(&self.extents).map(|count| {
+            at += count;
+            values[at - count..at].iter().copied().enumerate().collect()
+        });
+        let coded = Coded::nearest(grid, self.widest(), rows)?;
+        Ok(BlockDiagonal { values: Values::Coded(coded), extents: self.extents.clone(), dtype: T::DTYPE })
+    }
+
+    /// Reads such a form back: each row's codes are a stream of bits, lowest first, ended on a whole byte.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if extents, grid and codes do not fit each other.
+    pub fn decode_codes(extents: Vec<(usize, usize)>, grid: Grid<T>, codes: Vec<u8>) -> Result<Self> {
+        check_sides(&extents)?;
+        let widest = extents.iter().map(|extent| extent.1).max().unwrap_or(0);
+        let coded = Coded::new(grid, widest, lengths(&extents), codes)?;
+        Ok(BlockDiagonal { values: Values::Coded(coded), extents, dtype: T::DTYPE })
+    }
+
+    /// The grid, if values are on one.
+    pub fn grid(&self) -> Option<&Grid<T>> {
+        self.codes().map(Coded::grid)
+    }
+
+    pub(super) fn codes(&self) -> Option<&Coded<T>> {
+        if let Values::Coded(codes) = &self.values { Some(codes) } else { None }
+    }
+
+    /// Columns of the widest block.
+    pub fn widest(&self) -> usize {
+        self.extents.iter().map(|extent| extent.1).max().unwrap_or(0)
     }
 
     /// (rows, columns) of each block.
@@ -81,6 +120,16 @@ impl<T: Real> BlockDiagonal<T> {
         match &self.values {
             Values::Wide(values) => values.clone(),
             Values::Bf16(values) => values.iter().map(|v| T::from_f64(v.to_f64())).collect(),
+            Values::Coded(codes) => {
+                let (arch, mut all, mut row) = (Arch::new(), Vec::with_capacity(codes.stored()), Vec::new());
+                for (i, count) in lengths(&self.extents).enumerate() {
+                    let group = codes.grid().group();
+                    let runs = (0..count).step_by(group).map(|from| group.min(count - from));
+                    codes.write(arch, i, runs, &mut row);
+                    all.extend_from_slice(&row);
+                }
+                all
+            }
         }
     }
 
@@ -130,6 +179,10 @@ impl<T: Real> BlockDiagonal<T> {
         match &self.values {
             Values::Wide(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
             Values::Bf16(values) => block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from),
+            Values::Coded(_) => {
+                let values = &self.to_values();
+                block_product(&Job { values, extents, transposed, x, gather }, scatter, y, from);
+            }
         }
     }
 
@@ -138,13 +191,33 @@ impl<T: Real> BlockDiagonal<T> {
         match &self.values {
             Values::Wide(values) => stretch_product(arch, values, stretch, x, out),
             Values::Bf16(values) => stretch_product(arch, values, stretch, x, out),
+            Values::Coded(_) => stretch_product(arch, &self.to_values(), stretch, x, out),
         }
+    }
+
+    /// The number of values.
+    pub(super) fn stored(&self) -> usize {
+        self.extents.iter().map(|(rows, columns)| rows * columns).sum()
     }
 
     fn alone(&self, transposed: bool, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = pages::zeros((self.height(transposed, None, None), x.ncols()));
         self.between(transposed, None, None, x, (&mut y, 0));
         y
+    }
+}
+
+/// Columns of the block of each row.
+fn lengths(extents: &[(usize, usize)]) -> impl Iterator<Item = usize> {
+    extents.iter().flat_map(|&(rows, columns)| std::iter::repeat_n(columns, rows))
+}
+
+/// Blocks of no size take no bytes, however long they say they are.
+fn check_sides(extents: &[(usize, usize)]) -> Result<()> {
+    let sides = [extents.iter().map(|e| e.0 as u128).sum::<u128>(), extents.iter().map(|e| e.1 as u128).sum()];
+    match sides.iter().find(|&&side| side > LONGEST as u128) {
+        Some(&side) => Err(Error::shape("at most 2^26 rows and columns", side)),
+        None => Ok(()),
     }
 }
 
@@ -164,13 +237,19 @@ impl<T: Real> LinearOperator<T> for BlockDiagonal<T> {
         self.alone(true, x)
     }
     fn params(&self) -> usize {
-        self.extents.iter().map(|(rows, columns)| rows * columns).sum()
+        self.codes().map_or_else(|| self.stored(), Coded::params)
     }
     fn bytes(&self) -> u64 {
-        Self::bytes_of(&self.extents, self.dtype)
+        match self.codes() {
+            None => Self::bytes_of(&self.extents, self.dtype),
+            Some(codes) => {
+                let values = self.dtype.bytes(self.stored()) as u64;
+                Self::bytes_of(&self.extents, self.dtype) - values + codes.bytes()
+            }
+        }
     }
     fn flops(&self, columns: usize) -> u64 {
-        2 * self.params() as u64 * columns as u64
+        2 * self.stored() as u64 * columns as u64
     }
     fn to_dense(&self) -> Array2<T> {
         let mut dense = pages::zeros(self.shape());

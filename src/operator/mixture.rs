@@ -32,7 +32,7 @@ impl<T: Real> Mixture<T> {
     ///
     /// # Errors
     /// [`Error::Shape`] if there is no atom, their shapes differ, or there are more or fewer than coefficients;
-    /// [`Error::Unsupported`] if an atom is anything but a (shared) dense matrix.
+    /// [`Error::Unsupported`] if an atom is anything but a (shared) dense or quantised matrix.
     pub fn new(coefficients: Dense<T>, atoms: Vec<Operator<T>>) -> Result<Self> {
         if coefficients.shape() != (1, atoms.len()) || atoms.is_empty() {
             return Err(Error::shape(
@@ -41,8 +41,12 @@ impl<T: Real> Mixture<T> {
             ));
         }
         // The matrix is formed: what a file describes in a few bytes must not become a large one.
-        if let Some(other) = atoms.iter().find(|atom| !matches!(atom.unshared(), Operator::Dense(_))) {
-            return Err(Error::Unsupported(format!("a mixture of {other}: its atoms have to be dense matrices")));
+        if let Some(other) =
+            atoms.iter().find(|atom| !matches!(atom.unshared(), Operator::Dense(_) | Operator::Quantized(_)))
+        {
+            return Err(Error::Unsupported(format!(
+                "a mixture of {other}: its atoms have to be dense or quantised matrices"
+            )));
         }
         match atoms.iter().find(|atom| atom.shape() != atoms[0].shape()) {
             Some(other) => Err(Error::shape(atoms[0].shape(), other.shape())),
@@ -63,8 +67,9 @@ impl<T: Real> Mixture<T> {
     fn form(&self) -> Array2<T> {
         let mut sum = Array2::zeros(self.shape());
         for (&c, atom) in self.coefficients.values().iter().zip(&self.atoms) {
-            if let Operator::Dense(leaf) = atom.unshared() {
-                sum.scaled_add(c, &leaf.values());
+            match atom.unshared() {
+                Operator::Dense(leaf) => sum.scaled_add(c, &leaf.values()),
+                other => sum.scaled_add(c, &other.to_dense()),
             }
         }
         sum

@@ -18,6 +18,7 @@ mod bitmask;
 mod block_diagonal;
 mod chain;
 pub mod codec;
+mod coded;
 mod dense;
 mod index_set;
 mod interpolative;

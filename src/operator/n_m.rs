@@ -6,17 +6,19 @@
 //! a row are packed into bytes: digits in base C(M, N), as many as fit a byte, where that is denser than
 //! whole bits (2:4: three groups a byte, 0.667 bit for each position), else ⌈log₂ C⌉ bits each.
 //! In memory 2:4 in `f32` has a form of its own, for its kernels: 2 bits a position, `bf16` values as they are.
+//! Values may be codes on a [`Grid`] of the whole matrix; then places are held as a [`Bitmask`] holds them.
 
 use std::any::Any;
 use std::borrow::Cow;
 
 use ndarray::{Array2, ArrayView2};
-use pulp::bytemuck;
+use pulp::{Arch, bytemuck};
 
+use super::coded::Coded;
 use super::kernels::TwoFour;
 use super::permutation::LONGEST;
 use super::sparse::{accumulate, each_row};
-use super::{BlockDiagonal, Dense, LinearOperator};
+use super::{Bitmask, BlockDiagonal, Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::pages;
 use crate::scalar::{DType, Real};
@@ -44,6 +46,8 @@ enum Stored<T> {
     Single(TwoFour<f32>),
     /// The same of `bf16` values, as bits.
     Half(TwoFour<u16>),
+    /// Values on a grid.
+    Coded(Bitmask<T>),
 }
 
 impl<T: Real> NmSparse<T> {
@@ -107,6 +111,68 @@ impl<T: Real> NmSparse<T> {
         Self::new(pattern, n, ranks, Dense::rounded(values, dtype)?)
     }
 
+    /// The same places with the nearest values on a grid for m×n.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the grid is of another shape.
+    pub fn quantized(&self, grid: Grid<T>) -> Result<Self> {
+        let (m, n) = self.shape;
+        let entries = |i: usize| {
+            let mut entries = Vec::with_capacity(self.pattern.values_per_row(n));
+            self.row(i, |column, value| entries.push((column, value)));
+            entries
+        };
+        let coded = Coded::nearest(grid, n, (0..m).map(entries))?;
+        Ok(self.coded(&self.ranks(), coded))
+    }
+
+    /// Reads such a form back: each row's codes are a stream of bits, lowest first, ended on a whole byte.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if positions, grid and codes do not fit each other.
+    pub fn decode_codes(pattern: Nm, columns: usize, positions: &[u8], grid: Grid<T>, codes: Vec<u8>) -> Result<Self> {
+        let m = grid.scales().shape().0;
+        let ranks = ranks(pattern, (m, columns), positions)?;
+        let counts = std::iter::repeat_n(pattern.values_per_row(columns), m);
+        let coded = Coded::new(grid, columns, counts, codes)?;
+        let empty = Stored::Rows { ranks: Vec::new(), values: Dense::new(Array2::zeros((0, 0))) };
+        let places = NmSparse { pattern, shape: (m, columns), dtype: T::DTYPE, masks: pattern.masks(), stored: empty };
+        Ok(places.coded(&ranks, coded))
+    }
+
+    /// Such codes in the places of some ranks.
+    fn coded(&self, ranks: &[u8], coded: Coded<T>) -> Self {
+        let ((m, n), groups) = (self.shape, self.pattern.groups(self.shape.1));
+        let mut words = vec![0u64; m * n.div_ceil(64)];
+        for i in 0..m {
+            let words = &mut words[i * n.div_ceil(64)..(i + 1) * n.div_ceil(64)];
+            let mut mark = |column: usize| words[column / 64] |= 1 << (column % 64);
+            for (group, &rank) in ranks[i * groups..(i + 1) * groups].iter().enumerate() {
+                let mask = self.masks[rank as usize];
+                (0..self.pattern.m).filter(|k| mask >> k & 1 == 1).for_each(|k| mark(group * self.pattern.m + k));
+            }
+            (groups * self.pattern.m..n).for_each(mark);
+        }
+        let stored = Stored::Coded(Bitmask::of_codes(n, words, coded));
+        NmSparse { dtype: T::DTYPE, masks: self.masks.clone(), stored, ..*self }
+    }
+
+    /// The grid, if values are on one.
+    pub fn grid(&self) -> Option<&Grid<T>> {
+        self.codes().map(Coded::grid)
+    }
+
+    pub(super) fn codes(&self) -> Option<&Coded<T>> {
+        if let Stored::Coded(form) = &self.stored { form.coded() } else { None }
+    }
+
+    /// Which entries are stored, m×n.
+    pub fn kept(&self) -> Array2<bool> {
+        let mut kept = Array2::from_elem(self.shape, false);
+        (0..self.shape.0).for_each(|i| self.row(i, |column, _| kept[(i, column)] = true));
+        kept
+    }
+
     /// N:M.
     pub fn pattern(&self) -> Nm {
         self.pattern
@@ -136,7 +202,7 @@ impl<T: Real> NmSparse<T> {
         if let Stored::Rows { values, .. } = &self.stored {
             return Cow::Borrowed(values);
         }
-        let mut values = Vec::with_capacity(self.params());
+        let mut values = Vec::with_capacity(self.stored());
         (0..self.shape.0).for_each(|i| self.row(i, |_, value| values.push(value)));
         let dim = (self.shape.0, self.pattern.values_per_row(self.shape.1));
         Cow::Owned(Dense::exact(Array2::from_shape_vec(dim, values).unwrap_or_default(), self.dtype))
@@ -153,17 +219,7 @@ impl<T: Real> NmSparse<T> {
     /// # Errors
     /// [`Error::Shape`] if the bytes are no positions of this pattern.
     pub fn decode(pattern: Nm, columns: usize, positions: &[u8], values: Dense<T>) -> Result<Self> {
-        if columns == 0 || columns > LONGEST {
-            return Err(Error::shape("1 to 2^26 columns", columns));
-        }
-        let (m, width) = (values.shape().0, pattern.position_bytes(columns));
-        if m.checked_mul(width) != Some(positions.len()) {
-            return Err(Error::shape(format!("{m} x {width} bytes of positions"), positions.len()));
-        }
-        let groups = pattern.groups(columns);
-        let row = |i: usize| pattern.unpack(&positions[i * width..(i + 1) * width], groups);
-        let ranks: Option<Vec<Vec<u8>>> = (0..m).map(row).collect();
-        let ranks = ranks.ok_or_else(|| Error::shape("packed positions", "bytes that are none"))?.concat();
+        let ranks = ranks(pattern, (values.shape().0, columns), positions)?;
         Self::new(pattern, columns, ranks, values)
     }
 
@@ -173,6 +229,13 @@ impl<T: Real> NmSparse<T> {
             Stored::Rows { ranks, values } => (ranks, values),
             Stored::Single(form) => return form.row(i, |column, value| each(column, T::from_f64(value.into()))),
             Stored::Half(form) => return form.row(i, |column, value| each(column, T::from_f64(value.into()))),
+            Stored::Coded(form) => {
+                let mut scratch = Vec::new();
+                return form
+                    .row(Arch::new(), i, &mut scratch)
+                    .entries()
+                    .for_each(|(column, value)| each(column, value));
+            }
         };
         let (groups, m) = (self.pattern.groups(self.shape.1), self.pattern.m);
         let row = values.values();
@@ -188,6 +251,11 @@ impl<T: Real> NmSparse<T> {
         values.zip(groups * m..).for_each(|(value, column)| each(column, value));
     }
 
+    /// The number of values.
+    fn stored(&self) -> usize {
+        self.shape.0 * self.pattern.values_per_row(self.shape.1)
+    }
+
     /// A·W·B·x in one pass; `None` if there is no kernel for that, or it would be no faster than factor by factor.
     pub(super) fn wrapped(
         &self,
@@ -195,12 +263,15 @@ impl<T: Real> NmSparse<T> {
         right: &BlockDiagonal<T>,
         x: ArrayView2<'_, T>,
     ) -> Option<Array2<T>> {
+        if left.grid().is_some() || right.grid().is_some() {
+            return None;
+        }
         let single = |blocks| (blocks as &dyn Any).downcast_ref::<BlockDiagonal<f32>>();
         let (around, x) = ((single(left)?, single(right)?), T::as_f32(x)?);
         let mut y: Array2<T> = pages::zeros((left.shape().0, x.ncols()));
         let to = bytemuck::cast_slice_mut(y.as_slice_mut()?);
         let done = match &self.stored {
-            Stored::Rows { .. } => false,
+            Stored::Rows { .. } | Stored::Coded(_) => false,
             Stored::Single(form) => form.wrapped(around, x, to),
             Stored::Half(form) => form.wrapped(around, x, to),
         };
@@ -209,14 +280,17 @@ impl<T: Real> NmSparse<T> {
 
     /// The product by the kernels of 2:4; `None` if the matrix is not in their form.
     fn by_kernel(&self, transposed: bool, x: ArrayView2<'_, T>) -> Option<Array2<T>> {
-        if matches!(self.stored, Stored::Rows { .. }) {
-            return None;
+        match &self.stored {
+            Stored::Rows { .. } => return None,
+            Stored::Coded(form) if transposed => return Some(form.product_transposed(x)),
+            Stored::Coded(form) => return Some(form.product(x)),
+            Stored::Single(_) | Stored::Half(_) => {}
         }
         let (m, n) = self.shape;
         let mut y: Array2<T> = pages::zeros((if transposed { n } else { m }, x.ncols()));
         let (x, to) = (T::as_f32(x)?, bytemuck::cast_slice_mut(y.as_slice_mut()?));
         match (&self.stored, transposed) {
-            (Stored::Rows { .. }, _) => return None,
+            (Stored::Rows { .. } | Stored::Coded(_), _) => return None,
             (Stored::Single(form), false) => form.product(x, to),
             (Stored::Single(form), true) => form.product_transposed(x, to),
             (Stored::Half(form), false) => form.product(x, to),
@@ -224,6 +298,20 @@ impl<T: Real> NmSparse<T> {
         }
         Some(y)
     }
+}
+
+/// The ranks that m × n packed positions hold.
+fn ranks(pattern: Nm, (m, n): (usize, usize), positions: &[u8]) -> Result<Vec<u8>> {
+    if n == 0 || n > LONGEST {
+        return Err(Error::shape("1 to 2^26 columns", n));
+    }
+    let width = pattern.position_bytes(n);
+    if m.checked_mul(width) != Some(positions.len()) {
+        return Err(Error::shape(format!("{m} x {width} bytes of positions"), positions.len()));
+    }
+    let row = |i: usize| pattern.unpack(&positions[i * width..(i + 1) * width], pattern.groups(n));
+    let ranks: Option<Vec<Vec<u8>>> = (0..m).map(row).collect();
+    Ok(ranks.ok_or_else(|| Error::shape("packed positions", "bytes that are none"))?.concat())
 }
 
 impl<T: Real> LinearOperator<T> for NmSparse<T> {
@@ -253,13 +341,14 @@ impl<T: Real> LinearOperator<T> for NmSparse<T> {
         y
     }
     fn params(&self) -> usize {
-        self.shape.0 * self.pattern.values_per_row(self.shape.1)
+        self.codes().map_or(self.stored(), Coded::params)
     }
     fn bytes(&self) -> u64 {
-        (self.dtype.bytes(self.params()) + self.shape.0 * self.pattern.position_bytes(self.shape.1)) as u64
+        let positions = (self.shape.0 * self.pattern.position_bytes(self.shape.1)) as u64;
+        positions + self.codes().map_or(self.dtype.bytes(self.stored()) as u64, Coded::bytes)
     }
     fn flops(&self, columns: usize) -> u64 {
-        2 * (self.params() * columns) as u64
+        2 * (self.stored() * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
         let mut dense = Array2::zeros(self.shape());

@@ -49,7 +49,7 @@ pub enum Runs {
 /// In the maps: nothing is there.
 pub(crate) const NONE: u32 = u32::MAX;
 /// Longer permutations are refused: no weight is that large, only a hostile file would say so.
-pub(super) const LONGEST: usize = 1 << 26;
+pub(crate) const LONGEST: usize = 1 << 26;
 
 impl Permutation {
     /// The transpose of a grid of runs, padded or cropped to m×n.

@@ -88,23 +88,31 @@ impl<T: Real> Grid<T> {
         (m * (width(n, bits) + 2 * groups + zeros)) as u64
     }
 
-    /// The same of a matrix on this grid.
-    pub(super) fn bytes(&self, (m, n): (usize, usize)) -> u64 {
-        let zeros = self.zeros.as_ref().map_or(0, |zeros| m * width(zeros.ncols(), self.bits));
-        (m * width(n, self.bits) + zeros) as u64 + self.scales.bytes()
+    /// Bytes of a row of n codes.
+    pub fn row_bytes(n: usize, bits: u8) -> u64 {
+        width(n, bits) as u64
+    }
+
+    /// Bytes of scales and zero points.
+    pub(super) fn own_bytes(&self) -> u64 {
+        let zeros = self.zeros.as_ref().map_or(0, |zeros| zeros.nrows() * width(zeros.ncols(), self.bits));
+        zeros as u64 + self.scales.bytes()
+    }
+
+    /// The nearest code to a value in a group of a row.
+    pub(super) fn code(&self, row: usize, group: usize, value: T) -> u8 {
+        let (scale, zero) = (self.scales.values()[(row, group)], T::from_f64(self.zero(row, group).into()));
+        let nearest = if scale == T::zero() { zero } else { (value / scale + zero).round() };
+        nearest.max(T::zero()).min(T::from_f64(top(self.bits).into())).wide() as u8
     }
 
     /// The nearest codes of a matrix, packed. Exact for numbers on the grid.
     pub fn encode(&self, values: ArrayView2<'_, T>) -> Vec<u8> {
-        let limit = T::from_f64(top(self.bits).into());
         let mut packed = Vec::with_capacity(values.nrows() * width(values.ncols(), self.bits));
         let mut codes = vec![0u8; values.ncols()];
         for (i, row) in values.rows().into_iter().enumerate() {
             for (j, (code, &value)) in codes.iter_mut().zip(row).enumerate() {
-                let (scale, zero) = (self.scales.values()[(i, j / self.group)], self.zero(i, j / self.group));
-                let zero = T::from_f64(zero.into());
-                let nearest = if scale == T::zero() { zero } else { (value / scale + zero).round() };
-                *code = nearest.max(T::zero()).min(limit).wide() as u8;
+                *code = self.code(i, j / self.group, value);
             }
             pack(self.bits, &codes, &mut packed);
         }
@@ -255,7 +263,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         self.shape().0 * self.columns + self.grid.scales.params()
     }
     fn bytes(&self) -> u64 {
-        self.grid.bytes(self.shape())
+        self.codes.len() as u64 + self.grid.own_bytes()
     }
     fn flops(&self, columns: usize) -> u64 {
         2 * (self.shape().0 * self.columns * columns) as u64

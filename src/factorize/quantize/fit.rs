@@ -15,10 +15,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::leaf::How;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::linalg::Backend;
 use crate::metric::Weighting;
-use crate::operator::{Dense, Interpolative, LinearOperator, Operator, Side};
+use crate::operator::{Bitmask, Dense, Interpolative, LinearOperator, NmSparse, Operator, Side};
 use crate::scalar::Real;
 use crate::stats::Gram;
 
@@ -40,6 +40,7 @@ impl<T: Real> Fit<'_, T> {
         input: &Weighting,
     ) -> Result<Operator<T>> {
         Ok(match operator {
+            operator if settled(operator) => operator.clone(),
             Operator::Dense(_) => Operator::Quantized(self.how.round(target, input, self.notes)?),
             Operator::Interpolative(leaf) if leaf.side() == Side::Left => {
                 let rest = target.select(Axis(0), &leaf.pivots().rest());
@@ -60,17 +61,26 @@ impl<T: Real> Fit<'_, T> {
                 self.shared.push([inner.clone(), rounded.clone()]);
                 Operator::Shared(rounded)
             }
+            Operator::NmSparse(leaf) => {
+                let (kept, start) = (leaf.kept(), leaf.to_dense());
+                let (values, grid) = self.how.settle((start.view(), Some(kept.view())), target, input, self.notes)?;
+                let placed = NmSparse::gather(leaf.pattern(), values.view(), kept.view(), T::DTYPE)?;
+                Operator::NmSparse(placed.quantized(grid)?)
+            }
+            Operator::Bitmask(leaf) => {
+                let (kept, start) = (leaf.kept(), leaf.to_dense());
+                let (values, grid) = self.how.settle((start.view(), Some(kept.view())), target, input, self.notes)?;
+                Operator::Bitmask(Bitmask::gather(values.view(), kept.view(), T::DTYPE)?.quantized(grid)?)
+            }
+            Operator::BlockDiagonal(leaf) => Operator::BlockDiagonal(self.blocks(leaf, target, input)?),
+            Operator::Mixture(leaf) => Operator::Mixture(self.mixture(leaf, target, input)?),
             Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.clone(),
-            other => return Err(unsupported(other)),
         })
     }
 
     /// The same near what the operator is now.
     fn alone(&mut self, operator: &Operator<T>, input: &Weighting) -> Result<Operator<T>> {
-        match operator {
-            Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => Ok(operator.clone()),
-            other => self.fit(other, other.to_dense().view(), input),
-        }
+        if settled(operator) { Ok(operator.clone()) } else { self.fit(operator, operator.to_dense().view(), input) }
     }
 
     fn product(
@@ -175,6 +185,13 @@ fn absorbed<T: Real>(
     }
 }
 
-pub(super) fn unsupported<T: Real>(operator: &Operator<T>) -> Error {
-    Error::Unsupported(format!("quantize: no grid for the numbers of `{operator}`"))
+/// Whether there are no numbers in it, or they are on a grid.
+pub(super) fn settled<T: Real>(operator: &Operator<T>) -> bool {
+    match operator {
+        Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => true,
+        Operator::NmSparse(leaf) => leaf.grid().is_some(),
+        Operator::Bitmask(leaf) => leaf.grid().is_some(),
+        Operator::BlockDiagonal(leaf) => leaf.grid().is_some(),
+        _ => false,
+    }
 }

@@ -38,30 +38,67 @@ impl How<'_> {
         input: &Weighting,
         notes: &mut Vec<String>,
     ) -> Result<Quantized<T>> {
+        let (values, grid) = self.settle((target, None), target, input, notes)?;
+        Quantized::nearest(values.view(), grid)
+    }
+
+    /// The same from `start`, of which only what is kept may differ from zero: entries and their grid.
+    pub(super) fn settle<T: Real>(
+        &self,
+        (start, kept): (ArrayView2<'_, T>, Option<ArrayView2<'_, bool>>),
+        target: ArrayView2<'_, T>,
+        input: &Weighting,
+        notes: &mut Vec<String>,
+    ) -> Result<(Array2<T>, Grid<T>)> {
         let ((m, n), levels) = (target.dim(), self.levels(target.ncols()));
         let weights = diagonal::<T>(input, n);
-        let grid = clip(target, weights.broadcast((m, n)).unwrap_or(weights.view()), levels)?;
+        let weights = weights.broadcast((m, n)).unwrap_or(weights.view());
+        // Without a place there is no weight, and no scale: a scale of zero holds an entry at zero.
+        let held = |a: ArrayView2<'_, T>| {
+            let mut held = a.to_owned();
+            if let Some(kept) = kept {
+                held.zip_mut_with(&kept, |v, &kept| *v = if kept { *v } else { T::zero() });
+            }
+            held
+        };
+        let grid = match kept {
+            Some(_) => clip(start, held(weights).view(), levels)?,
+            None => clip(start, weights, levels)?,
+        };
+        let (steps, zeros) = expand(&grid, (m, n));
+        let steps = held(steps.view());
+        let nearest = || Lattice::new(start, steps.view(), zeros.view(), levels.top());
         let Some(gram) = (match (self.rule, input) {
             (Rounding::Gram, Weighting::Gram(gram)) => Some(gram.matrix()),
             _ => None,
         }) else {
-            return Quantized::nearest(target, grid);
+            return Ok((nearest()?.values(), grid));
         };
-        let (steps, zeros) = expand(&grid, (m, n));
-        let mut lattice = Lattice::new(target, steps.view(), zeros.view(), levels.top())?;
+        let begun = || -> Result<Lattice<T>> {
+            let mut lattice = Lattice::new(target, steps.view(), zeros.view(), levels.top())?;
+            if kept.is_some() {
+                lattice.begin(nearest()?.values().view())?;
+            }
+            Ok(lattice)
+        };
+        let mut lattice = begun()?;
         let form = damped::<T>(gram, DESCENT * self.damping);
-        let nearest = lattice.error(form.view())?;
+        let before = lattice.error(form.view())?;
         let walked = self.walk(target, gram, (steps.view(), zeros.view()), levels, notes)?;
         lattice.begin(walked.view())?;
         self.descend(&mut lattice, form.view(), &grid)?;
-        if lattice.error(form.view())? > nearest {
-            lattice = Lattice::new(target, steps.view(), zeros.view(), levels.top())?;
+        if lattice.error(form.view())? > before {
+            lattice = begun()?;
             self.descend(&mut lattice, form.view(), &grid)?;
         }
-        let chosen = (0..n).step_by(levels.group).collect::<Vec<_>>();
-        let scales = Dense::rounded(lattice.steps().select(Axis(1), &chosen), grid.scales().dtype())?;
+        // Groups of which nothing is stored keep the scale that they had.
+        let (found, mut scales) = (lattice.steps(), grid.scales().values().to_owned());
+        for ((i, j), &step) in found.indexed_iter().filter(|(_, step)| **step != T::zero()) {
+            scales[(i, j / levels.group)] = step;
+        }
+        let scales = Dense::rounded(scales, grid.scales().dtype())?;
         let grid = Grid::new(levels.bits, levels.group, scales, grid.zeros().map(|zeros| zeros.to_owned()))?;
-        Quantized::nearest(lattice.values().view(), grid)
+        Ok((lattice.values(), grid))
     }
 
     fn descend<T: Real>(&self, lattice: &mut Lattice<T>, form: ArrayView2<'_, T>, grid: &Grid<T>) -> Result<()> {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use self::fit::{Fit, unsupported};
+use self::fit::{Fit, settled};
 use self::leaf::How;
 use super::sparse::{fraction, outline, single};
 use super::{Decomposition, Factorize, Forecast, Method, Outline, Point, Problem};
@@ -32,6 +32,7 @@ use crate::scalar::{DType, Real};
 
 mod fit;
 mod leaf;
+mod parts;
 #[cfg(test)]
 mod tests;
 
@@ -153,6 +154,7 @@ impl Quantize {
     /// Bytes of an inner method's result once its numbers are on grids; shared parts once.
     fn priced<T: Real>(&self, operator: &Operator<T>, bits: u8, seen: &mut Vec<*const Operator<T>>) -> Result<u64> {
         Ok(match operator {
+            operator if settled(operator) => operator.bytes(),
             Operator::Dense(leaf) => self.bytes(leaf.shape(), bits, leaf.dtype()),
             Operator::Interpolative(leaf) => {
                 let numbers = leaf.coefficients();
@@ -166,9 +168,33 @@ impl Quantize {
                 seen.push(Arc::as_ptr(inner));
                 self.priced(inner, bits, seen)?
             }
+            Operator::NmSparse(leaf) => {
+                let (m, n) = leaf.shape();
+                let positions = m * leaf.pattern().position_bytes(n);
+                positions as u64 + self.coded((m, n), (0..m).map(|_| leaf.pattern().values_per_row(n)), bits)
+            }
+            Operator::Bitmask(leaf) => {
+                let (m, n) = leaf.shape();
+                (m * n.div_ceil(8)) as u64 + self.coded((m, n), (0..m).map(|i| leaf.stored(i)), bits)
+            }
+            Operator::BlockDiagonal(leaf) => {
+                let values: usize = leaf.extents().iter().map(|(rows, columns)| rows * columns).sum();
+                let table = leaf.bytes() - leaf.dtype().bytes(values) as u64;
+                let rows = leaf.extents().iter().flat_map(|&(rows, columns)| std::iter::repeat_n(columns, rows));
+                table + self.coded((leaf.shape().0, leaf.widest()), rows, bits)
+            }
+            Operator::Mixture(leaf) => {
+                let atoms = leaf.atoms().iter().map(|atom| self.priced(atom, bits, seen)).sum::<Result<u64>>()?;
+                leaf.coefficients().bytes() + atoms
+            }
             Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.bytes(),
-            other => return Err(unsupported(other)),
         })
+    }
+
+    /// Bytes of the codes of rows that store so many numbers each, with their grid.
+    fn coded(&self, (m, n): (usize, usize), counts: impl Iterator<Item = usize>, bits: u8) -> u64 {
+        let grid = self.bytes((m, n), bits, DType::F32) - m as u64 * Grid::<f32>::row_bytes(n, bits);
+        grid + counts.map(|count| Grid::<f32>::row_bytes(count, bits)).sum::<u64>()
     }
 
     /// What a number of such a weight's factors costs in `bits`, as a fraction of what it costs now.

@@ -4,7 +4,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::*;
 use crate::factorize::Svd;
-use crate::metric::Metric;
+use crate::metric::{Metric, Weighting};
 use crate::operator::codec::{Decoder, Encoder};
 use crate::stats::Gram;
 use crate::testing::numbers;
@@ -135,5 +135,77 @@ fn leafwise(operator: &Operator<f64>, how: &How<'_>) -> Operator<f64> {
         }
         Operator::Product(parts) => Operator::Product(parts.iter().map(|part| leafwise(part, how)).collect()),
         other => other.clone(),
+    }
+}
+
+/// Numbers of any structure to their own nearest on the same layout, nothing refitted.
+fn nearest_of(operator: &Operator<f64>, how: &How<'_>) -> Operator<f64> {
+    let mut fit = Fit { how: *how, mix: false, seed: 0, notes: &mut Vec::new(), shared: Vec::new() };
+    let mut plain =
+        |operator: &Operator<f64>| fit.fit(operator, operator.to_dense().view(), &Weighting::Identity).unwrap();
+    match operator {
+        Operator::Product(parts) => Operator::Product(parts.iter().map(|part| nearest_of(part, how)).collect()),
+        Operator::Sum(parts) => Operator::Sum(parts.iter().map(|part| nearest_of(part, how)).collect()),
+        other => plain(other),
+    }
+}
+
+#[test]
+fn every_structure_takes_a_grid() {
+    let (m, n) = (64, 64);
+    let w = numbers(m, 24, 31).dot(&numbers(24, n, 37)) + numbers(m, n, 41) * 0.3;
+    let methods = [
+        "type = 'two-four'",
+        "type = 'bitmask'",
+        "type = 'armor'\nblock = 8\niterations = 20",
+        "type = 'monarch'",
+        "type = 'cospadi'",
+        "type = 'cospadi'\nform = 'factors'\nsolver = 'one-shot'",
+        "type = 'residual'",
+    ];
+    for text in methods {
+        let inner: Method = toml::from_str(text).unwrap();
+        for (bits, symmetric, keep) in [(8, true, 0.5), (4, true, 0.3), (5, false, 0.4)] {
+            let problem = problem(w.view(), Budget::Keep(keep));
+            let inner = Some(Box::new(inner.clone()));
+            let method = Quantize { bits: Some(bits), group: 24, symmetric, inner, ..Quantize::default() };
+            let (found, error) = one(&method, &problem);
+            assert!(found.bytes() as f64 <= keep * problem.bytes() as f64, "{text}: {} bytes", found.bytes());
+            // What is on a grid stays as it is, at the bytes that were foreseen.
+            assert_eq!(method.priced(&found, bits, &mut Vec::new()).unwrap(), found.bytes(), "{text}");
+            let mut notes = Vec::new();
+            let exact =
+                method.inner(method.inner.as_ref().unwrap(), std::slice::from_ref(&problem), bits, &mut notes).unwrap();
+            assert_eq!(method.priced(&exact[0], bits, &mut Vec::new()).unwrap(), found.bytes(), "{text}");
+            let apart = problem.error_of(&nearest_of(&exact[0], &how_nearest(&method, bits, &problem)));
+            assert!(error < apart, "{text}, {bits} bits: {error} of {apart}");
+            // As its dense form does, and through a file.
+            let (dense, x) = (found.to_dense(), numbers(n, 3, 43));
+            let wide = (&found.product(x.view()) - &dense.dot(&x)).iter().fold(0.0f64, |a, v| a.max(v.abs()));
+            assert!(wide < 1e-9, "{text}: {wide}");
+            let mut encoder = Encoder::new();
+            let tree = serde_json::to_string(&encoder.encode("w", &found).unwrap()).unwrap();
+            let tensors = encoder.into_tensors();
+            assert_eq!(tensors.iter().map(|t| t.bytes.len() as u64).sum::<u64>(), found.bytes(), "{text}");
+            let back = Decoder::<_, f64>::new(&tensors).decode(&serde_json::from_str(&tree).unwrap()).unwrap();
+            assert_eq!(back, found, "{text}");
+        }
+    }
+}
+
+#[test]
+fn atoms_are_rounded_once_for_all_layers() {
+    let shared = [numbers(24, 32, 3), numbers(24, 32, 5)];
+    let layers: Vec<Array2<f64>> =
+        (0..6).map(|l| &shared[0] * (1.0 + l as f64) + &shared[1] * (2.0 - l as f64)).collect();
+    let problems: Vec<_> = layers.iter().map(|w| problem(w.view(), Budget::Keep(0.35))).collect();
+    let inner: Method = toml::from_str("type = 'masa'\natoms = 2\nresidual = false").unwrap();
+    let method = Quantize { bits: Some(8), inner: Some(Box::new(inner)), ..Quantize::default() };
+    let found = method.factorize(&problems).unwrap();
+    let before: u64 = problems.iter().map(Problem::bytes).sum();
+    assert!(Operator::total_bytes(&found) as f64 <= 0.35 * before as f64);
+    for (problem, operator) in problems.iter().zip(&found) {
+        let norm = problem.metric.norm_squared(problem.weight, problem.backend);
+        assert!(problem.error_of(operator) < 1e-3 * norm, "{operator}");
     }
 }

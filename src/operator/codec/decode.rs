@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Coefficients, NamedTensor, Node, Run};
+use super::{Codes, Coefficients, Extents, NamedTensor, Node, Run, Values};
 use crate::error::{Error, Result};
+use crate::operator::permutation::LONGEST;
 use crate::operator::{
     Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm, NmSparse,
     Operator, Permutation, Quantized, Runs,
@@ -70,9 +71,7 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Basis { kind, side, len, indices } => {
                 Operator::Basis(Basis::new(*kind, *side, self.indices(indices, *len)?)?)
             }
-            Node::BlockDiagonal { tensor, extents } => {
-                Operator::BlockDiagonal(self.blocks(tensor, extents.as_deref())?)
-            }
+            Node::BlockDiagonal { tensor, extents } => Operator::BlockDiagonal(self.blocks(tensor, extents.as_ref())?),
             Node::Permutation { columns, list } => {
                 let list = self.integers(list)?.1;
                 Operator::Permutation(Permutation::list(*columns, list)?)
@@ -81,27 +80,33 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
                 Operator::Permutation(Permutation::grid(*shape, *rows, *columns, self.runs((*rows, *columns), run)?)?)
             }
             Node::NmSparse { n, m, columns, positions, values } => {
-                let (pattern, values) = (Nm::new(*n, *m)?, self.dense(values)?);
-                let (_, bytes) = self.bytes(positions)?;
-                let leaf = NmSparse::decode(pattern, *columns, bytes, values);
+                let (pattern, (_, bytes)) = (Nm::new(*n, *m)?, self.bytes(positions)?);
+                let leaf = match values {
+                    Values::Tensor(values) => NmSparse::decode(pattern, *columns, bytes, self.dense(values)?),
+                    Values::Codes(codes) => {
+                        let (grid, codes) = self.codes(codes)?;
+                        NmSparse::decode_codes(pattern, *columns, bytes, grid, codes)
+                    }
+                };
                 Operator::NmSparse(leaf.map_err(|e| e.of_tensor(positions))?)
             }
             Node::Bitmask { columns, mask, values } => {
                 let (rows, bytes) = self.bytes(mask)?;
-                let leaf = Bitmask::decode((rows, *columns), bytes, self.dense(values)?);
+                let leaf = match values {
+                    Values::Tensor(values) => Bitmask::decode((rows, *columns), bytes, self.dense(values)?),
+                    Values::Codes(codes) => {
+                        let (grid, codes) = self.codes(codes)?;
+                        Bitmask::decode_codes((rows, *columns), bytes, grid, codes)
+                    }
+                };
                 Operator::Bitmask(leaf.map_err(|e| e.of_tensor(mask))?)
             }
             Node::Mixture { coefficients, atoms } => {
                 Operator::Mixture(Mixture::new(self.dense(coefficients)?, self.all(atoms, depth)?)?)
             }
             Node::Quantized { bits, group, columns, codes, scales, zeros } => {
-                let scales = self.dense(scales)?;
                 let read = || {
-                    let zeros = match zeros {
-                        Some(name) => Some(Grid::<T>::unpack_zeros(*bits, scales.shape(), self.bytes(name)?.1)?),
-                        None => None,
-                    };
-                    let grid = Grid::new(*bits, *group, scales, zeros)?;
+                    let grid = self.grid(*bits, *group, scales, zeros.as_deref())?;
                     Quantized::new(*columns, grid, self.bytes(codes)?.1.to_vec())
                 };
                 Operator::Quantized(read().map_err(|e| e.of_tensor(codes))?)
@@ -144,6 +149,30 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
         }
     }
 
+    fn grid(&self, bits: u8, group: usize, scales: &str, zeros: Option<&str>) -> Result<Grid<T>> {
+        let scales = self.dense(scales)?;
+        let zeros = match zeros {
+            Some(name) => Some(Grid::<T>::unpack_zeros(bits, scales.shape(), self.bytes(name)?.1)?),
+            None => None,
+        };
+        Grid::new(bits, group, scales, zeros)
+    }
+
+    /// The grid and the packed codes of what a node stores.
+    fn codes(&self, codes: &Codes) -> Result<(Grid<T>, Vec<u8>)> {
+        let read = || {
+            let stored = self.source.tensor(&codes.codes)?;
+            match (stored.dtype, stored.shape) {
+                (DType::U8, &[_]) => {}
+                (DType::U8, shape) => return Err(Error::shape("a list of bytes", shape)),
+                (dtype, _) => return Err(Error::UnsupportedDType { dtype }),
+            }
+            let grid = self.grid(codes.bits, codes.group, &codes.scales, codes.zeros.as_deref())?;
+            Ok((grid, stored.bytes.to_vec()))
+        };
+        read().map_err(|e| e.of_tensor(&codes.codes))
+    }
+
     fn indices(&self, name: &str, len: usize) -> Result<IndexSet> {
         let read = || {
             let stored = self.source.tensor(name)?;
@@ -152,18 +181,31 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
         read().map_err(|e| e.of_tensor(name))
     }
 
-    fn blocks(&self, name: &str, extents: Option<&str>) -> Result<BlockDiagonal<T>> {
-        let table = extents.map(|extents| self.integers(extents)).transpose()?;
+    fn blocks(&self, tensor: &Values, extents: Option<&Extents>) -> Result<BlockDiagonal<T>> {
+        let table = match extents {
+            Some(Extents::Table(name)) => match self.integers(name)? {
+                (shape, table) if matches!(shape[..], [_, 2]) => {
+                    let pairs = table.as_chunks::<2>().0.iter();
+                    Some(pairs.map(|&[rows, columns]| (rows as usize, columns as usize)).collect())
+                }
+                (shape, _) => return Err(Error::shape("blocks x 2", shape).of_tensor(name)),
+            },
+            Some(&Extents::Alike(extents)) => Some(alike(extents)?),
+            None => None,
+        };
+        let name = match tensor {
+            Values::Tensor(name) => name,
+            Values::Codes(codes) => {
+                let extents = table.ok_or_else(|| Error::shape("extents", "none").of_tensor(&codes.codes))?;
+                let (grid, bytes) = self.codes(codes)?;
+                return BlockDiagonal::decode_codes(extents, grid, bytes).map_err(|e| e.of_tensor(&codes.codes));
+            }
+        };
         let read = || {
             let stored = self.source.tensor(name)?;
             let extents = match (table, stored.shape) {
-                // (Blocks of no size would cost a file nothing.)
-                (None, &[count, rows, columns]) if (rows > 0 && columns > 0) || count <= 1 => {
-                    vec![(rows, columns); count]
-                }
-                (Some((shape, table)), [_]) if matches!(shape[..], [_, 2]) => {
-                    table.as_chunks::<2>().0.iter().map(|&[rows, columns]| (rows as usize, columns as usize)).collect()
-                }
+                (None, &[count, rows, columns]) => alike([count, rows, columns])?,
+                (Some(table), [_]) => table,
                 _ => return Err(Error::shape("blocks of one extent, or values and a table of extents", stored.shape)),
             };
             let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
@@ -198,5 +240,15 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Ok((stored.shape.to_vec(), numbers))
         };
         read().map_err(|e| e.of_tensor(name))
+    }
+}
+
+/// Extents of blocks of one kind. Blocks of no size would cost a file nothing, and there is a limit to all sizes.
+fn alike([count, rows, columns]: [usize; 3]) -> Result<Vec<(usize, usize)>> {
+    let sound = rows > 0 && columns > 0 && count <= LONGEST || count <= 1;
+    if sound {
+        Ok(vec![(rows, columns); count])
+    } else {
+        Err(Error::shape("blocks of some size", [count, rows, columns]))
     }
 }

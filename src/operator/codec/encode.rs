@@ -1,11 +1,15 @@
 //! Operators → tensors and trees.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Coefficients, NamedTensor, Node, Run};
+use super::{Codes, Coefficients, Extents, NamedTensor, Node, Run, Values};
 use crate::error::Result;
-use crate::operator::{BlockDiagonal, Dense, IndexSet, LinearOperator, Operator, Order, Permutation, Quantized, Runs};
+use crate::operator::coded::Coded;
+use crate::operator::{
+    BlockDiagonal, Dense, Grid, IndexSet, LinearOperator, Operator, Order, Permutation, Quantized, Runs,
+};
 use crate::scalar::{DType, Real, narrow};
 
 /// Collects the tensors of one weight or of one group of weights.
@@ -63,7 +67,7 @@ impl Encoder {
                     m: leaf.pattern().m(),
                     columns,
                     positions: self.push(name, next, DType::U8, shape, bytes),
-                    values: self.dense(name, next, &leaf.values())?,
+                    values: self.values(name, next, leaf.codes(), || leaf.values())?,
                 }
             }
             Operator::Bitmask(leaf) => {
@@ -71,7 +75,7 @@ impl Encoder {
                 Node::Bitmask {
                     columns,
                     mask: self.push(name, next, DType::U8, vec![m, columns.div_ceil(8)], bytes),
-                    values: self.dense(name, next, leaf.values())?,
+                    values: self.values(name, next, leaf.coded(), || leaf.values())?,
                 }
             }
             Operator::Mixture(leaf) => Node::Mixture {
@@ -113,11 +117,37 @@ impl Encoder {
 
     fn quantized<T: Real>(&mut self, name: &str, next: &mut usize, leaf: &Quantized<T>) -> Result<Node> {
         let (grid, (m, columns)) = (leaf.grid(), leaf.shape());
-        let bytes = |packed: &[u8]| vec![m, packed.len() / m.max(1)];
-        let codes = self.push(name, next, DType::U8, bytes(leaf.codes()), leaf.codes().to_vec());
-        let scales = self.dense(name, next, grid.scales())?;
-        let zeros = grid.packed_zeros().map(|zeros| self.push(name, next, DType::U8, bytes(&zeros), zeros));
+        let shape = vec![m, leaf.codes().len() / m.max(1)];
+        let codes = self.push(name, next, DType::U8, shape, leaf.codes().to_vec());
+        let (scales, zeros) = self.grid(name, next, grid)?;
         Ok(Node::Quantized { bits: grid.bits(), group: grid.group(), columns, codes, scales, zeros })
+    }
+
+    /// Scales and zero points.
+    fn grid<T: Real>(&mut self, name: &str, next: &mut usize, grid: &Grid<T>) -> Result<(String, Option<String>)> {
+        let (scales, m) = (self.dense(name, next, grid.scales())?, grid.scales().shape().0.max(1));
+        let zeros = grid.packed_zeros();
+        Ok((scales, zeros.map(|zeros| self.push(name, next, DType::U8, vec![m, zeros.len() / m], zeros))))
+    }
+
+    fn codes<T: Real>(&mut self, name: &str, next: &mut usize, coded: &Coded<T>) -> Result<Values> {
+        let (grid, bytes) = (coded.grid(), coded.codes().to_vec());
+        let codes = self.push(name, next, DType::U8, vec![bytes.len()], bytes);
+        let (scales, zeros) = self.grid(name, next, grid)?;
+        Ok(Values::Codes(Codes { bits: grid.bits(), group: grid.group(), codes, scales, zeros }))
+    }
+
+    fn values<'v, T: Real>(
+        &mut self,
+        name: &str,
+        next: &mut usize,
+        coded: Option<&Coded<T>>,
+        values: impl FnOnce() -> Cow<'v, Dense<T>>,
+    ) -> Result<Values> {
+        match coded {
+            Some(coded) => self.codes(name, next, coded),
+            None => Ok(Values::Tensor(self.dense(name, next, &values())?)),
+        }
     }
 
     fn indices(&mut self, name: &str, next: &mut usize, set: &IndexSet) -> String {
@@ -126,20 +156,26 @@ impl Encoder {
     }
 
     fn blocks<T: Real>(&mut self, name: &str, next: &mut usize, leaf: &BlockDiagonal<T>) -> Result<Node> {
-        let (count, values) = (leaf.extents().len(), leaf.to_values());
-        let bytes = narrow(leaf.dtype(), &values)?;
-        Ok(match leaf.uniform() {
-            Some((rows, columns)) if rows * columns > 0 => {
-                let tensor = self.push(name, next, leaf.dtype(), vec![count, rows, columns], bytes);
-                Node::BlockDiagonal { tensor, extents: None }
+        let (count, alike) = (leaf.extents().len(), leaf.uniform().filter(|(rows, columns)| rows * columns > 0));
+        let tensor = match leaf.codes() {
+            Some(coded) => self.codes(name, next, coded)?,
+            None => {
+                let values = leaf.to_values();
+                let shape = alike.map_or(vec![values.len()], |(rows, columns)| vec![count, rows, columns]);
+                let bytes = narrow(leaf.dtype(), &values)?;
+                Values::Tensor(self.push(name, next, leaf.dtype(), shape, bytes))
             }
-            _ => {
-                let tensor = self.push(name, next, leaf.dtype(), vec![values.len()], bytes);
+        };
+        let extents = match (alike, leaf.codes()) {
+            (Some(_), None) => None,
+            (Some((rows, columns)), Some(_)) => Some(Extents::Alike([count, rows, columns])),
+            (None, _) => {
                 let numbers = leaf.extents().iter().flat_map(|&(rows, columns)| [rows as u32, columns as u32]);
                 let bytes = numbers.flat_map(u32::to_le_bytes).collect();
-                Node::BlockDiagonal { tensor, extents: Some(self.push(name, next, DType::U32, vec![count, 2], bytes)) }
+                Some(Extents::Table(self.push(name, next, DType::U32, vec![count, 2], bytes)))
             }
-        })
+        };
+        Ok(Node::BlockDiagonal { tensor, extents })
     }
 
     fn permutation(&mut self, name: &str, next: &mut usize, leaf: &Permutation) -> Node {

@@ -96,11 +96,11 @@ pub enum Node {
     },
     /// [`Operator::BlockDiagonal`].
     BlockDiagonal {
-        /// The blocks: blocks × rows × columns if they are alike, else their values one after the other.
-        tensor: String,
-        /// If they are not alike, (rows, columns) of each: U32, blocks × 2.
+        /// The blocks: blocks × rows × columns if they are alike, else their values one after the other; or codes.
+        tensor: Values,
+        /// If they are not alike, or codes, their rows and columns.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        extents: Option<String>,
+        extents: Option<Extents>,
     },
     /// [`Operator::Permutation`] by its list.
     Permutation {
@@ -130,8 +130,8 @@ pub enum Node {
         columns: usize,
         /// The packed positions of the groups, U8.
         positions: String,
-        /// The values, rows × values of a row.
-        values: String,
+        /// The values, rows × values of a row; or codes.
+        values: Values,
     },
     /// [`Operator::Bitmask`].
     Bitmask {
@@ -139,8 +139,8 @@ pub enum Node {
         columns: usize,
         /// The mask, rows × ⌈columns/8⌉ U8.
         mask: String,
-        /// The values, 1 × their number.
-        values: String,
+        /// The values, 1 × their number; or codes.
+        values: Values,
     },
     /// [`Operator::Mixture`].
     Mixture {
@@ -182,6 +182,43 @@ pub enum Node {
         /// The operator.
         node: Box<Node>,
     },
+}
+
+/// What a sparse node stores.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Values {
+    /// The tensor that holds the values.
+    Tensor(String),
+    /// Their codes.
+    Codes(Codes),
+}
+
+/// Codes of what rows store, on a grid of all columns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Codes {
+    /// Bits of a code, 2 to 8.
+    pub bits: u8,
+    /// Columns that share a scale.
+    pub group: usize,
+    /// The packed codes of all rows, each row ended on a whole byte: U8.
+    pub codes: String,
+    /// The scales, rows × groups.
+    pub scales: String,
+    /// The packed zero points, rows × ⌈groups·bits/8⌉ U8; without them 2^(bits−1) everywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zeros: Option<String>,
+}
+
+/// The rows and columns of the blocks of a [`Node::BlockDiagonal`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Extents {
+    /// The tensor that holds them: U32, blocks × 2.
+    Table(String),
+    /// (blocks, rows, columns), all alike.
+    Alike([usize; 3]),
 }
 
 /// The length of the runs of a [`Node::Grid`].
