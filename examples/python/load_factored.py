@@ -45,6 +45,12 @@ def rows_of(kind, n):
     return {"dct2": q, "dct3": q.T}[kind]
 
 
+def unpack(packed, count, bits):
+    """`count` codes of each row of packed bytes, lowest bit first."""
+    stream = np.unpackbits(packed, axis=1, bitorder="little")[:, :count * bits]
+    return stream.reshape(-1, count, bits) @ (1 << np.arange(bits))
+
+
 class Checkpoint:
     """The tensors of a folder or file, mapped, and the operators of its compressed weights."""
 
@@ -104,7 +110,7 @@ class Checkpoint:
             inner = self.shared[node["id"]]
             return Operator(inner.shape, inner.apply, "shared " + inner.text)
         if op == "block-diagonal":
-            return self.block_diagonal(self.tensor(node["tensor"]).astype("f8"), node.get("extents"))
+            return self.block_diagonal(node["tensor"], node.get("extents"))
         if op in ("permutation", "grid"):
             shape, sources = self.permutation(node)
 
@@ -137,18 +143,34 @@ class Checkpoint:
         """scale * (code - zero point), both of a group of columns; codes are a stream of bits in each row."""
         bits, group, columns = node["bits"], node["group"], node["columns"]
 
-        def codes(name, count):
-            stream = np.unpackbits(self.tensor(name), axis=1, bitorder="little")[:, :count * bits]
-            return stream.reshape(-1, count, bits) @ (1 << np.arange(bits))
-        scales = self.tensor(node["scales"]).astype("f8")
-        zeros = codes(node["zeros"], scales.shape[1]) if "zeros" in node else np.full(scales.shape, 1 << bits - 1)
+        scales, zeros = self.grid(node)
         spread = [np.repeat(a, group, axis=1)[:, :columns] for a in (scales, zeros)]
-        matrix = spread[0] * (codes(node["codes"], columns) - spread[1])
+        matrix = spread[0] * (unpack(self.tensor(node["codes"]), columns, bits) - spread[1])
         return Operator(matrix.shape, lambda x: matrix @ x, "%d-bit %dx%d" % (bits, *matrix.shape))
+
+    def grid(self, node):
+        """Scales and zero points, rows x groups."""
+        scales = self.tensor(node["scales"]).astype("f8")
+        if "zeros" not in node:
+            return scales, np.full(scales.shape, 1 << node["bits"] - 1)
+        return scales, unpack(self.tensor(node["zeros"]), scales.shape[1], node["bits"])
+
+    def values(self, node, columns):
+        """Stored values, those of one row after those of another; `columns` lists the columns of each row's."""
+        if isinstance(node, str):
+            return self.tensor(node).astype("f8").reshape(-1)
+        (scales, zeros), packed, bits = self.grid(node), self.tensor(node["codes"]), node["bits"]
+        rows, at = [], 0
+        for i, own in enumerate(columns):
+            end = at + (len(own) * bits + 7) // 8
+            g = np.asarray(own, int) // node["group"]
+            rows.append(scales[i, g] * (unpack(packed[None, at:end], len(own), bits)[0] - zeros[i, g]))
+            at = end
+        return np.concatenate(rows)
 
     def sparse(self, node):
         """Marks from packed positions or a bit mask; the stored values fill them row by row."""
-        columns, values = node["columns"], self.tensor(node["values"]).astype("f8").reshape(-1)
+        columns = node["columns"]
         if node["op"] == "bitmask":
             marks = np.unpackbits(self.tensor(node["mask"]), axis=1, bitorder="little")[:, :columns].astype(bool)
         else:
@@ -165,13 +187,18 @@ class Checkpoint:
             marks = np.ones((len(packed), columns), bool)  # what is left of a row is stored whole
             marks[:, :columns // m * m] = choices[ranks].reshape(len(packed), -1)
         matrix = np.zeros(marks.shape)
-        matrix[marks] = values
+        matrix[marks] = self.values(node["values"], [np.flatnonzero(row) for row in marks])
         return Operator(matrix.shape, lambda x: matrix @ x, "%s %dx%d" % (node["op"], *matrix.shape))
 
     def block_diagonal(self, values, extents):
-        extents = [values.shape[1:]] * len(values) if extents is None else self.tensor(extents)
+        if extents is None:
+            extents = [self.tensor(values).shape[1:]] * len(self.tensor(values))
+        elif isinstance(extents, list):
+            extents = [extents[1:]] * extents[0]
+        else:
+            extents = self.tensor(extents)
         ends = np.cumsum([[rows, columns, rows * columns] for rows, columns in extents], axis=0, dtype=int)
-        flat = values.reshape(-1)
+        flat = self.values(values, [np.arange(columns) for rows, columns in extents for _ in range(rows)])
         blocks = [flat[end - rows * columns:end].reshape(rows, columns) for (rows, columns), end in zip(extents, ends[:, 2])]
 
         def apply(x):
