@@ -46,7 +46,6 @@ pub struct Rule {
     #[serde(rename = "match")]
     pub pattern: String,
     /// The structure of the answer.
-    #[serde(deserialize_with = "named::deserialize")]
     pub method: Method,
     /// The error that counts.
     #[serde(default)]

@@ -8,6 +8,7 @@
 //! | `w.fisher_row` | m | mean squared gradients, summed over each row |
 //! | `w.fisher_col` | n | the same, summed over each column |
 //! | `w.fisher` | m×n | the same, not summed; stands in for the two above |
+//! | `w.sensitivity` | 1 | what a global allocation multiplies the squared error of `w` with |
 //!
 //! and in its metadata `tokens` (a number), `gram_alias` (a JSON object, `"x.gram": "w.gram"`: layers that see the
 //! same input share one matrix) and `origin` (a JSON object from weight to fingerprint: what they were collected
@@ -28,6 +29,7 @@ mod gram;
 mod kind;
 mod origin;
 mod save;
+mod sensitivity;
 
 pub use self::gram::{Gram, GramAccumulator};
 pub use self::kind::Kind;
@@ -227,6 +229,7 @@ impl Stats {
     pub fn has(&self, weight: &str, kind: Kind) -> bool {
         match kind {
             Kind::Gram => self.gram_site(weight).is_some(),
+            Kind::Sensitivity => self.contains(&kind.key(weight)),
             Kind::FisherRow | Kind::FisherCol => {
                 self.contains(&kind.key(weight)) || self.contains(&format!("{weight}.{FISHER}"))
             }
@@ -253,11 +256,12 @@ impl Stats {
         self.tokens
     }
 
-    /// blake3 of everything known about a weight: keys, dtypes, shapes and bytes. A resumed run
+    /// blake3 of everything known about a weight but its sensitivity: keys, dtypes, shapes and bytes. A resumed run
     /// compares it. Equal content in a file and in memory has different digests.
     pub fn digest(&self, weight: &str) -> [u8; 32] {
         let mut whole = blake3::Hasher::new();
-        for key in self.keys(weight) {
+        let sensitivity = Kind::Sensitivity.key(weight);
+        for key in self.keys(weight).into_iter().filter(|key| *key != sensitivity) {
             let known = self.cache().digests.get(&key).copied();
             let digest = known.unwrap_or_else(|| self.key_digest(&key));
             self.cache().digests.insert(key, digest);
@@ -276,6 +280,7 @@ impl Stats {
             let expected = match key.rsplit('.').next() {
                 Some("fisher_row") => vec![m],
                 Some("fisher_col") => vec![n],
+                Some("sensitivity") => vec![1],
                 Some(FISHER) => vec![m, n],
                 _ => vec![n, n],
             };
@@ -294,8 +299,9 @@ impl Stats {
 
     /// The keys that exist for a weight, aliases resolved.
     fn keys(&self, weight: &str) -> Vec<String> {
-        let fisher = [Kind::FisherRow.key(weight), Kind::FisherCol.key(weight), format!("{weight}.{FISHER}")];
-        self.gram_site(weight).into_iter().chain(fisher.into_iter().filter(|key| self.contains(key))).collect()
+        let kinds = [Kind::FisherRow, Kind::FisherCol, Kind::Sensitivity].map(|kind| kind.key(weight));
+        let others = kinds.into_iter().chain([format!("{weight}.{FISHER}")]);
+        self.gram_site(weight).into_iter().chain(others.filter(|key| self.contains(key))).collect()
     }
 
     fn contains(&self, key: &str) -> bool {

@@ -1,6 +1,6 @@
 //! The built-in methods: the typed form, the boxed form and the TOML form are the same thing.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
     Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, Masa, Monarch, Outline, Problem,
@@ -9,19 +9,34 @@ use super::{
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
-use crate::named::Named;
+use crate::named::{self, Named};
 use crate::operator::Operator;
 use crate::scalar::Real;
 
 /// One line for each method: what it is, its name in a recipe, its type.
 macro_rules! methods {
     ($(#[doc = $what:literal] $name:literal $method:ident,)*) => {
-        /// The built-in methods.
-        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-        #[serde(tag = "type", deny_unknown_fields)]
+        /// The built-in methods. Read from a name, which stands for the default parameters, or from a table.
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(tag = "type")]
         #[non_exhaustive]
         pub enum Method {
             $(#[doc = $what] #[serde(rename = $name)] $method($method),)*
+        }
+
+        /// The table form.
+        #[derive(Deserialize)]
+        #[serde(tag = "type", deny_unknown_fields)]
+        pub(crate) enum Described {
+            $(#[serde(rename = $name)] $method($method),)*
+        }
+
+        impl From<Described> for Method {
+            fn from(described: Described) -> Self {
+                match described {
+                    $(Described::$method(method) => Method::$method(method),)*
+                }
+            }
         }
 
         impl Method {
@@ -85,12 +100,18 @@ methods! {
 
 impl Named for Method {
     const WHAT: &'static str = "a method";
-    type Table = Method;
+    type Table = Described;
     fn named(name: &str) -> Result<Self> {
         Method::named(name)
     }
-    fn from_table(method: Method) -> Result<Self> {
-        Ok(method)
+    fn from_table(described: Described) -> Result<Self> {
+        Ok(described.into())
+    }
+}
+
+impl<'de> Deserialize<'de> for Method {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        named::deserialize(deserializer)
     }
 }
 

@@ -23,6 +23,13 @@ pub(super) enum Share {
     Kept(String),
 }
 
+/// shares.json: what was decided, and under which sensitivities of the jobs with a part in it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Decided {
+    sensitivities: Vec<f64>,
+    shares: Vec<Share>,
+}
+
 impl Run<'_, '_> {
     /// What each job gets: the rule's own budget, or its share of a global one.
     pub(super) fn shares(&self, worker: &Worker<'_, '_>) -> Result<Vec<Share>> {
@@ -40,8 +47,10 @@ impl Run<'_, '_> {
             return Ok(shares);
         }
         let decided = self.work().join("shares.json");
-        if let Some(known) = fs::read(&decided).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
-            return Ok(known);
+        let sensitivities = open.iter().map(|&i| self.sensitivity(&jobs[i])).collect::<Result<Vec<f64>>>()?;
+        let known: Option<Decided> = fs::read(&decided).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        if let Some(known) = known.filter(|known| known.sensitivities == sensitivities) {
+            return Ok(known.shares);
         }
         self.observer.stage("measuring", open.iter().map(|&i| jobs[i].cost()).sum());
         let measured = open.par_iter().map(|&index| {
@@ -71,8 +80,11 @@ impl Run<'_, '_> {
             let (limit, before) = (limit.saturating_sub(kept), before - kept);
             let members: Vec<(usize, &Curve)> =
                 curves.iter().filter(|(i, _)| jobs[**i].rule == rule_index).map(|(i, c)| (*i, c)).collect();
-            let points: Vec<Vec<Point>> =
-                members.iter().map(|(_, curve)| curve.choices(&global, &rule.metric)).collect();
+            let points = members.iter().map(|(i, curve)| {
+                let sensitivity = self.sensitivity(&jobs[*i])?;
+                Ok(curve.choices(&global, &rule.metric, sensitivity))
+            });
+            let points: Vec<Vec<Point>> = points.collect::<Result<_>>()?;
             let offers = members.iter().zip(&points).map(|((i, _), points)| Offer {
                 curve: points,
                 floor: (jobs[*i].bytes() as f64 * global.floor * limit as f64 / before.max(1) as f64) as u64,
@@ -82,8 +94,15 @@ impl Run<'_, '_> {
                 shares[*i] = Share::Budget(Budget::Bytes(points[choice].bytes));
             }
         }
-        let text = serde_json::to_vec(&shares).map_err(|e| self.refuse(e.to_string()))?;
+        let all = Decided { sensitivities, shares };
+        let text = serde_json::to_vec(&all).map_err(|e| self.refuse(e.to_string()))?;
         write_file_atomic(&decided, &text)?;
-        Ok(shares)
+        Ok(all.shares)
+    }
+
+    /// The mean over a group, whose errors are known in sum only.
+    fn sensitivity(&self, job: &Job) -> Result<f64> {
+        let each = job.names.iter().map(|name| self.plan.stats.sensitivity(name));
+        Ok(each.sum::<Result<f64>>()? / job.names.len().max(1) as f64)
     }
 }

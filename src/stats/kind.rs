@@ -11,6 +11,8 @@ pub enum Kind {
     FisherRow,
     /// Fisher information of each column, n.
     FisherCol,
+    /// What an allocation multiplies the weight's squared error with, one number.
+    Sensitivity,
 }
 
 impl Kind {
@@ -26,6 +28,7 @@ impl fmt::Display for Kind {
             Kind::Gram => "gram",
             Kind::FisherRow => "fisher_row",
             Kind::FisherCol => "fisher_col",
+            Kind::Sensitivity => "sensitivity",
         })
     }
 }

@@ -61,7 +61,7 @@ fn entry<'a>(key: &str, shape: Vec<usize>, bytes: Cow<'a, [u8]>) -> Entry<'a> {
 }
 
 fn is_statistic(key: &str) -> bool {
-    let kinds = [Kind::Gram, Kind::FisherRow, Kind::FisherCol].map(|kind| kind.to_string());
+    let kinds = [Kind::Gram, Kind::FisherRow, Kind::FisherCol, Kind::Sensitivity].map(|kind| kind.to_string());
     key.rsplit_once('.').is_some_and(|(_, last)| last == FISHER || kinds.iter().any(|kind| kind == last))
 }
 

@@ -33,8 +33,8 @@ pub(crate) struct Curve {
 
 impl Curve {
     /// The points that an allocation may choose from, with errors that can be compared with those of
-    /// others: nothing at all only if that is no loss, dense only if the rule has it.
-    pub(crate) fn choices(&self, global: &Global, metric: &MetricSpec) -> Vec<Point> {
+    /// others, times a sensitivity: nothing at all only if that is no loss, dense only if the rule has it.
+    pub(crate) fn choices(&self, global: &Global, metric: &MetricSpec, sensitivity: f64) -> Vec<Point> {
         let first = usize::from(self.points.first().is_some_and(|p| p.error > 0.0));
         let last = self.points.len() - usize::from(!global.dense && self.points.len() > first + 1);
         let scale = match global.errors {
@@ -42,8 +42,8 @@ impl Curve {
             Errors::Auto if metric.output == OutputMetric::Fisher => 1.0,
             Errors::Auto | Errors::Relative => 1.0 / self.norm_squared.max(f64::MIN_POSITIVE),
         };
-        let comparable = |p: &Point| Point { bytes: p.bytes, error: (p.error * scale).powf(global.power) };
-        self.points[first..last].iter().map(comparable).collect()
+        let weighed = |p: &Point| Point { bytes: p.bytes, error: sensitivity * (p.error * scale).powf(global.power) };
+        self.points[first..last].iter().map(weighed).collect()
     }
 }
 

@@ -73,3 +73,27 @@ fn recipes_that_make_no_sense_are_refused() {
         assert!(matches!(error, Error::Recipe { .. }) && error.to_string().contains(word), "{bad}: {error}");
     }
 }
+
+#[test]
+fn methods_within_methods_may_be_names() {
+    let parse = |method: &str| {
+        Recipe::parse(&format!("[[rule]]\nmatch = '.*'\nmethod = {{ {method} }}\nbudget = {{ keep = 0.5 }}"))
+    };
+    for (names, tables) in [
+        ("type = 'quantize', inner = 'svd'", "type = 'quantize', inner = { type = 'svd' }"),
+        (
+            "type = 'residual', first = 'two-four', then = 'quantize'",
+            "type = 'residual', first = { type = 'two-four' }, then = { type = 'quantize' }",
+        ),
+        (
+            "type = 'auto', candidates = ['svd', { type = 'quantize', bits = 4 }]",
+            "type = 'auto', candidates = [{ type = 'svd' }, { type = 'quantize', bits = 4 }]",
+        ),
+    ] {
+        let recipe = parse(names).unwrap();
+        assert_eq!(recipe, parse(tables).unwrap());
+        assert_eq!(Recipe::parse(&recipe.to_toml().unwrap()).unwrap(), recipe);
+    }
+    let wrong = parse("type = 'quantize', inner = 'sdv'").unwrap_err().to_string();
+    assert!(wrong.contains("sdv") && wrong.contains("monarch"), "{wrong}");
+}

@@ -245,6 +245,19 @@ fn a_key_that_is_there_twice_is_refused() {
     assert_refused(stats.insert_alias("w", "x"), "w.gram", "already");
     assert_refused(stats.insert_fisher_row("w", array![1.0]), "w.fisher_row", "already");
     assert_refused(stats.insert_fisher_col("w", array![-1.0]), "w.fisher_col", "-1");
+    stats.insert_sensitivity("w", 2.5).unwrap();
+    assert_eq!((stats.sensitivity("w").unwrap(), stats.sensitivity("v").unwrap()), (2.5, 1.0));
+    assert_refused(stats.insert_sensitivity("w", 1.0), "w.sensitivity", "already");
+    for wrong in [0.0, -1.0, f64::INFINITY] {
+        assert_refused(stats.insert_sensitivity("v", wrong), "v.sensitivity", "");
+    }
+    let path = write(&folder.path().join("s"), DType::F32, &[("v.sensitivity", &[2], &[1.0, 2.0])], &[]);
+    let stored = Stats::open(&[&path]).unwrap();
+    assert_refused(stored.sensitivity("v"), "v.sensitivity", "2 numbers");
+    assert_refused(stored.check_shape("v", (4, 4)), "v.sensitivity", "[1]");
+    let kept = folder.path().join("kept");
+    stats.save(&kept, None).unwrap();
+    assert_eq!(Stats::open(&[&kept]).unwrap().sensitivity("w").unwrap(), 2.5);
     assert_refused(stats.insert_gram("v", array![[f64::NAN]]), "v.gram", "NaN");
     assert!(!stats.has("v", Kind::Gram) && !stats.has("w", Kind::FisherCol));
 }

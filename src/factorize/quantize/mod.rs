@@ -10,29 +10,29 @@
 //!
 //! With an `inner` method its result is rounded factor by factor, from the right: what the rounding of one
 //! loses, those to the left make up for, as far as their own rounding lets them ([`fit`]). The inner method gets
-//! the budget that makes the rounded result fit.
+//! the budget that makes the rounded result fit, and never so much that it would keep the weight whole.
 //!
 //! Cost of a weight under a Gram metric: n³/3 + (1 + 4·sweeps)·mn² flops for each width that is tried. Fails, that
 //! is, loses to other forms, below 3 bits.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
-use self::fit::{Fit, settled};
+use self::fit::Fit;
 use self::leaf::How;
+use super::group::kept_dense;
 use super::sparse::{fraction, outline, single};
 use super::{Decomposition, Factorize, Forecast, Method, Outline, Point, Problem};
 use crate::budget::Budget;
 use crate::coder::Levels;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
-use crate::operator::{Dense, Grid, LinearOperator, Operator};
+use crate::operator::{Dense, Grid, Operator};
 use crate::scalar::{DType, Real};
 
 mod fit;
 mod leaf;
 mod parts;
+mod price;
 #[cfg(test)]
 mod tests;
 
@@ -151,58 +151,6 @@ impl Quantize {
             .ok_or_else(|| Error::Budget { asked: budget.to_string(), least: format!("{} bytes of {before}", least()) })
     }
 
-    /// Bytes of an inner method's result once its numbers are on grids; shared parts once.
-    fn priced<T: Real>(&self, operator: &Operator<T>, bits: u8, seen: &mut Vec<*const Operator<T>>) -> Result<u64> {
-        Ok(match operator {
-            operator if settled(operator) => operator.bytes(),
-            Operator::Dense(leaf) => self.bytes(leaf.shape(), bits, leaf.dtype()),
-            Operator::Interpolative(leaf) => {
-                let numbers = leaf.coefficients();
-                leaf.bytes() - numbers.bytes() + self.priced(numbers, bits, seen)?
-            }
-            Operator::Product(parts) | Operator::Sum(parts) => {
-                parts.iter().map(|part| self.priced(part, bits, seen)).sum::<Result<u64>>()?
-            }
-            Operator::Shared(inner) if seen.contains(&Arc::as_ptr(inner)) => 0,
-            Operator::Shared(inner) => {
-                seen.push(Arc::as_ptr(inner));
-                self.priced(inner, bits, seen)?
-            }
-            Operator::NmSparse(leaf) => {
-                let (m, n) = leaf.shape();
-                let positions = m * leaf.pattern().position_bytes(n);
-                positions as u64 + self.coded((m, n), (0..m).map(|_| leaf.pattern().values_per_row(n)), bits)
-            }
-            Operator::Bitmask(leaf) => {
-                let (m, n) = leaf.shape();
-                (m * n.div_ceil(8)) as u64 + self.coded((m, n), (0..m).map(|i| leaf.stored(i)), bits)
-            }
-            Operator::BlockDiagonal(leaf) => {
-                let values: usize = leaf.extents().iter().map(|(rows, columns)| rows * columns).sum();
-                let table = leaf.bytes() - leaf.dtype().bytes(values) as u64;
-                let rows = leaf.extents().iter().flat_map(|&(rows, columns)| std::iter::repeat_n(columns, rows));
-                table + self.coded((leaf.shape().0, leaf.widest()), rows, bits)
-            }
-            Operator::Mixture(leaf) => {
-                let atoms = leaf.atoms().iter().map(|atom| self.priced(atom, bits, seen)).sum::<Result<u64>>()?;
-                leaf.coefficients().bytes() + atoms
-            }
-            Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.bytes(),
-        })
-    }
-
-    /// Bytes of the codes of rows that store so many numbers each, with their grid.
-    fn coded(&self, (m, n): (usize, usize), counts: impl Iterator<Item = usize>, bits: u8) -> u64 {
-        let grid = self.bytes((m, n), bits, DType::F32) - m as u64 * Grid::<f32>::row_bytes(n, bits);
-        grid + counts.map(|count| Grid::<f32>::row_bytes(count, bits)).sum::<u64>()
-    }
-
-    /// What a number of such a weight's factors costs in `bits`, as a fraction of what it costs now.
-    fn ratio(&self, bits: u8, shape: (usize, usize), dtype: DType) -> f64 {
-        let row = (1, shape.0.min(shape.1).max(1));
-        self.bytes(row, bits, dtype) as f64 / dtype.bytes(row.1) as f64
-    }
-
     /// The inner method's result of which the rounded form fits the group's budget best.
     fn inner<T: Real>(
         &self,
@@ -218,22 +166,33 @@ impl Quantize {
             (Budget::Rank(_), None) => return method.factorize_noting(group, notes),
             (other, None) => return Err(no_error(&other)),
         };
+        // Its own form, even where all entries would fit: a byte less than the weight itself.
+        let whole = before.saturating_sub(1);
         let found = method.decompose(group)?;
         if let Some(found) = &found {
             notes.extend(found.notes.iter().cloned());
         }
         // A curve is cut in no time; whatever is solved anew each time may leave a little more unused.
         let enough = if found.is_some() { 0.995 } else { 0.97 };
-        let (mut low, mut high) = (0, before + 1);
-        let mut room = ((limit as f64 / self.ratio(bits, first.shape(), first.dtype)) as u64).min(before);
+        let (mut low, mut high) = (0, before);
+        let mut room = ((limit as f64 / self.ratio(bits, first.shape(), first.dtype)) as u64).min(whole);
         let (mut best, mut least) = (None, u64::MAX);
         for _ in 0..TRIES {
             let budget = Budget::Bytes(room);
             let tried: Vec<_> = group.iter().map(|p| Problem { budget, ..p.clone() }).collect();
             let mut said = Vec::new();
-            let operators = match &found {
-                Some(found) => method.assemble(&tried, found)?,
-                None => method.factorize_noting(&tried, &mut said)?,
+            let solved = match &found {
+                Some(found) => method.assemble(&tried, found),
+                None => method.factorize_noting(&tried, &mut said),
+            };
+            let operators = match solved {
+                Ok(operators) => operators,
+                Err(Error::Budget { .. }) if high - room > 1 => {
+                    (low, room) = (room, room + (high - room) / 2);
+                    continue;
+                }
+                Err(why) if best.is_none() && least == u64::MAX => return Err(why),
+                Err(_) => break,
             };
             let mut seen = Vec::new();
             let size = operators.iter().map(|o| self.priced(o, bits, &mut seen)).sum::<Result<u64>>()?;
@@ -244,14 +203,14 @@ impl Quantize {
                 high = room;
             }
             least = least.min(size);
-            let full = fits && (room >= before || size as f64 >= enough * limit as f64);
+            let full = fits && (room >= whole || size as f64 >= enough * limit as f64);
             if full || high - low <= 1 {
                 break;
             }
             let scaled = (room as f64 * limit as f64 / size.max(1) as f64) as u64;
             // Ranks are whole numbers: what is hardly too large has to come down by more than a hair.
             let scaled = if fits { scaled } else { scaled - scaled / 64 };
-            room = if scaled > low && scaled < high { scaled } else { low + (high - low) / 2 }.min(before);
+            room = if scaled > low && scaled < high { scaled } else { low + (high - low) / 2 }.min(whole);
         }
         let (operators, said) = best.ok_or_else(|| Error::Budget {
             asked: first.budget.to_string(),
@@ -302,6 +261,10 @@ impl<T: Real> Factorize<T> for Quantize {
         let bits = self.bits.unwrap_or(INNER);
         if bits == WHOLE {
             return method.factorize_noting(group, notes);
+        }
+        let before = group.iter().map(Problem::bytes).sum();
+        if group.iter().any(|problem| problem.budget.byte_limit(before).is_some_and(|limit| limit >= before)) {
+            return kept_dense(group);
         }
         let operators = self.inner(method, group, bits, notes)?;
         let Some(first) = group.first() else { return Ok(operators) };
@@ -373,7 +336,10 @@ impl<T: Real> Factorize<T> for Quantize {
             return Factorize::<T>::forecast(&**method, group, metric, budget);
         }
         let room = match (budget, budget.byte_limit(before)) {
-            (_, Some(limit)) => Budget::Bytes(((limit as f64 / self.ratio(bits, shape, dtype)) as u64).min(before)),
+            (_, Some(limit)) if limit >= before => return Ok(Forecast { bytes: before, exact: true, memory: own }),
+            (_, Some(limit)) => {
+                Budget::Bytes(((limit as f64 / self.ratio(bits, shape, dtype)) as u64).min(before.saturating_sub(1)))
+            }
             (Budget::Rank(_), None) => *budget,
             (other, None) => return Err(no_error(other)),
         };

@@ -5,6 +5,7 @@ use ndarray::{Array2, ArrayView2};
 use super::*;
 use crate::factorize::Svd;
 use crate::metric::{Metric, Weighting};
+use crate::operator::LinearOperator;
 use crate::operator::codec::{Decoder, Encoder};
 use crate::stats::Gram;
 use crate::testing::numbers;
@@ -165,7 +166,7 @@ fn every_structure_takes_a_grid() {
     ];
     for text in methods {
         let inner: Method = toml::from_str(text).unwrap();
-        for (bits, symmetric, keep) in [(8, true, 0.5), (4, true, 0.3), (5, false, 0.4)] {
+        for (bits, symmetric, keep) in [(8, true, 0.5), (4, true, 0.33), (5, false, 0.4)] {
             let problem = problem(w.view(), Budget::Keep(keep));
             let inner = Some(Box::new(inner.clone()));
             let method = Quantize { bits: Some(bits), group: 24, symmetric, inner, ..Quantize::default() };
@@ -208,4 +209,21 @@ fn atoms_are_rounded_once_for_all_layers() {
         let norm = problem.metric.norm_squared(problem.weight, problem.backend);
         assert!(problem.error_of(operator) < 1e-3 * norm, "{operator}");
     }
+}
+
+#[test]
+fn a_form_of_one_size_stays_what_it_is() {
+    let w = numbers(24, 40, 31);
+    let inner = Some(Box::new(Method::named("two-four").unwrap()));
+    let method = Quantize { group: 0, inner, ..Quantize::default() };
+    // There is room for all entries in four bits, and even in eight.
+    for keep in [0.3, 0.999] {
+        let (found, _) = one(&method, &problem(w.view(), Budget::Keep(keep)));
+        assert!(matches!(found, Operator::NmSparse(_)), "{keep}: {found}");
+    }
+    let (found, _) = one(&method, &problem(w.view(), Budget::Keep(1.0)));
+    assert!(matches!(found, Operator::Dense(_)), "{found}");
+    // Half of the entries and their places, in four bits, and not less.
+    let tight = problem(w.view(), Budget::Keep(0.15));
+    assert!(matches!(method.factorize(&[tight]), Err(Error::Budget { least, .. }) if least.contains("of 1920")));
 }
