@@ -239,8 +239,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
                 x.columns().into_iter().map(|x| Prepared::new(x, self.grid.bits, self.grid.group, asymmetric));
             let prepared: Vec<Prepared<T>> = prepared.collect();
             return each_row(m, b, m * n, |i, y| {
-                let row = self.row(i);
-                y.iter_mut().zip(&prepared).for_each(|(y, x)| *y = row.dot(arch, x));
+                self.row(i).dots(arch, &prepared, y);
             });
         }
         let mut y = Array2::zeros((m, b));

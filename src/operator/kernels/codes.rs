@@ -3,12 +3,15 @@
 //! One vector, AVX-512, 2, 4 and 8 bits: codes become numbers in registers. A word of 32 bits holds 8 codes
 //! of 4 bits; shifted right by 4k, its lowest bits pick the number of code k from a table in one register
 //! (`vpermps` reads four bits of an index and no more), which meets the inputs 8l + k of lane l, laid out so
-//! beforehand. A group's scale is applied once for the words that it covers. Elsewhere, and at other
-//! widths, a row is unpacked into memory that stays in the nearest cache.
+//! beforehand. A group's scale is applied once for the words that it covers. Other widths, some vectors at a time and
+//! AVX2: eight codes of any width at a time ([`narrow`]). Elsewhere a row is unpacked into memory that stays in the
+//! nearest cache.
 
 use ndarray::ArrayView1;
 use pulp::Arch;
 
+#[cfg(target_arch = "x86_64")]
+mod narrow;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
@@ -96,11 +99,14 @@ impl<T: Real> CodedRow<'_, T> {
     /// Writes the row out.
     pub(crate) fn write(&self, arch: Arch, to: &mut [T]) {
         self.unpack(arch, to);
-        for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.scales).enumerate() {
-            let shift = self.zeros.map_or(0, |zeros| i16::from(zeros[g]) - i16::from(self.half()));
-            let shift = T::from_f64(shift.into());
-            part.iter_mut().for_each(|v| *v = scale * (*v - shift));
-        }
+        // Compiled for the machine at hand.
+        arch.dispatch(|| {
+            for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.scales).enumerate() {
+                let shift = self.zeros.map_or(0, |zeros| i16::from(zeros[g]) - i16::from(self.half()));
+                let shift = T::from_f64(shift.into());
+                part.iter_mut().for_each(|v| *v = scale * (*v - shift));
+            }
+        });
     }
 
     /// All codes, counted from the middle.
@@ -112,35 +118,58 @@ impl<T: Real> CodedRow<'_, T> {
             wide::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
             done = self.columns / 16 * 16;
         }
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(simd), 0, crate::scalar::DType::F32) = (narrow::available(arch), done, T::DTYPE) {
+            narrow::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            done = self.columns / 8 * 8;
+        }
         let _ = arch;
-        // Sixteen codes end on a whole byte.
+        // Eight codes end on a whole byte.
         let rest = &self.codes[done * usize::from(self.bits) / 8..];
         each_code(self.bits, rest, self.columns - done, |j, code| {
             to[done + j] = T::from_f64(f64::from(i16::from(code) - half));
         });
     }
 
-    /// The inner product with an input.
-    pub(crate) fn dot(&self, arch: Arch, x: &Prepared<T>) -> T {
+    /// The inner products with some inputs.
+    pub(crate) fn dots(&self, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
         // Codes count from the middle, so that large terms need not cancel; zero points shift what is left.
-        let shift: T = match self.zeros {
-            Some(zeros) => {
-                let each =
-                    zeros.iter().zip(self.scales).zip(&x.sums).map(|((&zero, &scale), &sum)| {
-                        scale * sum * T::from_f64(f64::from(self.half()) - f64::from(zero))
-                    });
-                each.fold(T::zero(), |a, b| a + b)
-            }
-            None => T::zero(),
-        };
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = self.shift(x));
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-        if let (Arch::V4(simd), Some(planes)) = (arch, &x.planes) {
-            return shift + T::from_f64(planes.dot(simd, self).into());
+        if let (Arch::V4(simd), [x], [y]) = (arch, x, &mut *y)
+            && let Some(planes) = &x.planes
+        {
+            *y += T::from_f64(planes.dot(simd, self).into());
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(simd), true, crate::scalar::DType::F32) =
+            (narrow::available(arch), narrow::fits(self.group, self.columns), T::DTYPE)
+        {
+            for (x, y) in x.chunks(narrow::TOGETHER).zip(y.chunks_mut(narrow::TOGETHER)) {
+                let each = std::array::from_fn(|v| x.get(v).map_or(&[][..], |x| pulp::bytemuck::cast_slice(&x.plain)));
+                narrow::dots(simd, self, each, pulp::bytemuck::cast_slice_mut(y));
+            }
+            return;
         }
         let mut numbers = vec![T::zero(); self.columns];
         self.unpack(arch, &mut numbers);
-        let groups = numbers.chunks(self.group).zip(x.plain.chunks(self.group)).zip(self.scales);
-        groups.fold(shift, |total, ((numbers, inputs), &scale)| total + scale * inner(numbers, inputs))
+        for (y, x) in y.iter_mut().zip(x) {
+            let groups = numbers.chunks(self.group).zip(x.plain.chunks(self.group)).zip(self.scales);
+            *y = groups.fold(*y, |total, ((numbers, inputs), &scale)| total + scale * inner(numbers, inputs));
+        }
+    }
+
+    /// What zero points beside the middle add to an inner product.
+    fn shift(&self, x: &Prepared<T>) -> T {
+        let each = self
+            .zeros
+            .unwrap_or_default()
+            .iter()
+            .zip(self.scales)
+            .zip(&x.sums)
+            .map(|((&zero, &scale), &sum)| scale * sum * T::from_f64(f64::from(self.half()) - f64::from(zero)));
+        each.fold(T::zero(), |a, b| a + b)
     }
 }
 
