@@ -6,6 +6,7 @@ mod cli;
 mod convert;
 mod encoder;
 mod factorize;
+mod gptq;
 mod journey;
 mod linalg;
 mod metric;

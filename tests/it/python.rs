@@ -20,7 +20,7 @@ use weightpress::{Recipe, Result};
 use super::run::{entry, matrix, model};
 
 /// A Python that has NumPy: `$PYTHON`, or one of the usual places.
-fn python() -> Option<String> {
+pub fn python() -> Option<String> {
     let named = std::env::var("PYTHON").ok();
     let usual = ["python3", "/usr/bin/python3", "python"].map(str::to_owned);
     let has_numpy = |name: &String| {

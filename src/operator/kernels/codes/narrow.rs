@@ -139,15 +139,21 @@ impl<const BITS: usize> pulp::NullaryFnOnce for One<'_, BITS> {
         let mut total = simd.splat_f32s(0.0);
         for (g, &scale) in scales.iter().enumerate() {
             let (first, end) = (g * group / LANES, (g * group + group).min(columns).div_ceil(LANES));
-            let mut sums = [simd.splat_f32s(0.0); 2];
-            for at in first..end {
+            // Two sums, so that no product waits for the one before.
+            let mut sums = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+            let product =
+                |at: usize, sum| simd.mul_add_e_f32s(eight::<BITS>(simd, codes, at), inputs(x, at * LANES), sum);
+            for pair in 0..(end - first) / 2 {
+                let at = first + 2 * pair;
                 if let Some(here) = codes.get(at * BITS) {
                     prefetch(here, AHEAD);
                 }
-                let value = eight::<BITS>(simd, codes, at);
-                sums[at % 2] = simd.mul_add_e_f32s(value, inputs(x, at * LANES), sums[at % 2]);
+                sums = (product(at, sums.0), product(at + 1, sums.1));
             }
-            total = simd.mul_add_e_f32s(simd.add_f32s(sums[0], sums[1]), simd.splat_f32s(scale), total);
+            if (end - first) % 2 == 1 {
+                sums.0 = product(end - 1, sums.0);
+            }
+            total = simd.mul_add_e_f32s(simd.add_f32s(sums.0, sums.1), simd.splat_f32s(scale), total);
         }
         y.iter_mut().for_each(|y| *y += simd.reduce_sum_f32s(total));
     }
