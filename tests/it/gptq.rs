@@ -51,8 +51,8 @@ for k in range(count):
 fn four_bits_are_closer_than_the_nearest_and_than_gptq() {
     let model = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/model")).unwrap();
     let names: Vec<&str> = model.tensors().map(|t| t.name.as_str()).filter(|n| n.contains(".layers.")).collect();
-    let names: Vec<&str> = names.into_iter().filter(|name| name.ends_with("_proj.weight")).step_by(5).collect();
-    assert!(names.len() >= 4, "{names:?}");
+    let names: Vec<&str> = names.into_iter().filter(|name| name.ends_with("_proj.weight")).step_by(9).collect();
+    assert!(names.len() >= 3, "{names:?}");
     let folder = tempfile::tempdir().unwrap();
     let write = |name: String, values: &Array2<f64>| {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
