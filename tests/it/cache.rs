@@ -1,12 +1,16 @@
 //! Profiles that outlive a run.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use weightpress::Recipe;
+use weightpress::checkpoint::{Checkpoint, write_shard};
 use weightpress::operator::LinearOperator;
-use weightpress::run::Options;
+use weightpress::run::{Options, Silent};
+use weightpress::scalar::DType;
+use weightpress::stats::Stats;
 
-use super::run::{bytes_of, model, run};
+use super::run::{bytes_of, entry, matrix, model, run};
 
 fn recipe(keep: f64, allocate: &str) -> Recipe {
     Recipe::parse(&format!(
@@ -63,4 +67,30 @@ fn a_second_budget_solves_nothing_anew_and_ends_in_the_same_bytes() {
         let off = &operator.apply(x.view()).unwrap() - &operator.to_dense().dot(&x);
         assert!(off.iter().all(|v| v.abs() < 1e-3), "{name}: {operator}");
     }
+}
+
+#[test]
+fn a_sensitive_weight_gets_more_of_a_global_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, cache) = (folder.path().join("two.safetensors"), folder.path().join("cache"));
+    let entries = [1, 2].map(|i| entry(&format!("layers.{i}.a.weight"), &matrix(40, 40, i), DType::F32));
+    write_shard(&path, &BTreeMap::new(), entries.into()).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let text = "[[rule]]\nmatch = '.*weight'\nmethod = \"svd\"\nbudget = { keep = 0.5 }\nallocate = { floor = 0.2 }";
+    let recipe = Recipe::parse(text).unwrap();
+    let errors = |out: &str, sensitivities: &[(usize, f64)]| {
+        let mut stats = Stats::empty();
+        for &(i, value) in sensitivities {
+            stats.insert_sensitivity(&format!("layers.{i}.a.weight"), value).unwrap();
+        }
+        let options = Options { cache: Some(cache.clone()), ..Options::default() };
+        let report = recipe.plan(&checkpoint, &stats).unwrap().run(folder.path().join(out), &options, &Silent).unwrap();
+        assert!(report.keep() <= 0.5);
+        [report.tensors[0].error, report.tensors[1].error]
+    };
+    let (plain, first) = (errors("plain", &[]), errors("first", &[(1, 10.0)]));
+    assert!(first[0] < 0.8 * plain[0] && first[1] > plain[1], "{first:?} after {plain:?}");
+    assert_eq!(errors("same", &[(1, 10.0), (2, 10.0)]), plain);
+    // Nothing was measured again.
+    assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
 }

@@ -140,31 +140,6 @@ fn a_global_budget_beats_a_uniform_one_at_the_same_bytes() {
 }
 
 #[test]
-fn a_sensitive_weight_gets_more_of_a_global_budget() {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, cache) = (folder.path().join("two.safetensors"), folder.path().join("cache"));
-    let entries = [1, 2].map(|i| entry(&format!("layers.{i}.a.weight"), &matrix(40, 40, i), DType::F32));
-    write_shard(&path, &BTreeMap::new(), entries.into()).unwrap();
-    let checkpoint = Checkpoint::open(&path).unwrap();
-    let recipe = recipe("keep = 0.5", "allocate = { floor = 0.2 }");
-    let errors = |out: &str, sensitivities: &[(usize, f64)]| {
-        let mut stats = Stats::empty();
-        for &(i, value) in sensitivities {
-            stats.insert_sensitivity(&format!("layers.{i}.a.weight"), value).unwrap();
-        }
-        let options = Options { cache: Some(cache.clone()), ..Options::default() };
-        let report = recipe.plan(&checkpoint, &stats).unwrap().run(folder.path().join(out), &options, &Silent).unwrap();
-        assert!(report.keep() <= 0.5);
-        [report.tensors[0].error, report.tensors[1].error]
-    };
-    let (plain, first) = (errors("plain", &[]), errors("first", &[(1, 10.0)]));
-    assert!(first[0] < 0.8 * plain[0] && first[1] > plain[1], "{first:?} after {plain:?}");
-    assert_eq!(errors("same", &[(1, 10.0), (2, 10.0)]), plain);
-    // Nothing was measured again.
-    assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
-}
-
-#[test]
 fn an_error_budget_holds_for_what_is_stored() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), 4, 40, 56);

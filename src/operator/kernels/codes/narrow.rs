@@ -120,6 +120,12 @@ fn inputs(x: &[f32], from: usize) -> f32x8 {
     }
 }
 
+/// A step's products added to a sum. (No closure: that would not be compiled for the instruction set.)
+#[inline(always)]
+fn step<const BITS: usize>(simd: V3, codes: &[u8], x: &[f32], at: usize, sum: f32x8) -> f32x8 {
+    simd.mul_add_e_f32s(eight::<BITS>(simd, codes, at), inputs(x, at * LANES), sum)
+}
+
 struct One<'a, const BITS: usize> {
     simd: V3,
     codes: &'a [u8],
@@ -141,17 +147,16 @@ impl<const BITS: usize> pulp::NullaryFnOnce for One<'_, BITS> {
             let (first, end) = (g * group / LANES, (g * group + group).min(columns).div_ceil(LANES));
             // Two sums, so that no product waits for the one before.
             let mut sums = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
-            let product =
-                |at: usize, sum| simd.mul_add_e_f32s(eight::<BITS>(simd, codes, at), inputs(x, at * LANES), sum);
             for pair in 0..(end - first) / 2 {
                 let at = first + 2 * pair;
                 if let Some(here) = codes.get(at * BITS) {
                     prefetch(here, AHEAD);
                 }
-                sums = (product(at, sums.0), product(at + 1, sums.1));
+                sums.0 = step::<BITS>(simd, codes, x, at, sums.0);
+                sums.1 = step::<BITS>(simd, codes, x, at + 1, sums.1);
             }
             if (end - first) % 2 == 1 {
-                sums.0 = product(end - 1, sums.0);
+                sums.0 = step::<BITS>(simd, codes, x, end - 1, sums.0);
             }
             total = simd.mul_add_e_f32s(simd.add_f32s(sums.0, sums.1), simd.splat_f32s(scale), total);
         }
