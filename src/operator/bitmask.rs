@@ -12,7 +12,7 @@ use pulp::Arch;
 use super::coded::Coded;
 use super::kernels::MaskedRow;
 use super::permutation::LONGEST;
-use super::sparse::{each_panel, each_row};
+use super::sparse::{each_panel, each_row, fitted};
 use super::{Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
@@ -231,12 +231,9 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
             });
         }
         let mut y = Array2::zeros((m, b));
-        let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
-            let (mut rows, mut scratch) = (Array2::zeros((y.nrows(), width)), Vec::new());
-            for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
-                if let Some(row) = row.as_slice_mut() {
-                    self.row(arch, at * PANEL + i, &mut scratch).spread(arch, row);
-                }
+        let panel = |(rows, scratch): &mut (Array2<T>, Vec<T>), (at, y): (usize, ArrayViewMut2<'_, T>)| {
+            for (i, row) in fitted(rows, (y.nrows(), width)).chunks_mut(width).enumerate() {
+                self.row(arch, at * PANEL + i, scratch).spread(arch, row);
             }
             matmul_into(T::one(), rows.slice(s![.., ..self.columns]), x, T::zero(), y);
         };

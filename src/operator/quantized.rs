@@ -10,18 +10,23 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
 
-use super::kernels::{CodedRow, Prepared, each_code, pack};
+use super::kernels::{CodedRows, Prepared, each_code, pack};
 use super::permutation::LONGEST;
-use super::sparse::{each_panel, each_row};
+use super::sparse::{each_panel, fitted, some_rows};
 use super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::{DType, Real};
 
-/// Up to so many vectors, each by itself.
+/// Up to so many vectors, some rows at a time by kernels of their own.
 const FEW: usize = 4;
-/// Rows that are written out at a time.
-const PANEL: usize = 128;
+/// Rows of a call then.
+const TOGETHER: usize = 32;
+
+/// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
+fn panel_rows(vectors: usize) -> usize {
+    if vectors > 32 { 512 } else { 128 }
+}
 
 /// The numbers that an m×n matrix may have: scales and zero points for each group of each row.
 #[derive(Debug, Clone, PartialEq)]
@@ -211,18 +216,15 @@ impl<T: Real> Quantized<T> {
         &self.codes
     }
 
-    fn row(&self, i: usize) -> CodedRow<'_, T> {
-        let width = width(self.columns, self.grid.bits);
-        let groups = self.grid.scales.shape().1;
-        let scales = self.grid.scales.values().to_slice().unwrap_or_default();
-        let zeros = self.grid.zeros.as_ref().and_then(|zeros| zeros.as_slice());
-        CodedRow {
+    fn rows(&self) -> CodedRows<'_, T> {
+        CodedRows {
             bits: self.grid.bits,
             group: self.grid.group,
             columns: self.columns,
-            codes: &self.codes[i * width..],
-            scales: &scales[i * groups..(i + 1) * groups],
-            zeros: zeros.map(|zeros| &zeros[i * groups..(i + 1) * groups]),
+            codes: &self.codes,
+            groups: self.grid.scales.shape().1,
+            scales: self.grid.scales.values().to_slice().unwrap_or_default(),
+            zeros: self.grid.zeros.as_ref().and_then(|zeros| zeros.as_slice()),
         }
     }
 }
@@ -238,22 +240,24 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
             let prepared =
                 x.columns().into_iter().map(|x| Prepared::new(x, self.grid.bits, self.grid.group, asymmetric));
             let prepared: Vec<Prepared<T>> = prepared.collect();
-            return each_row(m, b, m * n, |i, y| {
-                self.row(i).dots(arch, &prepared, y);
+            let rows = self.rows();
+            return some_rows(m, b, TOGETHER, m * n, |first, y| {
+                rows.products(first..first + y.len() / b, arch, &prepared, y);
             });
         }
         let mut y = Array2::zeros((m, b));
-        let panel = |(at, y): (usize, ArrayViewMut2<'_, T>)| {
-            let rows = self.panel(arch, at, y.nrows());
-            matmul_into(T::one(), rows.view(), x, T::zero(), y);
+        let height = panel_rows(b);
+        let panel = |rows: &mut Array2<T>, (at, y): (usize, ArrayViewMut2<'_, T>)| {
+            matmul_into(T::one(), self.panel(arch, at * height, y.nrows(), rows), x, T::zero(), y);
         };
-        each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), m * n * b, panel);
+        each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * b, panel);
         y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let mut y = Array2::zeros((self.columns, x.ncols()));
-        for (at, x) in x.axis_chunks_iter(Axis(0), PANEL).enumerate() {
-            let rows = self.panel(Arch::new(), at, x.nrows());
+        let (mut y, mut scratch) = (Array2::zeros((self.columns, x.ncols())), Array2::default((0, 0)));
+        let height = panel_rows(x.ncols());
+        for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {
+            let rows = self.panel(Arch::new(), at * height, x.nrows(), &mut scratch);
             matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());
         }
         y
@@ -268,25 +272,24 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         2 * (self.shape().0 * self.columns * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
-        let mut dense = Array2::zeros(self.shape());
-        for (at, mut to) in dense.axis_chunks_iter_mut(Axis(0), PANEL).enumerate() {
-            let rows = self.panel(Arch::new(), at, to.nrows());
-            to.assign(&rows);
+        let (mut dense, mut scratch) = (Array2::zeros(self.shape()), Array2::default((0, 0)));
+        let height = panel_rows(1);
+        for (at, mut to) in dense.axis_chunks_iter_mut(Axis(0), height).enumerate() {
+            let count = to.nrows();
+            to.assign(&self.panel(Arch::new(), at * height, count, &mut scratch));
         }
         dense
     }
 }
 
 impl<T: Real> Quantized<T> {
-    /// Some rows, written out.
-    fn panel(&self, arch: Arch, at: usize, count: usize) -> Array2<T> {
-        let mut rows = Array2::zeros((count, self.columns));
-        for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
-            if let Some(row) = row.as_slice_mut() {
-                self.row(at * PANEL + i).write(arch, row);
-            }
+    /// Some rows from one on, written out.
+    fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
+        let rows = self.rows();
+        for (i, row) in fitted(panel, (count, self.columns)).chunks_mut(self.columns).enumerate() {
+            rows.row(first + i).write(arch, row);
         }
-        rows
+        panel.view()
     }
 }
 

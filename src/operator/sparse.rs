@@ -11,28 +11,53 @@ const PARALLEL_FROM: usize = 1 << 20;
 /// An m×b matrix, row by row: `row(i, y)` adds to row i, which starts at zero. `stored` values times b
 /// decide whether rows are worth several threads; on a rayon worker they never are.
 pub(super) fn each_row<T: Real>(m: usize, b: usize, stored: usize, row: impl Fn(usize, &mut [T]) + Sync) -> Array2<T> {
+    some_rows(m, b, 1, stored, row)
+}
+
+/// The same for some rows `together`, of which the first is number i; at the end there may be fewer.
+pub(super) fn some_rows<T: Real>(
+    m: usize,
+    b: usize,
+    together: usize,
+    stored: usize,
+    rows: impl Fn(usize, &mut [T]) + Sync,
+) -> Array2<T> {
     let mut y = vec![T::zero(); m * b];
     if b > 0 {
+        let call = |(at, y): (usize, &mut [T])| rows(at * together, y);
         if stored * b < PARALLEL_FROM || rayon::current_thread_index().is_some() {
-            y.chunks_mut(b).enumerate().for_each(|(i, y)| row(i, y));
+            y.chunks_mut(b * together).enumerate().for_each(call);
         } else {
-            y.par_chunks_mut(b).enumerate().for_each(|(i, y)| row(i, y));
+            y.par_chunks_mut(b * together).enumerate().for_each(call);
         }
     }
     Array2::from_shape_vec((m, b), y).unwrap_or_default()
 }
 
-/// Calls for each of some panels of rows, with its number; `work` multiply-adds decide about threads.
-pub(super) fn each_panel<T: Send, I>(panels: I, work: usize, call: impl Fn((usize, T)) + Sync + Send)
-where
+/// Calls for each of some panels of rows, with its number and memory that those before it may have left; `work`
+/// multiply-adds decide about threads.
+pub(super) fn each_panel<T: Send, S: Default, I>(
+    panels: I,
+    work: usize,
+    call: impl Fn(&mut S, (usize, T)) + Sync + Send,
+) where
     I: ExactSizeIterator<Item = T> + Send,
 {
     let panels: Vec<_> = panels.enumerate().collect();
     if work < PARALLEL_FROM || rayon::current_thread_index().is_some() {
-        panels.into_iter().for_each(call);
+        let mut scratch = S::default();
+        panels.into_iter().for_each(|panel| call(&mut scratch, panel));
     } else {
-        panels.into_par_iter().for_each(call);
+        panels.into_par_iter().for_each_init(S::default, call);
     }
+}
+
+/// The numbers of a matrix, row by row, that is made anew if it has another shape.
+pub(super) fn fitted<T: Real>(matrix: &mut Array2<T>, shape: (usize, usize)) -> &mut [T] {
+    if matrix.dim() != shape {
+        *matrix = Array2::zeros(shape);
+    }
+    matrix.as_slice_mut().unwrap_or_default()
 }
 
 /// y += value·x.

@@ -1,15 +1,15 @@
 //! Products with rows of packed codes of 2 to 8 bits.
 //!
-//! One vector, AVX-512, 2, 4 and 8 bits: codes become numbers in registers. A word of 32 bits holds 8 codes
-//! of 4 bits; shifted right by 4k, its lowest bits pick the number of code k from a table in one register
-//! (`vpermps` reads four bits of an index and no more), which meets the inputs 8l + k of lane l, laid out so
-//! beforehand. A group's scale is applied once for the words that it covers. Other widths, some vectors at a time and
-//! AVX2: eight codes of any width at a time ([`narrow`]). Elsewhere a row is unpacked into memory that stays in the
-//! nearest cache.
+//! Few vectors, AVX-512 with VNNI: inputs in fixed point, sums of integers ([`integer`]). AVX2: eight codes of any width at
+//! a time ([`narrow`]). Elsewhere, and where groups are odd, a row is unpacked into memory that stays in the nearest cache.
+
+use std::ops::Range;
 
 use ndarray::ArrayView1;
 use pulp::Arch;
 
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+mod integer;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
@@ -62,6 +62,40 @@ pub(crate) struct CodedRow<'a, T> {
     pub zeros: Option<&'a [u8]>,
 }
 
+/// Rows of one kind, one after the other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CodedRows<'a, T> {
+    pub bits: u8,
+    pub group: usize,
+    pub columns: usize,
+    pub codes: &'a [u8],
+    /// Scales of a row.
+    pub groups: usize,
+    pub scales: &'a [T],
+    pub zeros: Option<&'a [u8]>,
+}
+
+impl<'a, T: Real> CodedRows<'a, T> {
+    /// Row i; its codes are followed by those of the rows after it.
+    #[inline]
+    pub(crate) fn row(&self, i: usize) -> CodedRow<'a, T> {
+        let CodedRows { bits, group, columns, .. } = *self;
+        let width = (columns * usize::from(bits)).div_ceil(8);
+        let groups = i * self.groups..(i + 1) * self.groups;
+        let zeros = self.zeros.map(|zeros| &zeros[groups.clone()]);
+        CodedRow { bits, group, columns, codes: &self.codes[i * width..], scales: &self.scales[groups], zeros }
+    }
+
+    /// The inner products of some rows with some inputs, row by row.
+    pub(crate) fn products(&self, range: Range<usize>, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if x.iter().all(|x| x.fixed.is_some()) {
+            return integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y));
+        }
+        range.zip(y.chunks_mut(x.len().max(1))).for_each(|(i, y)| self.row(i).dots(arch, x, y));
+    }
+}
+
 /// An input, laid out for rows of one kind.
 #[derive(Debug)]
 pub(crate) struct Prepared<T> {
@@ -69,7 +103,7 @@ pub(crate) struct Prepared<T> {
     /// Its sum over each group, for zero points.
     sums: Vec<T>,
     #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-    planes: Option<wide::Planes>,
+    fixed: Option<integer::Fixed>,
 }
 
 impl<T: Real> Prepared<T> {
@@ -79,12 +113,12 @@ impl<T: Real> Prepared<T> {
             true => plain.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
             false => Vec::new(),
         };
-        // Only wide kernels have a layout of their own.
+        // Only integers have a layout of their own.
         let _ = bits;
         Prepared {
             sums,
             #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-            planes: wide::Planes::new(&plain, bits, group),
+            fixed: integer::Fixed::new(&plain, bits, group, asymmetric),
             plain,
         }
     }
@@ -98,6 +132,10 @@ impl<T: Real> CodedRow<'_, T> {
 
     /// Writes the row out.
     pub(crate) fn write(&self, arch: Arch, to: &mut [T]) {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        if integer::write(self, to) {
+            return;
+        }
         self.unpack(arch, to);
         // Compiled for the machine at hand.
         arch.dispatch(|| {
@@ -132,22 +170,16 @@ impl<T: Real> CodedRow<'_, T> {
     }
 
     /// The inner products with some inputs.
-    pub(crate) fn dots(&self, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
+    fn dots(&self, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
         // Codes count from the middle, so that large terms need not cancel; zero points shift what is left.
         y.iter_mut().zip(x).for_each(|(y, x)| *y = self.shift(x));
-        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-        if let (Arch::V4(simd), [x], [y]) = (arch, x, &mut *y)
-            && let Some(planes) = &x.planes
-        {
-            *y += T::from_f64(planes.dot(simd, self).into());
-            return;
-        }
         #[cfg(target_arch = "x86_64")]
         if let (Some(simd), true, crate::scalar::DType::F32) =
             (narrow::available(arch), narrow::fits(self.group, self.columns), T::DTYPE)
         {
             for (x, y) in x.chunks(narrow::TOGETHER).zip(y.chunks_mut(narrow::TOGETHER)) {
-                let each = std::array::from_fn(|v| x.get(v).map_or(&[][..], |x| pulp::bytemuck::cast_slice(&x.plain)));
+                // What is missing is computed for nothing.
+                let each = std::array::from_fn(|v| pulp::bytemuck::cast_slice(&x[v.min(x.len() - 1)].plain));
                 narrow::dots(simd, self, each, pulp::bytemuck::cast_slice_mut(y));
             }
             return;

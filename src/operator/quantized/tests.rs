@@ -76,3 +76,33 @@ fn what_does_not_fit_is_refused() {
     assert!(Quantized::new(0, grid(), vec![]).is_err());
     assert!(Grid::<f64>::unpack_zeros(3, (2, 3), &[0; 3]).is_err());
 }
+
+#[test]
+fn inputs_of_any_size_count() {
+    let (m, n): (usize, usize) = (6, 1100);
+    let scales = Dense::rounded(Array2::from_elem((m, n.div_ceil(64)), 0.25f32), DType::F16).unwrap();
+    let grid = Grid::new(5, 64, scales, None).unwrap();
+    let w = Quantized::nearest((numbers(m, n, 31) * 4.0).mapv(|v| v as f32).view(), grid).unwrap();
+    let dense = w.to_dense().mapv(f64::from);
+    for b in [1, 2, 3] {
+        // From 1e-42, which is subnormal, to 1e28 in one vector, and vectors that are zero but for one.
+        let mut x = Array2::from_shape_fn((n, b), |(i, j)| {
+            (((i * 37 + j * 11) % 101) as f32 / 50.0 - 1.0) * 10f32.powi((i / 64) as i32 * 4 - 42 + j as i32)
+        });
+        let y = w.product(x.view());
+        for ((i, j), &got) in y.indexed_iter() {
+            let terms = dense.row(i).iter().zip(x.column(j)).map(|(w, &x)| w * f64::from(x)).collect::<Vec<_>>();
+            let (exact, size) = (terms.iter().sum::<f64>(), terms.iter().map(|t| t.abs()).sum::<f64>());
+            assert!((f64::from(got) - exact).abs() <= 1e-6 * size, "{got} {exact}");
+        }
+        x.fill(0.0);
+        x[(n - 1, b - 1)] = 1.0;
+        assert_eq!(w.product(x.view()).column(b - 1).mapv(f64::from), dense.column(n - 1));
+        for bad in [f32::NAN, f32::INFINITY] {
+            x[(70, b - 1)] = bad;
+            let y = w.product(x.view());
+            assert!(y.column(b - 1).iter().all(|v| !v.is_finite()));
+            assert!(b == 1 || y.column(0).iter().all(|&v| v == 0.0));
+        }
+    }
+}

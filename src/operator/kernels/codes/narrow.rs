@@ -58,20 +58,17 @@ pub(super) fn dots<T: Real>(simd: V3, row: &CodedRow<'_, T>, x: [&[f32]; TOGETHE
     let (codes, columns, group, scales) = (row.codes, row.columns, row.group, cast_slice(row.scales));
     match y.len() {
         1 => by_bits!(simd, row.bits, One { simd, codes, columns, group, scales, x: x[0], y }),
-        _ => by_bits!(simd, row.bits, Some4 { simd, codes, columns, group, scales, x, y }),
+        _ => by_bits!(simd, row.bits, Together { simd, codes, columns, group, scales, x, y }),
     }
 }
 
-/// Step number `at` of codes, counted from the middle of the levels.
+/// The codes of a step, counted from the middle of the levels.
 #[inline(always)]
-fn eight<const BITS: usize>(simd: V3, codes: &[u8], at: usize) -> f32x8 {
+fn eight<const BITS: usize>(simd: V3, codes: &[u8; BITS]) -> f32x8 {
     use std::arch::x86_64::{__m256, __m256i};
-    let first = at * BITS;
-    let word = match codes.get(first..first + 8).and_then(|part| part.first_chunk()) {
-        Some(&whole) => u64::from_le_bytes(whole),
-        None => u64::from_le_bytes(std::array::from_fn(|i| codes.get(first + i).copied().unwrap_or_default())),
-    };
-    let bits = BITS as u64;
+    let mut word = [0; 8];
+    word[..BITS].copy_from_slice(codes);
+    let (word, bits) = (u64::from_le_bytes(word), BITS as u64);
     let code: __m256i = match BITS {
         8 => simd.avx2._mm256_cvtepu8_epi32(cast([word, 0])),
         2..=4 => {
@@ -94,6 +91,12 @@ fn eight<const BITS: usize>(simd: V3, codes: &[u8], at: usize) -> f32x8 {
     simd.sub_f32s(cast(float), simd.splat_f32s(8_388_608.0 + (1u32 << (BITS - 1)) as f32))
 }
 
+/// Eight numbers or bytes from a place on; zeros beyond the end.
+#[inline(always)]
+fn padded<V: Copy + Default, const N: usize>(of: &[V], from: usize) -> [V; N] {
+    std::array::from_fn(|k| of.get(from + k).copied().unwrap_or_default())
+}
+
 struct Unpack<'a, const BITS: usize> {
     simd: V3,
     codes: &'a [u8],
@@ -105,25 +108,11 @@ impl<const BITS: usize> pulp::NullaryFnOnce for Unpack<'_, BITS> {
 
     #[inline(always)]
     fn call(self) {
-        for (at, to) in self.to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            *to = cast(eight::<BITS>(self.simd, self.codes, at));
+        let (steps, words) = (self.to.as_chunks_mut::<LANES>().0, self.codes.as_chunks::<BITS>().0);
+        for (to, codes) in steps.iter_mut().zip(words) {
+            *to = cast(eight(self.simd, codes));
         }
     }
-}
-
-/// The inputs of a step; zeros beyond the end, where codes may be another row's.
-#[inline(always)]
-fn inputs(x: &[f32], from: usize) -> f32x8 {
-    match x.get(from..from + LANES).and_then(|part| part.first_chunk::<LANES>()) {
-        Some(&whole) => cast(whole),
-        None => cast(std::array::from_fn::<f32, LANES, _>(|k| x.get(from + k).copied().unwrap_or_default())),
-    }
-}
-
-/// A step's products added to a sum. (No closure: that would not be compiled for the instruction set.)
-#[inline(always)]
-fn step<const BITS: usize>(simd: V3, codes: &[u8], x: &[f32], at: usize, sum: f32x8) -> f32x8 {
-    simd.mul_add_e_f32s(eight::<BITS>(simd, codes, at), inputs(x, at * LANES), sum)
 }
 
 struct One<'a, const BITS: usize> {
@@ -144,19 +133,24 @@ impl<const BITS: usize> pulp::NullaryFnOnce for One<'_, BITS> {
         let One { simd, codes, columns, group, scales, x, y } = self;
         let mut total = simd.splat_f32s(0.0);
         for (g, &scale) in scales.iter().enumerate() {
-            let (first, end) = (g * group / LANES, (g * group + group).min(columns).div_ceil(LANES));
+            let (from, end) = (g * group, (g * group + group).min(columns));
+            let (codes, x) = (&codes[from / LANES * BITS..], &x[from..end]);
+            let (steps, words) = (x.as_chunks::<LANES>().0, codes.as_chunks::<BITS>().0);
             // Two sums, so that no product waits for the one before.
             let mut sums = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
-            for pair in 0..(end - first) / 2 {
-                let at = first + 2 * pair;
-                if let Some(here) = codes.get(at * BITS) {
-                    prefetch(here, AHEAD);
-                }
-                sums.0 = step::<BITS>(simd, codes, x, at, sums.0);
-                sums.1 = step::<BITS>(simd, codes, x, at + 1, sums.1);
+            let ((pairs, odd), (word_pairs, _)) = (steps.as_chunks::<2>(), words.as_chunks::<2>());
+            for (x, codes) in pairs.iter().zip(word_pairs) {
+                prefetch(&codes[0][0], AHEAD);
+                sums.0 = simd.mul_add_e_f32s(eight(simd, &codes[0]), cast(x[0]), sums.0);
+                sums.1 = simd.mul_add_e_f32s(eight(simd, &codes[1]), cast(x[1]), sums.1);
             }
-            if (end - first) % 2 == 1 {
-                sums.0 = step::<BITS>(simd, codes, x, end - 1, sums.0);
+            if let (Some(&x), Some(codes)) = (odd.first(), words.get(2 * pairs.len())) {
+                sums.0 = simd.mul_add_e_f32s(eight(simd, codes), cast(x), sums.0);
+            }
+            if !x.len().is_multiple_of(LANES) {
+                // Beyond the end codes may be another row's: inputs are zero there.
+                let (codes, x) = (padded(codes, steps.len() * BITS), padded::<_, LANES>(x, steps.len() * LANES));
+                sums.1 = simd.mul_add_e_f32s(eight::<BITS>(simd, &codes), cast(x), sums.1);
             }
             total = simd.mul_add_e_f32s(simd.add_f32s(sums.0, sums.1), simd.splat_f32s(scale), total);
         }
@@ -164,7 +158,7 @@ impl<const BITS: usize> pulp::NullaryFnOnce for One<'_, BITS> {
     }
 }
 
-struct Some4<'a, const BITS: usize> {
+struct Together<'a, const BITS: usize> {
     simd: V3,
     codes: &'a [u8],
     columns: usize,
@@ -174,20 +168,30 @@ struct Some4<'a, const BITS: usize> {
     y: &'a mut [f32],
 }
 
-impl<const BITS: usize> pulp::NullaryFnOnce for Some4<'_, BITS> {
+impl<const BITS: usize> pulp::NullaryFnOnce for Together<'_, BITS> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Some4 { simd, codes, columns, group, scales, x, y } = self;
+        let Together { simd, codes, columns, group, scales, x, y } = self;
         let mut totals = [simd.splat_f32s(0.0); TOGETHER];
         for (g, &scale) in scales.iter().enumerate() {
-            let (first, end) = (g * group / LANES, (g * group + group).min(columns).div_ceil(LANES));
+            let (from, end) = (g * group, (g * group + group).min(columns));
+            let (codes, count) = (&codes[from / LANES * BITS..], (end - from) / LANES);
+            let [a, b, c, d] = x.map(|x| &x[from..end].as_chunks::<LANES>().0[..count]);
             let mut sums = [simd.splat_f32s(0.0); TOGETHER];
-            for at in first..end {
-                let value = eight::<BITS>(simd, codes, at);
+            for (k, codes) in codes.as_chunks::<BITS>().0.iter().take(count).enumerate() {
+                let value = eight(simd, codes);
+                sums[0] = simd.mul_add_e_f32s(value, cast(a[k]), sums[0]);
+                sums[1] = simd.mul_add_e_f32s(value, cast(b[k]), sums[1]);
+                sums[2] = simd.mul_add_e_f32s(value, cast(c[k]), sums[2]);
+                sums[3] = simd.mul_add_e_f32s(value, cast(d[k]), sums[3]);
+            }
+            if !(end - from).is_multiple_of(LANES) {
+                let value = eight::<BITS>(simd, &padded(codes, count * BITS));
                 for (sum, x) in sums.iter_mut().zip(x) {
-                    *sum = simd.mul_add_e_f32s(value, inputs(x, at * LANES), *sum);
+                    let x = padded::<_, LANES>(&x[from..end], count * LANES);
+                    *sum = simd.mul_add_e_f32s(value, cast(x), *sum);
                 }
             }
             let scale = simd.splat_f32s(scale);
