@@ -1,6 +1,9 @@
 //! What holds numbers: an array in memory, or the bytes of a tensor inside a mapped file.
 
-use ndarray::{Array2, ArrayBase, CowArray, Data, Ix2};
+use std::fmt::Debug;
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayBase, ArrayView2, CowArray, Data, Ix2, s};
 
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real, widen};
@@ -18,6 +21,23 @@ pub trait Tensor {
     fn matrix<T: Real>(&self) -> Result<CowArray<'_, T, Ix2>>;
 }
 
+/// A matrix of which rows are read when they are needed, so that not all of it has to be in memory.
+pub trait Source<T: Real>: Debug + Sync {
+    /// (rows, columns).
+    fn dim(&self) -> (usize, usize);
+    /// Some consecutive rows in the compute type.
+    fn rows(&self, range: Range<usize>) -> Array2<T>;
+}
+
+impl<T: Real> Source<T> for ArrayView2<'_, T> {
+    fn dim(&self) -> (usize, usize) {
+        ArrayBase::dim(self)
+    }
+    fn rows(&self, range: Range<usize>) -> Array2<T> {
+        self.slice(s![range, ..]).to_owned()
+    }
+}
+
 impl<S: Real, D: Data<Elem = S>> Tensor for ArrayBase<D, Ix2> {
     fn shape(&self) -> &[usize] {
         ArrayBase::shape(self)
@@ -27,6 +47,54 @@ impl<S: Real, D: Data<Elem = S>> Tensor for ArrayBase<D, Ix2> {
     }
     fn matrix<T: Real>(&self) -> Result<CowArray<'_, T, Ix2>> {
         Ok(T::cast(self.view()))
+    }
+}
+
+/// Bytes of a matrix that are widened row by row. The pages that were read are given back after each part.
+pub(crate) struct Rows<'a> {
+    dim: (usize, usize),
+    stored: Stored<'a>,
+    release: Box<dyn Fn() + Sync + 'a>,
+}
+
+impl<'a> Rows<'a> {
+    /// `release` is called after each part.
+    ///
+    /// # Errors
+    /// As [`Tensor::matrix`].
+    pub(crate) fn new(stored: Stored<'a>, release: impl Fn() + Sync + 'a) -> Result<Self> {
+        let &[rows, columns] = stored.shape else {
+            return Err(Error::shape("two dimensions", stored.shape));
+        };
+        if stored.dtype.bytes(rows * columns) != stored.bytes.len() {
+            return Err(Error::shape(stored.shape, format!("{} bytes", stored.bytes.len())));
+        }
+        // Whether it holds floats.
+        widen::<f32>(stored.dtype, &[])?;
+        Ok(Rows { dim: (rows, columns), stored, release: Box::new(release) })
+    }
+}
+
+impl Debug for Rows<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rows of a stored {}x{} matrix", self.dim.0, self.dim.1)
+    }
+}
+
+impl<T: Real> Source<T> for Rows<'_> {
+    fn dim(&self) -> (usize, usize) {
+        self.dim
+    }
+    fn rows(&self, range: Range<usize>) -> Array2<T> {
+        let width = self.stored.dtype.bytes(self.dim.1);
+        let count = range.len();
+        let values = widen::<T>(self.stored.dtype, &self.stored.bytes[range.start * width..range.end * width]);
+        (self.release)();
+        // Both were checked at the beginning.
+        values
+            .ok()
+            .and_then(|values| Array2::from_shape_vec((count, self.dim.1), values).ok())
+            .unwrap_or_else(|| Array2::from_elem((count, self.dim.1), T::nan()))
     }
 }
 

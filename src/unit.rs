@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::budget::Budget;
 use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use crate::error::{Error, Result};
-use crate::factorize::{Decomposition, Factorize, Method, Problem};
+use crate::factorize::{Decomposition, Factorize, InParts, Method, Problem};
 use crate::linalg::Backend;
 use crate::metric::Metric;
 use crate::operator::codec::{Encoder, NamedTensor, Tree};
@@ -18,7 +18,7 @@ use crate::plan::{Job, Plan};
 use crate::report::TensorReport;
 use crate::scalar::{DType, Real, narrow};
 use crate::stats::Kind;
-use crate::tensor::Tensor;
+use crate::tensor::{Rows, Source, Tensor};
 
 mod curve;
 
@@ -114,14 +114,21 @@ impl Worker<'_, '_> {
         let mut unit = Unit { key, rewritten: Vec::new(), trees: BTreeMap::new(), reports: Vec::new() };
         let solved = match &job.kept {
             Some(why) => Err(Error::Unsupported(why.clone())),
+            None if Factorize::<T>::takes_parts(&rule.method) => self.with_parts::<T, _>(job, |group| {
+                let mut notes = Vec::new();
+                let operators = rule.method.factorize_parts(group, &mut notes)?;
+                let each = start.elapsed().as_secs_f64() / group.len() as f64;
+                let reports = group.iter().zip(&operators).map(|(part, operator)| {
+                    let weight = part.weight.rows(0..part.shape().0);
+                    self.report(job, &part.whole(weight.view()), operator, each)
+                });
+                Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
+            }),
             None => self.with_group::<T, _>(job, |group| {
                 let (operators, notes) = self.solve(index, job, group)?;
-                let count = group.len() as f64;
-                let before_measuring = start.elapsed().as_secs_f64() / count;
-                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, before_measuring));
-                let mut reports = reports.collect::<Result<Vec<_>>>()?;
-                reports.iter_mut().take(1).for_each(|first| first.notes = notes.clone());
-                Ok((reports, operators))
+                let each = start.elapsed().as_secs_f64() / group.len() as f64;
+                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, each));
+                Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
             }),
         };
         let (mut tensors, mut dense) = (Vec::new(), Vec::new());
@@ -244,6 +251,28 @@ impl Worker<'_, '_> {
         run(&problems)
     }
 
+    /// The same, of weights that are read when they are needed.
+    fn with_parts<T: Real, R>(&self, job: &Job, run: impl FnOnce(&[InParts<'_, T>]) -> Result<R>) -> Result<R> {
+        let (rule, checkpoint) = (&self.plan.recipe.rules[job.rule], self.plan.checkpoint);
+        let mut weights = Vec::with_capacity(job.names.len());
+        for name in &job.names {
+            weights.push(Rows::new(checkpoint.get(name)?, move || checkpoint.release(name))?);
+        }
+        let mut parts = Vec::with_capacity(weights.len());
+        for ((name, outline), weight) in job.names.iter().zip(&job.outlines).zip(&weights) {
+            parts.push(InParts {
+                name,
+                weight: weight as &dyn Source<T>,
+                dtype: outline.dtype,
+                metric: rule.metric.resolve(name, self.plan.stats)?,
+                budget: job.budget,
+                seed: seed(self.plan.recipe.seed, &job.names[0]),
+                backend: self.backend,
+            });
+        }
+        run(&parts)
+    }
+
     fn report<T: Real>(
         &self,
         job: &Job,
@@ -252,8 +281,8 @@ impl Worker<'_, '_> {
         seconds: f64,
     ) -> Result<TensorReport> {
         let rule = &self.plan.recipe.rules[job.rule];
-        let dense = operator.to_dense();
-        let delta = &problem.weight - &dense;
+        let mut delta = operator.to_dense();
+        delta.zip_mut_with(&problem.weight, |o, &w| *o = w - *o);
         let relative = |metric: &Metric| {
             let norm = metric.norm_squared(problem.weight, self.backend);
             let error = metric.squared(delta.view(), self.backend).max(0.0);
@@ -315,6 +344,14 @@ fn within_error<T: Real>(
         room = (room - 1.5 * (error - limit)).max(0.0);
     }
     group.iter().map(|p| Ok(Operator::Dense(Dense::rounded(p.weight.to_owned(), p.dtype)?))).collect()
+}
+
+/// What is to be said of a group goes to its first weight.
+fn noted(mut reports: Vec<TensorReport>, notes: Vec<String>) -> Vec<TensorReport> {
+    if let Some(first) = reports.first_mut() {
+        first.notes = notes;
+    }
+    reports
 }
 
 /// Each group draws from its own stream, so that no group depends on the order of the others.

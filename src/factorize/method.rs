@@ -3,8 +3,8 @@
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
-    Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, Masa, Monarch, Outline, Problem,
-    Quantize, Residual, Svd, TwoFour,
+    Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, InParts, Masa, Monarch, Outline,
+    Problem, Quantize, Residual, Svd, TwoFour,
 };
 use crate::budget::Budget;
 use crate::error::{Error, Result};
@@ -121,6 +121,12 @@ impl<T: Real> Factorize<T> for Method {
     }
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
         self.inner().factorize_noting(group, notes)
+    }
+    fn takes_parts(&self) -> bool {
+        self.inner::<T>().takes_parts()
+    }
+    fn factorize_parts(&self, group: &[InParts<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        self.inner().factorize_parts(group, notes)
     }
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         self.inner().decompose(group)

@@ -14,6 +14,7 @@ use crate::linalg::{Backend, Faer};
 use crate::metric::{Metric, MetricSpec};
 use crate::operator::{Dense, LinearOperator, Operator};
 use crate::scalar::{DType, Real, check_finite};
+use crate::tensor::Source;
 
 mod armor;
 mod auto;
@@ -66,6 +67,47 @@ pub struct Problem<'a, T: Real> {
     pub backend: &'a dyn Backend,
 }
 
+/// A [`Problem`] of which rows are read when they are needed.
+#[derive(Debug, Clone)]
+pub struct InParts<'a, T: Real> {
+    /// The tensor's name.
+    pub name: &'a str,
+    /// W, m×n.
+    pub weight: &'a dyn Source<T>,
+    /// The dtype that prices it.
+    pub dtype: DType,
+    /// Which error counts.
+    pub metric: Metric,
+    /// What the group may cost.
+    pub budget: Budget,
+    /// Seed of whatever is random.
+    pub seed: u64,
+    /// Who computes.
+    pub backend: &'a dyn Backend,
+}
+
+impl<'a, T: Real> InParts<'a, T> {
+    /// A problem that is in memory, in this form.
+    pub fn of(problem: &'a Problem<'_, T>) -> Self {
+        let Problem { name, ref weight, dtype, ref metric, budget, seed, backend } = *problem;
+        InParts { name, weight, dtype, metric: metric.clone(), budget, seed, backend }
+    }
+
+    /// The problem with another weight in the place of this one, such as itself, read as a whole.
+    pub fn whole<'w>(&self, weight: ArrayView2<'w, T>) -> Problem<'w, T>
+    where
+        'a: 'w,
+    {
+        let InParts { name, dtype, ref metric, budget, seed, backend, .. } = *self;
+        Problem { name, weight, dtype, metric: metric.clone(), budget, seed, backend }
+    }
+
+    /// (m, n).
+    pub fn shape(&self) -> (usize, usize) {
+        self.weight.dim()
+    }
+}
+
 impl<'a, T: Real> Problem<'a, T> {
     /// A problem with the plain metric, the compute type as storage, seed 0 and the default backend.
     pub fn new(name: &'a str, weight: ArrayView2<'a, T>, budget: Budget) -> Self {
@@ -107,21 +149,26 @@ impl<'a, T: Real> Problem<'a, T> {
     /// # Errors
     /// [`Error::NonFinite`], [`Error::Shape`].
     pub fn check(&self) -> Result<()> {
-        use crate::metric::Weighting;
-        let (m, n) = self.shape();
         check_finite("weight", self.weight.iter())?;
-        for (weighting, len) in [(&self.metric.output, m), (&self.metric.input, n)] {
-            let got = match weighting {
-                Weighting::Identity => len,
-                Weighting::Diagonal(d) => d.len(),
-                Weighting::Gram(gram) => gram.dim(),
-            };
-            if got != len {
-                return Err(Error::shape(format!("statistics of {len} for a weight of {m}x{n}"), got));
-            }
-        }
+        check_metric(&self.metric, self.shape())?;
         self.budget.check()
     }
+}
+
+/// Refuses metrics that do not fit a shape.
+fn check_metric(metric: &Metric, (m, n): (usize, usize)) -> Result<()> {
+    use crate::metric::Weighting;
+    for (weighting, len) in [(&metric.output, m), (&metric.input, n)] {
+        let got = match weighting {
+            Weighting::Identity => len,
+            Weighting::Diagonal(d) => d.len(),
+            Weighting::Gram(gram) => gram.dim(),
+        };
+        if got != len {
+            return Err(Error::shape(format!("statistics of {len} for a weight of {m}x{n}"), got));
+        }
+    }
+    Ok(())
 }
 
 /// The only problem of a group, checked.
@@ -238,6 +285,21 @@ pub trait Factorize<T: Real>: Debug + Send + Sync {
         }
     }
 
+    /// Whether a group may come in parts, and need not be in memory as a whole.
+    fn takes_parts(&self) -> bool {
+        false
+    }
+
+    /// The same as [`factorize_noting`](Self::factorize_noting) for weights that are read when they are needed, by methods
+    /// that take them so.
+    ///
+    /// # Errors
+    /// As [`factorize`](Self::factorize); [`Error::Unsupported`] if the method does not.
+    fn factorize_parts(&self, group: &[InParts<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        let _ = (group, notes);
+        Err(Error::Unsupported("this method needs whole weights".into()))
+    }
+
     /// Computes what serves every budget, for methods that can: the error curve and the state that
     /// [`assemble`](Self::assemble) cuts. `None` if each budget has to be solved by itself.
     ///
@@ -277,6 +339,12 @@ impl<T: Real, F: Factorize<T> + ?Sized> Factorize<T> for Box<F> {
     }
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
         (**self).factorize_noting(group, notes)
+    }
+    fn takes_parts(&self) -> bool {
+        (**self).takes_parts()
+    }
+    fn factorize_parts(&self, group: &[InParts<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        (**self).factorize_parts(group, notes)
     }
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
         (**self).decompose(group)

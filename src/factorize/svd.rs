@@ -154,7 +154,7 @@ impl<T: Real> Joint<T> {
             }
         }
         let blocks = if stacked {
-            vec![(weight.ncols(), mean_input(group)?)]
+            vec![(weight.ncols(), mean_input(group[0].shape().1, group.iter().map(|p| &p.metric.input))?)]
         } else {
             group.iter().map(|p| (p.shape().1, p.metric.input.clone())).collect()
         };
@@ -181,23 +181,24 @@ fn output_scale<T: Real>(group: &[Problem<'_, T>], stacked: bool) -> Result<Opti
     Ok(scales.into_iter().next().flatten())
 }
 
-/// The input metric of stacked weights: theirs if they agree, else the mean.
-pub(super) fn mean_input<T: Real>(group: &[Problem<'_, T>]) -> Result<Weighting> {
+/// The input metric of stacked weights of n inputs: theirs if they agree, else the mean.
+pub(super) fn mean_input<'w>(n: usize, mut each: impl Iterator<Item = &'w Weighting> + Clone) -> Result<Weighting> {
     use std::sync::Arc;
-    let first = &group[0].metric.input;
-    if group.iter().all(|p| first.same(&p.metric.input)) {
+    let all = each.clone();
+    let Some(first) = each.next() else { return Ok(Weighting::Identity) };
+    if each.all(|input| first.same(input)) {
         return Ok(first.clone());
     }
-    let n = group[0].shape().1;
     let mut sum = Array2::<f64>::zeros((n, n));
-    for problem in group {
-        match &problem.metric.input {
+    let count = all.clone().count();
+    for input in all {
+        match input {
             Weighting::Identity => sum.diag_mut().mapv_inplace(|v| v + 1.0),
             Weighting::Diagonal(d) => sum.diag_mut().zip_mut_with(&**d, |v, d| *v += d),
             Weighting::Gram(gram) => sum += &gram.matrix(),
         }
     }
-    sum /= group.len() as f64;
+    sum /= count as f64;
     Ok(Weighting::Gram(Arc::new(crate::stats::Gram::new("group mean", sum)?)))
 }
 

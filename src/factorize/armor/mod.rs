@@ -220,7 +220,10 @@ impl Armor {
         notes: &mut Vec<String>,
     ) -> Result<State<'a, T>> {
         let (first, n) = (&group[0], group[0].shape().1);
-        let metric = Metric { output: Weighting::Identity, input: mean_input(group)? };
+        let metric = Metric {
+            output: Weighting::Identity,
+            input: mean_input(group[0].shape().1, group.iter().map(|p| &p.metric.input))?,
+        };
         let squares = squares(&metric, n);
         let (rows, columns) = (Self::rows(group, block), parts(n, block));
         if self.solver == Solver::Paper {

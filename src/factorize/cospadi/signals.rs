@@ -48,7 +48,14 @@ impl<'a, T: Real> Signals<'a, T> {
             at += m;
         }
         let norm = group.iter().map(|p| p.metric.squared(p.weight, p.backend)).sum();
-        Ok(Signals { weight, rows: rows.into(), parts, mean: mean_input(group)?, norm, backend: first.backend })
+        Ok(Signals {
+            weight,
+            rows: rows.into(),
+            parts,
+            mean: mean_input(group[0].shape().1, group.iter().map(|p| &p.metric.input))?,
+            norm,
+            backend: first.backend,
+        })
     }
 
     pub(super) fn kernels(&self) -> &'a dyn Kernels<f64> {

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, Axis};
+use ndarray::{Array1, Array2, Axis, s};
 
-use super::layers::{Layers, Run, Shares};
+use super::layers::{Layers, Run, Shares, inner};
 use crate::error::Result;
 use crate::scalar::Real;
 
@@ -19,64 +19,76 @@ impl<T: Real> Layers<'_, '_, T> {
         &self,
         gram: &Array2<f64>,
         runs: &[(Range<usize>, usize)],
-        layer: impl Fn(usize) -> Array2<T>,
+        part: impl Fn(usize, &Range<usize>) -> Array2<T>,
     ) -> Result<Vec<Run<T>>> {
         let mut all = Vec::with_capacity(runs.len());
         for (range, count) in runs {
             let found = self.spectrum(gram, range)?;
             let floor = NONE * found.values.first().copied().unwrap_or(0.0);
             let used = found.values.iter().take(*count).take_while(|&&v| v > floor).count();
-            let (mut atoms, mut coefficients) = (Vec::with_capacity(used), Array2::zeros((range.len(), used)));
-            for t in 0..used {
-                let mut v = found.vectors.column(t).to_owned();
+            let mut vectors = found.vectors.slice(s![.., ..used]).to_owned();
+            for mut v in vectors.columns_mut() {
                 let largest = v.iter().fold(0.0f64, |best, &x| if x.abs() > best.abs() { x } else { best });
                 v *= largest.signum();
-                let mut atom = Array2::zeros(self.group[0].shape());
-                for (l, v) in range.clone().zip(&mut v) {
-                    let root = self.weights[l].sqrt();
-                    atom.scaled_add(T::from_f64(*v * root), &layer(l));
-                    *v /= root;
+            }
+            let mut atoms = vec![Array2::zeros(self.group[0].shape()); used];
+            for (row, layer) in range.clone().enumerate() {
+                let root = self.weights[layer].sqrt();
+                for rows in self.panels() {
+                    let x = part(layer, &rows);
+                    for (atom, v) in atoms.iter_mut().zip(vectors.row(row)) {
+                        atom.slice_mut(s![rows.clone(), ..]).scaled_add(T::from_f64(v * root), &x);
+                    }
                 }
+            }
+            let roots = range.clone().map(|l| self.weights[l].sqrt()).collect::<Array1<f64>>();
+            let mut coefficients = vectors / &roots.insert_axis(Axis(1));
+            for (atom, mut c) in atoms.iter_mut().zip(coefficients.columns_mut()) {
                 // Entries of unit mean square, whatever the metric: half types have a narrow range.
                 let square = atom.iter().map(|v| v.wide() * v.wide()).sum::<f64>() / atom.len().max(1) as f64;
                 let scale = if square > 0.0 { square.sqrt() } else { 1.0 };
                 atom.mapv_inplace(|v| v / T::from_f64(scale));
-                coefficients.column_mut(t).assign(&(&v * scale));
-                atoms.push(atom);
+                c *= scale;
             }
             all.push(Run { layers: range.clone(), atoms, coefficients });
         }
         Ok(all)
     }
 
-    /// B_l·X·A_l of a layer.
-    fn own_image(&self, layer: usize, x: &Array2<T>) -> Array2<f64> {
-        let metric = &self.group[layer].metric;
-        let mut image = metric.input.times(x.mapv(|v| v.wide()).view(), self.backend());
-        if let Some(d) = metric.output_scale() {
-            image *= &(&d * &d).insert_axis(Axis(1));
-        }
-        image
-    }
-
-    /// The best coefficients of each layer for its atoms, what its residual explains left out: S×S systems.
+    /// The best coefficients of each layer for its atoms, what its residual explains left out: S×S systems. Layers of
+    /// one metric share theirs.
     pub(super) fn fit_coefficients(&self, found: &mut Shares<T>) {
+        let alike = self.alike();
         for at in 0..found.runs.len() {
+            let mut common = None;
             for layer in found.runs[at].layers.clone() {
-                let target = self.left(found, layer, false, true);
-                let run = &found.runs[at];
-                let images: Vec<Array2<f64>> = run.atoms.iter().map(|atom| self.own_image(layer, atom)).collect();
-                let inner = |a: &Array2<f64>, b: &Array2<T>| a.iter().zip(b).map(|(a, b)| a * b.wide()).sum::<f64>();
-                let s = run.atoms.len();
-                let mut squares = Array2::from_shape_fn((s, s), |(i, j)| inner(&images[i], &run.atoms[j]));
-                let hold = 1e-12 * squares.diag().sum() / s.max(1) as f64;
-                squares.diag_mut().mapv_inplace(|v| v + hold.max(f64::MIN_POSITIVE));
-                let right = Array2::from_shape_fn((s, 1), |(i, _)| inner(&images[i], &target));
+                let (run, s) = (&found.runs[at], found.runs[at].atoms.len());
+                let known = common.clone().filter(|_| alike);
+                let (mut squares, mut right) = (Array2::zeros((s, s)), Array2::zeros((s, 1)));
+                for rows in self.panels() {
+                    let parts: Vec<Array2<T>> =
+                        run.atoms.iter().map(|atom| atom.slice(s![rows.clone(), ..]).to_owned()).collect();
+                    let target = self.own_image(layer, &rows, &self.left(found, layer, &rows, false, true));
+                    parts.iter().enumerate().for_each(|(i, part)| right[(i, 0)] += inner(&target, part));
+                    if known.is_some() {
+                        continue;
+                    }
+                    for (i, part) in parts.iter().enumerate() {
+                        let image = self.own_image(layer, &rows, part);
+                        parts[..=i].iter().enumerate().for_each(|(j, other)| squares[(i, j)] += inner(&image, other));
+                    }
+                }
+                let squares = known.unwrap_or_else(|| {
+                    let whole: Array2<f64> = Array2::from_shape_fn((s, s), |(i, j)| squares[(i.max(j), i.min(j))]);
+                    let hold: f64 = 1e-12 * whole.diag().sum() / s.max(1) as f64;
+                    whole + Array2::from_diag(&Array1::from_elem(s, hold.max(f64::MIN_POSITIVE)))
+                });
                 // Atoms that the layer's metric does not see keep their coefficients.
                 if let Ok(solved) = f64::kernels(self.backend()).solve_spd(squares.view(), right) {
                     let row = layer - run.layers.start;
                     found.runs[at].coefficients.row_mut(row).assign(&solved.column(0));
                 }
+                common = Some(squares);
             }
         }
     }
@@ -86,33 +98,34 @@ impl<T: Real> Layers<'_, '_, T> {
     pub(super) fn fit_atoms(&self, found: &mut Shares<T>) -> Result<()> {
         if self.alike() {
             let runs: Vec<_> = found.runs.iter().map(|run| (run.layers.clone(), run.atoms.len())).collect();
-            let rest = |l: usize| self.left(found, l, false, true);
-            let gram = self.products(rest);
+            let rest = |l: usize, rows: &Range<usize>| self.left(found, l, rows, false, true);
+            let gram = self.weighed_products(rest)?;
             found.runs = self.principal(&gram, &runs, rest)?;
             return Ok(());
         }
         for at in 0..found.runs.len() {
-            self.descend(found, at);
+            // Rows meet each other in no metric: each panel by itself.
+            self.panels().for_each(|rows| self.descend(found, at, &rows));
         }
         Ok(())
     }
 
-    fn descend(&self, found: &mut Shares<T>, at: usize) {
+    fn descend(&self, found: &mut Shares<T>, at: usize, rows: &Range<usize>) {
         let layers = found.runs[at].layers.clone();
         let c = found.runs[at].coefficients.clone();
-        let count = c.ncols();
+        let (count, n) = (c.ncols(), self.group[0].shape().1);
         // Σ_l c_ls·B_l·(…)·A_l for each s, of one matrix for each layer.
         let gather = |of: &dyn Fn(usize) -> Array2<T>| -> Vec<Array2<f64>> {
-            let mut sums = vec![Array2::zeros(self.group[0].shape()); count];
+            let mut sums = vec![Array2::zeros((rows.len(), n)); count];
             for (row, l) in layers.clone().enumerate() {
-                let image = self.own_image(l, &of(l));
+                let image = self.own_image(l, rows, &of(l));
                 sums.iter_mut().enumerate().for_each(|(s, sum)| sum.scaled_add(self.weights[l] * c[(row, s)], &image));
             }
             sums
         };
         let mixed = |parts: &[Array2<f64>]| {
             let sum = |l: usize| {
-                let mut sum = Array2::<f64>::zeros(self.group[0].shape());
+                let mut sum = Array2::<f64>::zeros((rows.len(), n));
                 parts.iter().enumerate().for_each(|(s, part)| sum.scaled_add(c[(l - layers.start, s)], part));
                 T::cast(sum.view()).into_owned()
             };
@@ -123,7 +136,7 @@ impl<T: Real> Layers<'_, '_, T> {
         };
         // A diagonal preconditioner: the mean square of what an entry is multiplied with.
         let inputs: Array1<f64> = match &self.input {
-            crate::metric::Weighting::Identity => Array1::ones(self.group[0].shape().1),
+            crate::metric::Weighting::Identity => Array1::ones(n),
             crate::metric::Weighting::Diagonal(a) => (**a).clone(),
             crate::metric::Weighting::Gram(gram) => gram.diagonal(),
         };
@@ -136,7 +149,7 @@ impl<T: Real> Layers<'_, '_, T> {
             };
             parts.iter().enumerate().map(of).collect()
         };
-        let mut rest = gather(&|l| self.left(found, l, true, true));
+        let mut rest = gather(&|l| self.left(found, l, rows, true, true));
         let mut direction = scaled(&rest);
         let mut along = dot(&rest, &direction);
         for _ in 0..STEPS {
@@ -147,7 +160,7 @@ impl<T: Real> Layers<'_, '_, T> {
             }
             let step = along / curvature;
             for (atom, d) in found.runs[at].atoms.iter_mut().zip(&direction) {
-                atom.zip_mut_with(d, |a, &d| *a += T::from_f64(step * d));
+                atom.slice_mut(s![rows.clone(), ..]).zip_mut_with(d, |a, &d| *a += T::from_f64(step * d));
             }
             rest.iter_mut().zip(&forward).for_each(|(r, f)| r.scaled_add(-step, f));
             let next = scaled(&rest);

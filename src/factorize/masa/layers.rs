@@ -2,20 +2,20 @@
 
 use std::ops::Range;
 
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, Axis, s};
 
-use super::super::Problem;
+use super::super::InParts;
 use super::super::svd::mean_input;
 use super::Masa;
 use crate::error::Result;
 use crate::linalg::{Backend, Eigh};
 use crate::metric::Weighting;
 use crate::operator::{LinearOperator, Operator};
-use crate::scalar::Real;
+use crate::scalar::{Real, check_finite};
 
 /// A group with what its layers have in common.
 pub(super) struct Layers<'g, 'a, T: Real> {
-    pub(super) group: &'g [Problem<'a, T>],
+    pub(super) group: &'g [InParts<'a, T>],
     /// The mean of the metrics.
     pub(super) input: Weighting,
     pub(super) output: Array1<f64>,
@@ -26,6 +26,8 @@ pub(super) struct Layers<'g, 'a, T: Real> {
     pub(super) weighed: bool,
     /// √(w_i·w_j)·K_ij, L×L.
     gram: Array2<f64>,
+    /// The same in the plain norm, of layers of norm 1.
+    plain: Array2<f64>,
 }
 
 /// Consecutive layers with atoms of their own.
@@ -52,34 +54,60 @@ impl<T: Real> Shares<T> {
         self.runs.iter().map(|run| run.atoms.len()).sum()
     }
 
-    /// Σ c·D of a layer added to a matrix with a sign.
-    pub(super) fn add_shared(&self, layer: usize, sign: f64, to: &mut Array2<T>) {
+    /// Some rows of Σ c·D of a layer added to a matrix with a sign.
+    fn add_shared(&self, layer: usize, rows: &Range<usize>, sign: f64, to: &mut Array2<T>) {
         for run in self.runs.iter().filter(|run| run.layers.contains(&layer)) {
             for (atom, &c) in run.atoms.iter().zip(run.coefficients.row(layer - run.layers.start)) {
-                to.scaled_add(T::from_f64(sign * c), atom);
+                to.scaled_add(T::from_f64(sign * c), &atom.slice(s![rows.clone(), ..]));
             }
         }
     }
 }
 
 impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
-    pub(super) fn new(group: &'g [Problem<'a, T>]) -> Result<Self> {
-        let input = mean_input(group)?;
-        let m = group[0].shape().0;
+    pub(super) fn new(group: &'g [InParts<'a, T>]) -> Result<Self> {
+        let input = mean_input(group[0].shape().1, group.iter().map(|p| &p.metric.input))?;
+        let (m, count) = (group[0].shape().0, group.len());
         let mut output = Array1::<f64>::zeros(m);
         for problem in group {
             output += &problem.metric.output_scale().map_or(Array1::ones(m), |d| &d * &d);
         }
-        output /= group.len() as f64;
+        output /= count as f64;
         let weighed = group.iter().any(|p| p.metric.output_scale().is_some());
-        let weight = |p: &Problem<'_, T>| match p.metric.norm_squared(p.weight, p.backend) {
-            norm if norm > 0.0 && !weighed => 1.0 / norm,
-            _ => 1.0,
+        let empty = || Array2::zeros((0, 0));
+        let mut layers =
+            Layers { group, input, output, weights: vec![1.0; count], weighed, gram: empty(), plain: empty() };
+        let (mut plain, mut norms, alike) = (Array2::zeros((count, count)), vec![0.0; count], layers.alike());
+        let mut gram = layers.products(|rows, all| {
+            for (i, x) in all.iter().enumerate() {
+                check_finite("weight", x.iter()).map_err(|e| e.of_tensor(group[i].name))?;
+                norms[i] += if alike { 0.0 } else { inner(&layers.own_image(i, rows, x), x) };
+                all[..=i].iter().enumerate().for_each(|(j, y)| plain[(i, j)] += inner(x, y));
+            }
+            Ok(())
+        })?;
+        if alike {
+            norms = gram.diag().to_vec();
+        }
+        let weight = |norm: f64| if norm > 0.0 && !weighed { 1.0 / norm } else { 1.0 };
+        layers.weights = norms.into_iter().map(weight).collect();
+        layers.weigh(&mut gram);
+        let cosines = |i: usize, j: usize| {
+            let norm = |i| f64::sqrt(plain[(i, i)]).max(f64::MIN_POSITIVE);
+            plain[(i.max(j), i.min(j))] / (norm(i) * norm(j))
         };
-        let weights = group.iter().map(weight).collect();
-        let mut layers = Layers { group, input, output, weights, weighed, gram: Array2::zeros((0, 0)) };
-        layers.gram = layers.products(|l| group[l].weight.to_owned());
+        layers.plain = Array2::from_shape_fn((count, count), |(i, j)| cosines(i, j));
+        layers.gram = gram;
         Ok(layers)
+    }
+
+    /// Panels of rows: of all layers together about as much as one layer.
+    pub(super) fn panels(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<T> {
+        /// Fewer make no product worth its name.
+        const LEAST: usize = 64;
+        let m = self.group[0].shape().0;
+        let height = m.div_ceil(self.group.len()).max(LEAST);
+        (0..m).step_by(height).map(move |first| first..m.min(first + height))
     }
 
     pub(super) fn count(&self) -> usize {
@@ -90,26 +118,62 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         self.group[0].backend
     }
 
-    /// √(w_i·w_j)·tr(B̄·X_i·Ā·X_jᵀ) of all pairs: m·n² flops for each layer, 2mn for each pair.
-    pub(super) fn products(&self, layer: impl Fn(usize) -> Array2<T>) -> Array2<f64> {
-        let count = self.count();
-        let mut gram = Array2::zeros((count, count));
-        let all: Vec<Array2<T>> = (0..count).map(layer).collect();
-        for i in 0..count {
-            let image = self.image(&all[i]);
-            for j in 0..=i {
-                let sum: f64 = image.iter().zip(&all[j]).map(|(a, b)| a * b.wide()).sum();
-                let sum = sum * (self.weights[i] * self.weights[j]).sqrt();
-                (gram[(i, j)], gram[(j, i)]) = (sum, sum);
-            }
-        }
-        gram
+    /// tr(B̄·W_i·Ā·W_jᵀ) of all pairs: m·n² flops for each layer, 2mn for each pair. `also` sees each panel.
+    fn products(&self, mut also: impl FnMut(&Range<usize>, &[Array2<T>]) -> Result<()>) -> Result<Array2<f64>> {
+        self.products_of(|layer, rows| self.group[layer].weight.rows(rows.clone()), &mut also)
     }
 
-    /// B̄·X·Ā.
-    pub(super) fn image(&self, x: &Array2<T>) -> Array2<f64> {
+    /// √(w_i·w_j)·tr(B̄·X_i·Ā·X_jᵀ) of all pairs, of panels of X.
+    pub(super) fn weighed_products(&self, part: impl Fn(usize, &Range<usize>) -> Array2<T>) -> Result<Array2<f64>> {
+        let mut gram = self.products_of(part, &mut |_, _| Ok(()))?;
+        self.weigh(&mut gram);
+        Ok(gram)
+    }
+
+    fn products_of(
+        &self,
+        part: impl Fn(usize, &Range<usize>) -> Array2<T>,
+        also: &mut dyn FnMut(&Range<usize>, &[Array2<T>]) -> Result<()>,
+    ) -> Result<Array2<f64>> {
+        let count = self.count();
+        let mut gram = Array2::zeros((count, count));
+        for rows in self.panels() {
+            let all: Vec<Array2<T>> = (0..count).map(|layer| part(layer, &rows)).collect();
+            also(&rows, &all)?;
+            for i in 0..count {
+                let image = self.image(&rows, &all[i]);
+                for j in 0..=i {
+                    gram[(i, j)] += inner(&image, &all[j]);
+                }
+            }
+        }
+        for i in 0..count {
+            for j in 0..i {
+                gram[(j, i)] = gram[(i, j)];
+            }
+        }
+        Ok(gram)
+    }
+
+    fn weigh(&self, gram: &mut Array2<f64>) {
+        gram.indexed_iter_mut().for_each(|((i, j), v)| *v *= (self.weights[i] * self.weights[j]).sqrt());
+    }
+
+    /// Some rows of B̄·X·Ā.
+    fn image(&self, rows: &Range<usize>, x: &Array2<T>) -> Array2<f64> {
         let mut image = self.input.times(x.mapv(|v| v.wide()).view(), self.backend());
-        image *= &self.output.view().insert_axis(ndarray::Axis(1));
+        image *= &self.output.slice(s![rows.clone()]).insert_axis(Axis(1));
+        image
+    }
+
+    /// Some rows of B_l·X·A_l of a layer.
+    pub(super) fn own_image(&self, layer: usize, rows: &Range<usize>, x: &Array2<T>) -> Array2<f64> {
+        let metric = &self.group[layer].metric;
+        let mut image = metric.input.times(x.mapv(|v| v.wide()).view(), self.backend());
+        if let Some(d) = metric.output_scale() {
+            let d = d.slice(s![rows.clone()]).mapv(|d| d * d);
+            image *= &d.insert_axis(Axis(1));
+        }
         image
     }
 
@@ -123,23 +187,12 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
     /// The fractions of the layers' energy that so many common atoms capture: in the metric, and in the plain norm
     /// with all layers alike, where unrelated layers give S/L.
     pub(super) fn captured(&self, atoms: usize) -> (f64, f64) {
-        let inner = |i: usize, j: usize| -> f64 {
-            self.group[i].weight.iter().zip(self.group[j].weight).map(|(a, b)| a.wide() * b.wide()).sum()
-        };
         let count = self.count();
-        let norms: Vec<f64> = (0..count).map(|i| inner(i, i).max(f64::MIN_POSITIVE).sqrt()).collect();
-        let mut plain = Array2::zeros((count, count));
-        for i in 0..count {
-            for j in 0..=i {
-                let cosine = inner(i, j) / (norms[i] * norms[j]);
-                (plain[(i, j)], plain[(j, i)]) = (cosine, cosine);
-            }
-        }
         let fraction = |gram: &Array2<f64>| {
             let Ok(found) = self.spectrum(gram, &(0..count)) else { return 0.0 };
             found.values.iter().take(atoms).sum::<f64>() / found.values.sum().max(f64::MIN_POSITIVE)
         };
-        (fraction(&self.gram), fraction(&plain))
+        (fraction(&self.gram), fraction(&self.plain))
     }
 
     /// tr K, the energy of all layers.
@@ -197,7 +250,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
     pub(super) fn solve(&self, masa: &Masa, atoms: usize, limit: u64, rounds: usize) -> Result<Shares<T>> {
         let count = self.count();
         let runs = if atoms == 0 { Vec::new() } else { self.cut(atoms, masa.runs)? };
-        let own = |l: usize| self.group[l].weight.to_owned();
+        let own = |l: usize, rows: &Range<usize>| self.group[l].weight.rows(rows.clone());
         let first = self.principal(&self.gram, &runs, own)?;
         let mut found = Shares { runs: first, residuals: vec![None; count], error: f64::INFINITY };
         if atoms > 0 {
@@ -230,23 +283,43 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         self.group.iter().all(|p| p.metric.input.same(&first.input) && p.metric.output.same(&first.output))
     }
 
-    /// W_l less what stands for it.
-    pub(super) fn left(&self, found: &Shares<T>, layer: usize, shared: bool, residual: bool) -> Array2<T> {
-        let mut left = self.group[layer].weight.to_owned();
+    /// Some rows of W_l less what stands for it.
+    pub(super) fn left(
+        &self,
+        found: &Shares<T>,
+        layer: usize,
+        rows: &Range<usize>,
+        shared: bool,
+        residual: bool,
+    ) -> Array2<T> {
+        let mut left = self.group[layer].weight.rows(rows.clone());
         if shared {
-            found.add_shared(layer, -1.0, &mut left);
+            found.add_shared(layer, rows, -1.0, &mut left);
         }
         if let (true, Some(operator)) = (residual, &found.residuals[layer]) {
-            left -= &operator.to_dense();
+            left -= &rows_of(operator, rows);
         }
         left
     }
 
     fn error(&self, found: &Shares<T>) -> f64 {
-        let of = |l: usize| {
-            let left = self.left(found, l, true, true);
-            self.weights[l] * self.group[l].metric.squared(left.view(), self.backend())
+        let of = |(layer, rows): (usize, Range<usize>)| {
+            let left = self.left(found, layer, &rows, true, true);
+            self.weights[layer] * inner(&self.own_image(layer, &rows, &left), &left)
         };
-        (0..self.count()).map(of).sum()
+        (0..self.count()).flat_map(|layer| self.panels().map(move |rows| (layer, rows))).map(of).sum()
     }
+}
+
+/// Some rows of an operator.
+fn rows_of<T: Real>(operator: &Operator<T>, rows: &Range<usize>) -> Array2<T> {
+    let (m, _) = operator.shape();
+    let mut chosen = Array2::zeros((m, rows.len()));
+    chosen.slice_mut(s![rows.clone(), ..]).diag_mut().fill(T::one());
+    operator.product_transposed(chosen.view()).reversed_axes().as_standard_layout().into_owned()
+}
+
+/// Σ a·b in f64.
+pub(super) fn inner<A: Real, B: Real>(a: &Array2<A>, b: &Array2<B>) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a.wide() * b.wide()).sum()
 }

@@ -14,7 +14,8 @@
 //! there is no more than that, and pivoted low rank of each layer alone (S = 0, which is tried too unless `atoms`
 //! asks for others) is better. Made for layers that were tied, or trained to be shared.
 //!
-//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. All layers are in memory at once.
+//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms, one layer (what
+//! low rank makes of it for its residual), and a panel of rows of all layers, which are as much together as one layer is.
 
 use std::sync::Arc;
 
@@ -22,9 +23,8 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use self::layers::{Layers, Shares};
-use super::group::{checked, kept_dense};
 use super::sparse::{no_rank, too_little};
-use super::{Factorize, Forecast, Outline, Problem};
+use super::{Factorize, Forecast, InParts, Outline, Problem};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::metric::{InputMetric, MetricSpec};
@@ -67,13 +67,27 @@ impl<T: Real> Factorize<T> for Masa {
     }
 
     fn factorize_noting(&self, group: &[Problem<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
-        let (first, outlines) = checked(group)?;
+        self.factorize_parts(&group.iter().map(InParts::of).collect::<Vec<_>>(), notes)
+    }
+
+    fn takes_parts(&self) -> bool {
+        true
+    }
+
+    fn factorize_parts(&self, group: &[InParts<'_, T>], notes: &mut Vec<String>) -> Result<Vec<Operator<T>>> {
+        let Some(first) = group.first() else {
+            return Err(Error::shape("a group of at least one weight", 0));
+        };
+        let outlines: Vec<Outline> = group.iter().map(|p| Outline { shape: p.shape(), dtype: p.dtype }).collect();
         let before: u64 = outlines.iter().map(Outline::bytes).sum();
         let limit = self.limit(&outlines, &first.budget)?;
-        if limit >= before {
-            return kept_dense(group);
-        }
+        let checked = |p: &InParts<'_, T>| super::check_metric(&p.metric, p.shape()).map_err(|e| e.of_tensor(p.name));
+        group.iter().try_for_each(checked)?;
         let layers = Layers::new(group)?;
+        if limit >= before {
+            let whole = |p: &InParts<'_, T>| p.whole(p.weight.rows(0..p.shape().0).view()).dense();
+            return Ok(group.iter().map(whole).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect());
+        }
         let mut best: Option<Shares<T>> = None;
         for atoms in self.choices(&outlines, limit) {
             let rounds = if self.atoms.is_some() { self.rounds } else { 1 };
@@ -103,9 +117,18 @@ impl<T: Real> Factorize<T> for Masa {
         }
         let (m, n) = group.first().map_or((0, 0), |o| o.shape);
         let squares = if metric.input == InputMetric::Gram { 4 * n * n } else { 0 };
-        let memory = 8 * (4 * group.len() * m * n + 8 * m * n + squares) as u64;
+        // Atoms of the best solution and of the one that is tried, a few layers, what low rank needs for one.
+        let atoms = group.len().min((limit / first_bytes(group).max(1)) as usize + 1);
+        let low_rank = if self.residual { 3 * m.min(n).pow(2) } else { 0 };
+        let results = limit as usize / 4;
+        let memory = 8 * (atoms * m * n + 3 * m * n + low_rank + squares + results) as u64;
         Ok(Forecast { bytes: limit.min(before), exact: limit >= before, memory })
     }
+}
+
+/// Bytes of one layer.
+fn first_bytes(group: &[Outline]) -> u64 {
+    group.first().map_or(0, Outline::bytes)
 }
 
 /// Bytes of S atoms and the coefficients of all layers.
@@ -192,22 +215,22 @@ impl Masa {
 }
 
 /// The operators of the layers; atoms are shared by the layers of a run.
-fn write<T: Real>(group: &[Problem<'_, T>], found: Shares<T>) -> Result<Vec<Operator<T>>> {
+fn write<T: Real>(group: &[InParts<'_, T>], found: Shares<T>) -> Result<Vec<Operator<T>>> {
     let dtype = group.first().map_or(T::DTYPE, |p| p.dtype);
     let mut mixtures: Vec<Option<Operator<T>>> = vec![None; group.len()];
-    for run in &found.runs {
-        let store = |atom: &Array2<T>| Ok(Arc::new(Operator::Dense(Dense::rounded(atom.clone(), dtype)?)));
-        let atoms: Vec<Arc<Operator<T>>> = run.atoms.iter().map(store).collect::<Result<_>>()?;
+    for run in found.runs {
+        let store = |atom: Array2<T>| Ok(Arc::new(Operator::Dense(Dense::rounded(atom, dtype)?)));
+        let atoms: Vec<Arc<Operator<T>>> = run.atoms.into_iter().map(store).collect::<Result<_>>()?;
         if atoms.is_empty() {
             continue;
         }
-        for (layer, c) in run.layers.clone().zip(run.coefficients.rows()) {
+        for (layer, c) in run.layers.zip(run.coefficients.rows()) {
             let c = Dense::rounded(c.mapv(T::from_f64).insert_axis(ndarray::Axis(0)), dtype)?;
             let shared = atoms.iter().map(|atom| Operator::Shared(atom.clone())).collect();
             mixtures[layer] = Some(Operator::Mixture(Mixture::new(c, shared)?));
         }
     }
-    let nothing = |p: &Problem<'_, T>| -> Result<Operator<T>> {
+    let nothing = |p: &InParts<'_, T>| -> Result<Operator<T>> {
         // Neither atoms nor residual: rank 0.
         let (m, n) = p.shape();
         let zeros = |m, n| Dense::rounded(Array2::zeros((m, n)), dtype).map(Operator::Dense);

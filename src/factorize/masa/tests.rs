@@ -31,7 +31,8 @@ fn matrix_pca_is_the_svd_of_the_unfolding() {
     let (m, n, count) = (5, 7, 6);
     let weights: Vec<_> = (0..count).map(|l| numbers(m, n, 31 + 17 * l)).collect();
     let group = problems(&weights, &[Metric::frobenius()], 0.9);
-    let layers = Layers::new(&group).unwrap();
+    let parts: Vec<_> = group.iter().map(InParts::of).collect();
+    let layers = Layers::new(&parts).unwrap();
     // Layers count by what they are relative to their norms.
     let norms: Vec<f64> = weights.iter().map(|w| w.iter().map(|v| v * v).sum::<f64>().sqrt()).collect();
     let unfolding = Array2::from_shape_fn((m * n, count), |(i, l)| weights[l][(i / n, i % n)] / norms[l]);
@@ -92,7 +93,8 @@ fn runs_are_where_layers_change() {
     let (a, b) = (numbers(m, n, 31), numbers(m, n, 104_729));
     let weights: Vec<_> = (0..8).map(|l| if l < 3 { &a * (1.0 + l as f64) } else { &b * (l as f64 - 1.0) }).collect();
     let group = problems(&weights, &[Metric::frobenius()], 0.9);
-    let layers = Layers::new(&group).unwrap();
+    let parts: Vec<_> = group.iter().map(InParts::of).collect();
+    let layers = Layers::new(&parts).unwrap();
     assert_eq!(layers.cut(2, 2).unwrap(), [(0..3, 1), (3..8, 1)]);
     assert_eq!(layers.cut(2, 1).unwrap(), [(0..8, 2)]);
     assert_eq!(layers.cut(1, 4).unwrap(), [(0..8, 1)]);
@@ -115,7 +117,8 @@ fn rounds_descend_in_each_layers_own_metric() {
     let output = Weighting::Diagonal(Arc::new(Array1::from_shape_fn(m, |i| 0.5 + (i % 4) as f64)));
     let metrics: Vec<Metric> = (0..6).map(|l| Metric { input: gram(n, 7 + 100 * l), output: output.clone() }).collect();
     let group = problems(&weights, &metrics, 0.7);
-    let layers = Layers::new(&group).unwrap();
+    let parts: Vec<_> = group.iter().map(InParts::of).collect();
+    let layers = Layers::new(&parts).unwrap();
     for residual in [false, true] {
         let mut last = f64::INFINITY;
         for rounds in 1..5 {
