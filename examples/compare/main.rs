@@ -85,7 +85,7 @@ struct Row {
     baseline: bool,
     /// Bytes asked for, of those of the matched weights.
     asked: f64,
-    /// Why there is no result: the method has no form of this size.
+    /// Why there is no result: the method has no form of this size, or needs statistics that were not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     refused: Option<String>,
     /// What came out.
@@ -161,7 +161,7 @@ fn run(arguments: &Arguments) -> Result<()> {
                 None => {
                     let (result, refused) = match measure(&recipe, &checkpoint, &stats, &judge, &arguments.out) {
                         Ok(result) => (Some(result), None),
-                        Err(why) if no_such_size(&why) => (None, Some(format!("{why:#}"))),
+                        Err(why) if cannot_be(&why) => (None, Some(format!("{why:#}"))),
                         Err(why) => return Err(why.context(format!("`{}` at keep {keep}", line.name))),
                     };
                     let (name, baseline) = (line.name.clone(), line.baseline);
@@ -200,11 +200,11 @@ fn measure(recipe: &Recipe, checkpoint: &Checkpoint, stats: &Stats, judge: &Judg
     Ok(Outcome { keep, file_bytes, loss, seconds })
 }
 
-/// Whether a method has no form of this size, which is no reason to stop.
-fn no_such_size(why: &anyhow::Error) -> bool {
+/// Whether a method has no form of this size or not its statistics, which is no reason to stop.
+fn cannot_be(why: &anyhow::Error) -> bool {
     fn budget(error: &Error) -> bool {
         match error {
-            Error::Budget { .. } => true,
+            Error::Budget { .. } | Error::MissingStats { .. } => true,
             Error::Tensor { source, .. } => budget(source),
             Error::Refused(all) => all.iter().all(|(_, why)| why.contains("budget cannot be met")),
             _ => false,
@@ -268,6 +268,9 @@ fn table(all: &Comparison) -> String {
         text += &format!("\n{:<46} {:>6}", format!("{mark}{}", row.line), row.asked);
         text += &match &row.result {
             Some(r) => format!(" {:>7.4} {:>14} {:>12.5} {:>8.1}", r.keep, r.file_bytes, r.loss, r.seconds),
+            None if row.refused.as_ref().is_some_and(|why| why.starts_with("missing statistics")) => {
+                "  needs statistics that were not given".into()
+            }
             None => "  has no form of this size".into(),
         };
     }
