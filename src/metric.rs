@@ -19,7 +19,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
@@ -102,26 +102,43 @@ impl Metric {
 
     /// tr(B·Δ·A·Δᵀ) = ⟨(√B·Δ)ᵀ(√B·Δ), A⟩, with the products in P and the sums in f64.
     fn quadratic<P: Real, T: Real>(&self, delta: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
-        let mut delta = P::cast(delta);
-        if let Some(scale) = self.output_scale() {
-            for (mut row, &d) in delta.rows_mut().into_iter().zip(&scale) {
-                row.mapv_inplace(|v| v * P::from_f64(d));
-            }
-        }
+        let scale = self.output_scale();
         let square = |v: P| v.wide() * v.wide();
+        let of_row = |row: ArrayView1<'_, P>| match &self.input {
+            Weighting::Diagonal(a) => row.iter().zip(a.iter()).map(|(&v, a)| square(v) * a).sum::<f64>(),
+            _ => inner(row, row),
+        };
         match &self.input {
-            Weighting::Identity => delta.rows().into_iter().map(|row| inner(row, row)).sum(),
-            Weighting::Diagonal(a) => delta
-                .rows()
-                .into_iter()
-                .map(|row| row.iter().zip(a.iter()).map(|(&v, a)| square(v) * a).sum::<f64>())
-                .sum(),
             Weighting::Gram(gram) => {
-                let squares = P::kernels(backend).gram(delta.t());
+                let squares = P::kernels(backend).gram(scaled::<P, T>(delta, 0, scale.as_ref()).t());
                 squares.rows().into_iter().zip(gram.matrix().rows()).map(|(s, g)| inner(s, g)).sum()
+            }
+            Weighting::Identity | Weighting::Diagonal(_) => {
+                /// Rows that are widened at a time.
+                const PANEL: usize = 64;
+                let mut total = 0.0;
+                for (at, part) in delta.axis_chunks_iter(Axis(0), PANEL).enumerate() {
+                    scaled(part, at * PANEL, scale.as_ref()).rows().into_iter().for_each(|row| total += of_row(row));
+                }
+                total
             }
         }
     }
+}
+
+/// Some rows in another type, times what is to be counted from the first of them on.
+fn scaled<'v, P: Real, T: Real>(
+    rows: ArrayView2<'v, T>,
+    first: usize,
+    scale: Option<&Array1<f64>>,
+) -> CowArray<'v, P, Ix2> {
+    let mut rows = P::cast(rows);
+    if let Some(scale) = scale {
+        for (mut row, &d) in rows.rows_mut().into_iter().zip(scale.iter().skip(first)) {
+            row.mapv_inplace(|v| v * P::from_f64(d));
+        }
+    }
+    rows
 }
 
 /// Σ aᵢ·bᵢ in f64, in eight sums at a time.

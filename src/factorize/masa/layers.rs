@@ -30,6 +30,9 @@ pub(super) struct Layers<'g, 'a, T: Real> {
     plain: Array2<f64>,
 }
 
+/// What looks at a panel of rows of all layers.
+type Look<'l, T> = dyn FnMut(&Range<usize>, &[Array2<T>]) -> Result<()> + 'l;
+
 /// Consecutive layers with atoms of their own.
 #[derive(Debug, Clone)]
 pub(super) struct Run<T> {
@@ -133,7 +136,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
     fn products_of(
         &self,
         part: impl Fn(usize, &Range<usize>) -> Array2<T>,
-        also: &mut dyn FnMut(&Range<usize>, &[Array2<T>]) -> Result<()>,
+        also: &mut Look<'_, T>,
     ) -> Result<Array2<f64>> {
         let count = self.count();
         let mut gram = Array2::zeros((count, count));

@@ -117,11 +117,12 @@ impl<T: Real> Factorize<T> for Masa {
         }
         let (m, n) = group.first().map_or((0, 0), |o| o.shape);
         let squares = if metric.input == InputMetric::Gram { 4 * n * n } else { 0 };
-        // Atoms of the best solution and of the one that is tried, a few layers, what low rank needs for one.
-        let atoms = group.len().min((limit / first_bytes(group).max(1)) as usize + 1);
+        // Atoms (where their number is tried out: of the best solution so far and of the next), a few layers, what low
+        // rank needs for one, and the results.
+        let most = group.len().min((limit / first_bytes(group).max(1)) as usize + 1);
+        let matrices = self.atoms.unwrap_or(2 * most) + 4;
         let low_rank = if self.residual { 3 * m.min(n).pow(2) } else { 0 };
-        let results = limit as usize / 4;
-        let memory = 8 * (atoms * m * n + 3 * m * n + low_rank + squares + results) as u64;
+        let memory = (size_of::<T>() * matrices * m * n + 8 * (low_rank + squares)) as u64 + limit.min(before);
         Ok(Forecast { bytes: limit.min(before), exact: limit >= before, memory })
     }
 }

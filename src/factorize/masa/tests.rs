@@ -141,3 +141,35 @@ fn what_cannot_be_shared_is_refused() {
     let group = problems(&other, &[Metric::frobenius()], 0.5);
     assert!(matches!(Masa::default().factorize(&group), Err(Error::Shape { .. })));
 }
+
+#[test]
+fn layers_in_parts_are_what_they_are_in_memory() {
+    use crate::scalar::{DType, narrow};
+    use crate::tensor::{Rows, Source, Stored};
+    // More rows than a panel has, and a last panel that is not whole.
+    let (m, n, count) = (150, 12, 4);
+    let common = numbers(m, n, 3);
+    let weights: Vec<_> = (0..count).map(|l| &common * (1.0 + l as f64) + numbers(m, n, 31 + 17 * l) * 0.5).collect();
+    let bytes: Vec<_> = weights.iter().map(|w| narrow(DType::F32, w.iter()).unwrap()).collect();
+    let shape = [m, n];
+    let (reads, stored) =
+        (std::sync::atomic::AtomicUsize::new(0), |bytes| Stored { shape: &shape, dtype: DType::F32, bytes });
+    let seen = || {
+        reads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    };
+    let rows: Vec<Rows<'_>> = bytes.iter().map(|bytes| Rows::new(stored(bytes), seen).unwrap()).collect();
+    let read: Vec<Array2<f64>> = rows.iter().map(|rows| Source::<f64>::rows(rows, 0..m)).collect();
+    let own: Vec<Metric> = (0..count).map(|l| Metric { input: gram(n, 7 + l), ..Metric::frobenius() }).collect();
+    for metrics in [vec![Metric::frobenius()], own] {
+        let group = problems(&read, &metrics, 0.8);
+        let masa = Masa { atoms: Some(2), ..Masa::default() };
+        let whole = masa.factorize(&group).unwrap();
+        let parts: Vec<_> =
+            group.iter().map(InParts::of).zip(&rows).map(|(p, weight)| InParts { weight, ..p }).collect();
+        let before = reads.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(masa.factorize_parts(&parts, &mut Vec::new()).unwrap(), whole);
+        assert!(reads.load(std::sync::atomic::Ordering::Relaxed) > before);
+    }
+    assert!(Rows::new(Stored { bytes: &bytes[0][1..], ..stored(&bytes[0]) }, || {}).is_err());
+    assert!(Factorize::<f64>::factorize_parts(&super::super::Svd::default(), &[], &mut Vec::new()).is_err());
+}

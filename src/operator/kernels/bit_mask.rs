@@ -94,16 +94,15 @@ impl pulp::NullaryFnOnce for Expand<'_> {
                 None => &std::array::from_fn(|i| values.get(i).copied().unwrap_or_default()),
             };
             prefetch(next, AHEAD);
-            let mut taken = 0;
             for (part, (sum, x)) in sums.iter_mut().zip(x.as_chunks::<16>().0).enumerate() {
                 let mask = (word >> (16 * part)) as u16;
-                // At most 16 bits for each part before this one: never beyond 48.
-                let stored = next[taken.min(48)..].first_chunk::<16>().copied().unwrap_or_default();
+                // Each part counts all bits before it, so that none waits for another. At most 16 in each: never beyond 48.
+                let before = (word & !(u64::MAX << (16 * part))).count_ones() as usize;
+                let stored = next[before.min(48)..].first_chunk::<16>().copied().unwrap_or_default();
                 let spread = simd.avx512f._mm512_maskz_expand_ps(mask, cast(stored));
                 *sum = simd.mul_add_e_f32s(cast(spread), cast(*x), *sum);
-                taken += mask.count_ones() as usize;
             }
-            values = values.get(taken..).unwrap_or_default();
+            values = values.get(word.count_ones() as usize..).unwrap_or_default();
         }
         let [a, b, c, d] = sums;
         simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)))

@@ -72,16 +72,16 @@ impl Fixed {
             return None;
         }
         let x: &[f32] = bytemuck::cast_slice(x);
-        let (span, lanes) = match group {
-            _ if group >= x.len() => (SPAN, None),
-            _ if group.is_multiple_of(STEP) => {
-                ((1..=SPAN).rev().find(|span| (group / STEP).is_multiple_of(*span)).unwrap_or(1), None)
-            }
-            // Four codes share a lane.
-            _ if STEP.is_multiple_of(group) && group.is_multiple_of(STEP / LANES) && x.len() > group * (LANES - 1) => {
-                (1, Some(std::array::from_fn(|lane| (lane * (STEP / LANES) / group) as u32)))
-            }
-            _ => return None,
+        /// Codes that share a lane.
+        const EACH: usize = STEP / LANES;
+        let (span, lanes) = if group >= x.len() {
+            (SPAN, None)
+        } else if group.is_multiple_of(STEP) {
+            ((1..=SPAN).rev().find(|span| (group / STEP).is_multiple_of(*span)).unwrap_or(1), None)
+        } else if STEP.is_multiple_of(group) && group.is_multiple_of(EACH) && x.len() > group * (LANES - 1) {
+            (1, Some(std::array::from_fn(|lane| (lane * EACH / group) as u32)))
+        } else {
+            return None;
         };
         let spans = x.len().div_ceil(STEP * span);
         let groups: Vec<u32> = (0..spans).map(|at| (at * span * STEP / group) as u32).collect();
@@ -103,9 +103,7 @@ impl Fixed {
         }
         Some(fixed)
     }
-}
 
-impl Fixed {
     /// Whether a row is as long as the kernel reads.
     fn fits(&self, row: &Codes<'_>, bits: u8, zeros: bool) -> bool {
         row.codes.len() >= self.steps.len().saturating_sub(1) * width(bits) + STEP
@@ -115,7 +113,8 @@ impl Fixed {
 
     /// Whether another input is cut as this one is.
     fn alike(&self, other: &Self) -> bool {
-        (self.steps.len(), self.span, self.least) == (other.steps.len(), other.span, other.least)
+        let how = |x: &Self| (x.steps.len(), x.span, x.least, x.lanes);
+        how(self) == how(other)
     }
 }
 
@@ -277,7 +276,7 @@ fn width(bits: u8) -> usize {
 /// the instructions, and vectors would have to be in memory.)
 ///
 /// # Safety
-/// The machine has the instructions, and everything is as long as [`Fixed::matches`] says.
+/// The machine has the instructions, inputs are [alike](Fixed::alike), and rows [fit](Fixed::fits) them.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
 unsafe fn tile<const ZEROS: bool, const R: usize, const V: usize>(
@@ -289,9 +288,10 @@ unsafe fn tile<const ZEROS: bool, const R: usize, const V: usize>(
     let lanes: __m512i = cast(first.lanes.unwrap_or([0; LANES]));
     let mut totals = [[_mm512_setzero_ps(); V]; R];
     for span in 0..first.groups.len() {
-        // SAFETY: a span's number is below those of `starts`, `units` and `groups`; a step's below that of `steps`; its
-        // group's below those of scales and zeros, and so are those of the 16 groups from one on that lanes name; and the
-        // codes hold 64 bytes from each step's first on.
+        // SAFETY: `Fixed::new` made as many `starts` and `units` as `groups`, and all inputs have as many of them and of
+        // `steps`. A group's number is below those of scales and zeros, of which there are 16 if lanes name groups, so
+        // that 16 lie in the row from `start` on. The codes hold 64 bytes from each step's first on. `Inputs` and `Starts`
+        // begin where a cache line does, and so do the 64 bytes of each limb.
         unsafe {
             let group = *first.groups.get_unchecked(span) as usize;
             let mut sums = [[[_mm512_setzero_si512(); LIMBS]; V]; R];
