@@ -1,5 +1,6 @@
 //! One integration binary; its modules mirror `src`, and `examples`.
 
+mod align;
 mod cache;
 mod checkpoint;
 mod cli;
