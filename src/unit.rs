@@ -18,7 +18,7 @@ use crate::plan::{Job, Plan};
 use crate::report::TensorReport;
 use crate::scalar::{DType, Real, narrow};
 use crate::stats::Kind;
-use crate::tensor::{Rows, Source, Tensor};
+use crate::tensor::{Rows, Source};
 
 mod curve;
 
@@ -232,23 +232,11 @@ impl Worker<'_, '_> {
         job: &Job,
         run: impl FnOnce(&[Problem<'_, T>]) -> Result<R>,
     ) -> Result<R> {
-        let rule = &self.plan.recipe.rules[job.rule];
-        let stored = job.names.iter().map(|name| self.plan.checkpoint.get(name)).collect::<Result<Vec<_>>>()?;
-        let weights = stored.iter().map(|s| s.matrix::<T>()).collect::<Result<Vec<_>>>()?;
-        job.names.iter().for_each(|name| self.plan.checkpoint.release(name));
-        let mut problems = Vec::with_capacity(weights.len());
-        for ((name, outline), weight) in job.names.iter().zip(&job.outlines).zip(&weights) {
-            problems.push(Problem {
-                name,
-                weight: weight.view(),
-                dtype: outline.dtype,
-                metric: rule.metric.resolve(name, self.plan.stats)?,
-                budget: job.budget,
-                seed: seed(self.plan.recipe.seed, &job.names[0]),
-                backend: self.backend,
-            });
-        }
-        run(&problems)
+        self.with_parts(job, |parts| {
+            let weights: Vec<_> = parts.iter().map(|part| part.weight.rows(0..part.shape().0)).collect();
+            let problems: Vec<_> = parts.iter().zip(&weights).map(|(part, weight)| part.whole(weight.view())).collect();
+            run(&problems)
+        })
     }
 
     /// The same, of weights that are read when they are needed.
