@@ -217,3 +217,82 @@ fn inner<T: Real>(a: &[T], b: &[T]) -> T {
     let rest = a_rest.iter().zip(b_rest).map(|(&a, &b)| a * b);
     sums.into_iter().chain(rest).fold(T::zero(), |a, b| a + b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every level that the machine has, whichever of them products would take.
+    fn levels() -> Vec<Arch> {
+        if cfg!(miri) {
+            return vec![Arch::Scalar];
+        }
+        #[allow(unused_mut)]
+        let mut all = vec![Arch::Scalar, Arch::new()];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        all
+    }
+
+    #[test]
+    fn all_levels_agree_at_all_widths() {
+        let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (5, 301) };
+        let x: Vec<Vec<f32>> =
+            (0..5).map(|v| (0..n).map(|j| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0).collect()).collect();
+        for (bits, group) in (2..=8).flat_map(|bits| [16, 7, 64, 128, n].map(|group| (bits, group))) {
+            let (groups, levels_of) = (n.div_ceil(group), 1usize << bits);
+            let scales: Vec<f32> = (0..m * groups).map(|g| 0.25 + (g % 5) as f32 / 8.0).collect();
+            let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 7 % levels_of) as u8).collect();
+            let number = |i: usize, j: usize| (i * 31 + j * 17 + i * j) % levels_of;
+            let mut codes = Vec::new();
+            for i in 0..m {
+                pack(bits, &(0..n).map(|j| number(i, j) as u8).collect::<Vec<_>>(), &mut codes);
+            }
+            for zeros in [None, Some(&zeros[..])] {
+                let rows = CodedRows { bits, group, columns: n, codes: &codes, groups, scales: &scales, zeros };
+                let value = |i: usize, j: usize| {
+                    let g = i * groups + j / group;
+                    let zero = zeros.map_or(levels_of / 2, |zeros| zeros[g].into());
+                    f64::from(scales[g]) * (number(i, j) as f64 - zero as f64)
+                };
+                let prepared = |count: usize| {
+                    let one = |x: &Vec<f32>| Prepared::new(ArrayView1::from(&x[..]), bits, group, zeros.is_some());
+                    x[..count].iter().map(one).collect::<Vec<_>>()
+                };
+                let close = |got: &[f32], what: &str| {
+                    let count = got.len() / m;
+                    for (at, &y) in got.iter().enumerate() {
+                        let terms = (0..n).map(|j| value(at / count, j) * f64::from(x[at % count][j]));
+                        let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                        // (Zero points shift what is left of sums around the middle.)
+                        let slack = 1e-6 * (size + (levels_of * n / 2) as f64);
+                        assert!(
+                            (f64::from(y) - sum).abs() <= slack,
+                            "{what}, {bits} bits, groups of {group}: {y} {sum}"
+                        );
+                    }
+                };
+                for count in [1, 2, 3, 5] {
+                    let x = prepared(count);
+                    let mut y = vec![0.0; m * count];
+                    rows.products(0..m, levels()[levels().len() / 2], &x, &mut y);
+                    close(&y, "whatever is fastest");
+                    for arch in levels() {
+                        for (i, y) in y.chunks_mut(count).enumerate() {
+                            rows.row(i).dots(arch, &x, y);
+                        }
+                        close(&y, &format!("{arch:?}"));
+                    }
+                }
+                for arch in levels() {
+                    let mut row = vec![0.0; n];
+                    rows.row(3).unpack(arch, &mut row);
+                    assert!((0..n).all(|j| row[j] == number(3, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
+                }
+                let mut row = vec![0.0; n];
+                rows.row(m - 1).write(levels()[levels().len() / 2], &mut row);
+                assert!((0..n).all(|j| f64::from(row[j]) == value(m - 1, j)), "{bits} bits, groups of {group}");
+            }
+        }
+    }
+}
