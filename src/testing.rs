@@ -1,6 +1,19 @@
 //! What unit tests have in common.
 
 use ndarray::Array2;
+use pulp::Arch;
+
+/// Every level of instructions that the machine has, whichever a product would take. (Miri knows the portable one.)
+pub(crate) fn architectures() -> Vec<Arch> {
+    if cfg!(miri) {
+        return vec![Arch::Scalar];
+    }
+    #[allow(unused_mut)]
+    let mut all = vec![Arch::Scalar, Arch::new()];
+    #[cfg(target_arch = "x86_64")]
+    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
+    all
+}
 
 /// Numbers between −1 and 1 in no order, others for each factor.
 pub(crate) fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {

@@ -1,10 +1,10 @@
 use ndarray::{Array2, s};
-use pulp::Arch;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::*;
 use crate::linalg::Svd;
+use crate::testing::architectures;
 
 /// Normal numbers, nearly (the sum of twelve uniform ones).
 fn gaussian(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
@@ -51,15 +51,6 @@ fn check<T: Real>(a: ArrayView2<'_, T>, found: &SingularTriplet<T>, excess: f64)
     assert!((residual - measured).abs() <= 1e-5 * measured + noise, "{shape:?}: said {residual}, is {measured}");
     let top = values.first().copied().unwrap_or(0.0);
     assert!((value - top).abs() <= 64.0 * eps * top, "{shape:?}: {value} for {top}");
-}
-
-/// The architectures that this machine has.
-fn architectures() -> Vec<Arch> {
-    #[allow(unused_mut)]
-    let mut all = vec![Arch::Scalar, Arch::new()];
-    #[cfg(target_arch = "x86_64")]
-    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
-    all
 }
 
 fn check_all<T: Real>(slices: &[Array2<f64>]) {

@@ -221,21 +221,11 @@ fn inner<T: Real>(a: &[T], b: &[T]) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Every level that the machine has, whichever of them products would take.
-    fn levels() -> Vec<Arch> {
-        if cfg!(miri) {
-            return vec![Arch::Scalar];
-        }
-        #[allow(unused_mut)]
-        let mut all = vec![Arch::Scalar, Arch::new()];
-        #[cfg(target_arch = "x86_64")]
-        all.extend(pulp::x86::V3::try_new().map(Arch::V3));
-        all
-    }
+    use crate::testing::architectures;
 
     #[test]
     fn all_levels_agree_at_all_widths() {
+        let fastest = if cfg!(miri) { Arch::Scalar } else { Arch::new() };
         let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (5, 301) };
         let x: Vec<Vec<f32>> =
             (0..5).map(|v| (0..n).map(|j| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0).collect()).collect();
@@ -275,22 +265,22 @@ mod tests {
                 for count in [1, 2, 3, 5] {
                     let x = prepared(count);
                     let mut y = vec![0.0; m * count];
-                    rows.products(0..m, levels()[levels().len() / 2], &x, &mut y);
+                    rows.products(0..m, fastest, &x, &mut y);
                     close(&y, "whatever is fastest");
-                    for arch in levels() {
+                    for arch in architectures() {
                         for (i, y) in y.chunks_mut(count).enumerate() {
                             rows.row(i).dots(arch, &x, y);
                         }
                         close(&y, &format!("{arch:?}"));
                     }
                 }
-                for arch in levels() {
+                for arch in architectures() {
                     let mut row = vec![0.0; n];
                     rows.row(3).unpack(arch, &mut row);
                     assert!((0..n).all(|j| row[j] == number(3, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
                 }
                 let mut row = vec![0.0; n];
-                rows.row(m - 1).write(levels()[levels().len() / 2], &mut row);
+                rows.row(m - 1).write(fastest, &mut row);
                 assert!((0..n).all(|j| f64::from(row[j]) == value(m - 1, j)), "{bits} bits, groups of {group}");
             }
         }

@@ -1,6 +1,7 @@
 use ndarray::Array2;
 
 use super::*;
+use crate::testing::architectures;
 
 fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
     Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 31 + j * 17 + seed * 5) % 13) as f64 - 6.0)
@@ -50,14 +51,6 @@ fn map(places: usize, kind: usize) -> (Option<Vec<u32>>, usize) {
             (Some(order), places)
         }
     }
-}
-
-fn architectures() -> Vec<Arch> {
-    #[allow(unused_mut)]
-    let mut all = vec![Arch::Scalar, Arch::new()];
-    #[cfg(target_arch = "x86_64")]
-    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
-    all
 }
 
 fn check<T: Real>(extents: &[(usize, usize)], batches: &[usize], arch: Arch) {

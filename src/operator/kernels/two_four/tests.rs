@@ -3,23 +3,13 @@ use ndarray::{Array2, ShapeBuilder};
 use super::*;
 use crate::operator::{BlockDiagonal, LinearOperator};
 use crate::scalar::DType;
+use crate::testing::architectures;
 
 const PLACES: [[u8; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
 
 /// Small integers, so that every order of summation is exact, in f32 and in bf16.
 fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 31 + j * 17 + seed * 5) % 13) as f32 - 6.0)
-}
-
-fn architectures() -> Vec<Arch> {
-    if cfg!(miri) {
-        return vec![Arch::Scalar];
-    }
-    #[allow(unused_mut)]
-    let mut all = vec![Arch::Scalar, Arch::new()];
-    #[cfg(target_arch = "x86_64")]
-    all.extend(pulp::x86::V3::try_new().map(Arch::V3));
-    all
 }
 
 /// A matrix and its packed form.
