@@ -7,10 +7,12 @@
 //! row is a stream of bits, lowest first, that ends on a whole byte. An entry costs b bits and its part of
 //! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
 
+use std::borrow::Cow;
+
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
 
-use super::kernels::{CodedRows, Prepared, each_code, pack};
+use super::kernels::{CodedRows, PackedCodes, each_code, pack};
 use super::permutation::LONGEST;
 use super::sparse::{each_panel, fitted, some_rows};
 use super::{Dense, LinearOperator};
@@ -18,10 +20,8 @@ use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::{DType, Real};
 
-/// Up to so many vectors, some rows at a time by kernels of their own.
-const FEW: usize = 4;
-/// Rows of a call then.
-const TOGETHER: usize = 32;
+/// Rows of a call of the kernel that does not write them out.
+const TOGETHER: usize = 128;
 
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
 fn panel_rows(vectors: usize) -> usize {
@@ -162,10 +162,8 @@ pub(super) fn width(n: usize, bits: u8) -> usize {
 /// A matrix whose entries are on a grid.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized<T> {
-    columns: usize,
     grid: Grid<T>,
-    /// m rows of ⌈n·b/8⌉ bytes.
-    codes: Vec<u8>,
+    codes: PackedCodes,
 }
 
 impl<T: Real> Quantized<T> {
@@ -191,7 +189,8 @@ impl<T: Real> Quantized<T> {
         if !codes.chunks(width).all(clean) {
             return Err(Error::shape(format!("{columns} codes in each row"), "bits set beyond them"));
         }
-        Ok(Quantized { columns, grid, codes })
+        let codes = PackedCodes::new::<T>(grid.bits, grid.group, (m, columns), codes);
+        Ok(Quantized { grid, codes })
     }
 
     /// The nearest entries on a grid.
@@ -211,16 +210,14 @@ impl<T: Real> Quantized<T> {
     pub fn grid(&self) -> &Grid<T> {
         &self.grid
     }
-    /// m rows of ⌈n·b/8⌉ bytes.
-    pub fn codes(&self) -> &[u8] {
-        &self.codes
+    /// m rows of ⌈n·b/8⌉ bytes, as they are on disk. (In memory rows may be side by side: then they are gathered.)
+    pub fn codes(&self) -> Cow<'_, [u8]> {
+        self.codes.rows()
     }
 
     fn rows(&self) -> CodedRows<'_, T> {
         CodedRows {
-            bits: self.grid.bits,
             group: self.grid.group,
-            columns: self.columns,
             codes: &self.codes,
             groups: self.grid.scales.shape().1,
             scales: self.grid.scales.values().to_slice().unwrap_or_default(),
@@ -231,18 +228,14 @@ impl<T: Real> Quantized<T> {
 
 impl<T: Real> LinearOperator<T> for Quantized<T> {
     fn shape(&self) -> (usize, usize) {
-        (self.grid.scales.shape().0, self.columns)
+        self.codes.shape()
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
-        if b <= FEW {
-            let asymmetric = self.grid.zeros.is_some();
-            let prepared =
-                x.columns().into_iter().map(|x| Prepared::new(x, self.grid.bits, self.grid.group, asymmetric));
-            let prepared: Vec<Prepared<T>> = prepared.collect();
-            let rows = self.rows();
+        let rows = self.rows();
+        if let Some(x) = rows.inputs(x) {
             return some_rows(m, b, TOGETHER, m * n, |first, y| {
-                rows.products(first..first + y.len() / b, arch, &prepared, y);
+                rows.products(first..first + y.len() / b, arch, &x, y);
             });
         }
         let mut y = Array2::zeros((m, b));
@@ -254,7 +247,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let (mut y, mut scratch) = (Array2::zeros((self.columns, x.ncols())), Array2::default((0, 0)));
+        let (mut y, mut scratch) = (Array2::zeros((self.shape().1, x.ncols())), Array2::default((0, 0)));
         let height = panel_rows(x.ncols());
         for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {
             let rows = self.panel(Arch::new(), at * height, x.nrows(), &mut scratch);
@@ -263,13 +256,13 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         y
     }
     fn params(&self) -> usize {
-        self.shape().0 * self.columns + self.grid.scales.params()
+        self.shape().0 * self.shape().1 + self.grid.scales.params()
     }
     fn bytes(&self) -> u64 {
         self.codes.len() as u64 + self.grid.own_bytes()
     }
     fn flops(&self, columns: usize) -> u64 {
-        2 * (self.shape().0 * self.columns * columns) as u64
+        2 * (self.shape().0 * self.shape().1 * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
         let (mut dense, mut scratch) = (Array2::zeros(self.shape()), Array2::default((0, 0)));
@@ -286,7 +279,7 @@ impl<T: Real> Quantized<T> {
     /// Some rows from one on, written out.
     fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
         let rows = self.rows();
-        for (i, row) in fitted(panel, (count, self.columns)).chunks_mut(self.columns).enumerate() {
+        for (i, row) in fitted(panel, (count, self.shape().1)).chunks_mut(self.shape().1).enumerate() {
             rows.row(first + i).write(arch, row);
         }
         panel.view()

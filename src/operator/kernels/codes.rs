@@ -1,21 +1,28 @@
 //! Products with rows of packed codes of 2 to 8 bits.
 //!
-//! Few vectors, AVX-512 with VNNI: inputs in fixed point, sums of integers ([`integer`]). AVX2: eight codes of any width at
-//! a time ([`narrow`]). Elsewhere, and where groups are odd, a row is unpacked into memory that stays in the nearest cache.
+//! AVX-512 with VNNI: inputs in fixed point, sums of integers ([`integer`]), for any number of vectors. AVX2: eight codes of
+//! any width at a time ([`narrow`]), for a few. Elsewhere, and where groups are odd, a row is unpacked into memory that
+//! stays in the nearest cache.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use ndarray::ArrayView1;
+use ndarray::{ArrayView1, ArrayView2};
 use pulp::Arch;
 
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
+mod packed;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
+pub(crate) use self::packed::PackedCodes;
 use crate::scalar::Real;
+
+/// Up to so many vectors meet rows that are not written out, where there is no kernel for any number of them.
+const FEW: usize = 4;
 
 /// Appends codes as a stream of bits, lowest first, ended on a whole byte.
 pub(crate) fn pack(bits: u8, codes: &[u8], to: &mut Vec<u8>) {
@@ -49,14 +56,14 @@ pub(crate) fn each_code(bits: u8, from: &[u8], n: usize, mut each: impl FnMut(us
 }
 
 /// A row of codes with what makes numbers of them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct CodedRow<'a, T> {
     pub bits: u8,
     /// Columns that share a scale.
     pub group: usize,
     pub columns: usize,
     /// The codes of this row first; others may follow.
-    pub codes: &'a [u8],
+    pub codes: Cow<'a, [u8]>,
     pub scales: &'a [T],
     /// Zero points; half of all levels if there are none.
     pub zeros: Option<&'a [u8]>,
@@ -65,10 +72,8 @@ pub(crate) struct CodedRow<'a, T> {
 /// Rows of one kind, one after the other.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CodedRows<'a, T> {
-    pub bits: u8,
     pub group: usize,
-    pub columns: usize,
-    pub codes: &'a [u8],
+    pub codes: &'a PackedCodes,
     /// Scales of a row.
     pub groups: usize,
     pub scales: &'a [T],
@@ -76,51 +81,71 @@ pub(crate) struct CodedRows<'a, T> {
 }
 
 impl<'a, T: Real> CodedRows<'a, T> {
-    /// Row i; its codes are followed by those of the rows after it.
+    /// Row i.
     #[inline]
     pub(crate) fn row(&self, i: usize) -> CodedRow<'a, T> {
-        let CodedRows { bits, group, columns, .. } = *self;
-        let width = (columns * usize::from(bits)).div_ceil(8);
         let groups = i * self.groups..(i + 1) * self.groups;
-        let zeros = self.zeros.map(|zeros| &zeros[groups.clone()]);
-        CodedRow { bits, group, columns, codes: &self.codes[i * width..], scales: &self.scales[groups], zeros }
+        CodedRow {
+            bits: self.codes.bits(),
+            group: self.group,
+            columns: self.codes.shape().1,
+            codes: self.codes.row(i),
+            scales: &self.scales[groups.clone()],
+            zeros: self.zeros.map(|zeros| &zeros[groups]),
+        }
     }
 
-    /// The inner products of some rows with some inputs, row by row.
-    pub(crate) fn products(&self, range: Range<usize>, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
+    /// Lays inputs out, the columns of a matrix; `None` if there are so many that rows had better be written out.
+    pub(crate) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
+        let asymmetric = self.zeros.is_some();
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-        if x.iter().all(|x| x.fixed.is_some()) {
-            return integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y));
+        if self.codes.panels().is_some() {
+            return integer::Inputs::new(x, self.codes.bits(), self.group, asymmetric).map(Kind::Fixed).map(Inputs);
         }
-        range.zip(y.chunks_mut(x.len().max(1))).for_each(|(i, y)| self.row(i).dots(arch, x, y));
+        let plain = |x| Plain::new(x, self.group, asymmetric);
+        (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(x.columns().into_iter().map(plain).collect())))
+    }
+
+    /// The inner products of some rows, of which the first is a multiple of 32, with inputs that were laid out for them, row
+    /// by row.
+    pub(crate) fn products(&self, range: Range<usize>, arch: Arch, x: &Inputs<T>, y: &mut [T]) {
+        match &x.0 {
+            Kind::Plain(x) => {
+                range.zip(y.chunks_mut(x.len().max(1))).for_each(|(i, y)| self.row(i).dots(arch, x, y));
+            }
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            Kind::Fixed(x) => integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y)),
+        }
     }
 }
 
-/// An input, laid out for rows of one kind.
+/// Inputs, laid out for rows of one kind.
 #[derive(Debug)]
-pub(crate) struct Prepared<T> {
-    plain: Vec<T>,
+pub(crate) struct Inputs<T>(Kind<T>);
+
+#[derive(Debug)]
+enum Kind<T> {
+    Plain(Vec<Plain<T>>),
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    Fixed(integer::Inputs),
+}
+
+/// An input as it is.
+#[derive(Debug)]
+struct Plain<T> {
+    values: Vec<T>,
     /// Its sum over each group, for zero points.
     sums: Vec<T>,
-    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-    fixed: Option<integer::Fixed>,
 }
 
-impl<T: Real> Prepared<T> {
-    pub(crate) fn new(x: ArrayView1<'_, T>, bits: u8, group: usize, asymmetric: bool) -> Self {
-        let plain = x.to_vec();
+impl<T: Real> Plain<T> {
+    fn new(x: ArrayView1<'_, T>, group: usize, asymmetric: bool) -> Self {
+        let values = x.to_vec();
         let sums = match asymmetric {
-            true => plain.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
+            true => values.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
             false => Vec::new(),
         };
-        // Only integers have a layout of their own.
-        let _ = bits;
-        Prepared {
-            sums,
-            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-            fixed: integer::Fixed::new(&plain, bits, group, asymmetric),
-            plain,
-        }
+        Plain { values, sums }
     }
 }
 
@@ -153,12 +178,12 @@ impl<T: Real> CodedRow<'_, T> {
         let (mut done, half) = (0, i16::from(self.half()));
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         if let (Arch::V4(simd), true) = (arch, T::DTYPE == crate::scalar::DType::F32) {
-            wide::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            wide::unpack(simd, self.bits, &self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
             done = self.columns / 16 * 16;
         }
         #[cfg(target_arch = "x86_64")]
         if let (Some(simd), 0, crate::scalar::DType::F32) = (narrow::available(arch), done, T::DTYPE) {
-            narrow::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            narrow::unpack(simd, self.bits, &self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
             done = self.columns / 8 * 8;
         }
         let _ = arch;
@@ -170,7 +195,7 @@ impl<T: Real> CodedRow<'_, T> {
     }
 
     /// The inner products with some inputs.
-    fn dots(&self, arch: Arch, x: &[Prepared<T>], y: &mut [T]) {
+    fn dots(&self, arch: Arch, x: &[Plain<T>], y: &mut [T]) {
         // Codes count from the middle, so that large terms need not cancel; zero points shift what is left.
         y.iter_mut().zip(x).for_each(|(y, x)| *y = self.shift(x));
         #[cfg(target_arch = "x86_64")]
@@ -179,7 +204,7 @@ impl<T: Real> CodedRow<'_, T> {
         {
             for (x, y) in x.chunks(narrow::TOGETHER).zip(y.chunks_mut(narrow::TOGETHER)) {
                 // What is missing is computed for nothing.
-                let each = std::array::from_fn(|v| pulp::bytemuck::cast_slice(&x[v.min(x.len() - 1)].plain));
+                let each = std::array::from_fn(|v| pulp::bytemuck::cast_slice(&x[v.min(x.len() - 1)].values));
                 narrow::dots(simd, self, each, pulp::bytemuck::cast_slice_mut(y));
             }
             return;
@@ -187,13 +212,13 @@ impl<T: Real> CodedRow<'_, T> {
         let mut numbers = vec![T::zero(); self.columns];
         self.unpack(arch, &mut numbers);
         for (y, x) in y.iter_mut().zip(x) {
-            let groups = numbers.chunks(self.group).zip(x.plain.chunks(self.group)).zip(self.scales);
+            let groups = numbers.chunks(self.group).zip(x.values.chunks(self.group)).zip(self.scales);
             *y = groups.fold(*y, |total, ((numbers, inputs), &scale)| total + scale * inner(numbers, inputs));
         }
     }
 
     /// What zero points beside the middle add to an inner product.
-    fn shift(&self, x: &Prepared<T>) -> T {
+    fn shift(&self, x: &Plain<T>) -> T {
         let each = self
             .zeros
             .unwrap_or_default()
@@ -220,15 +245,17 @@ fn inner<T: Real>(a: &[T], b: &[T]) -> T {
 
 #[cfg(test)]
 mod tests {
+    use ndarray::Array2;
+
     use super::*;
     use crate::testing::architectures;
 
     #[test]
     fn all_levels_agree_at_all_widths() {
         let fastest = if cfg!(miri) { Arch::Scalar } else { Arch::new() };
-        let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (5, 301) };
+        let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (37, 301) };
         let x: Vec<Vec<f32>> =
-            (0..5).map(|v| (0..n).map(|j| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0).collect()).collect();
+            (0..9).map(|v| (0..n).map(|j| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0).collect()).collect();
         for (bits, group) in (2..=8).flat_map(|bits| [16, 7, 64, 128, n].map(|group| (bits, group))) {
             let (groups, levels_of) = (n.div_ceil(group), 1usize << bits);
             let scales: Vec<f32> = (0..m * groups).map(|g| 0.25 + (g % 5) as f32 / 8.0).collect();
@@ -239,16 +266,14 @@ mod tests {
                 pack(bits, &(0..n).map(|j| number(i, j) as u8).collect::<Vec<_>>(), &mut codes);
             }
             for zeros in [None, Some(&zeros[..])] {
-                let rows = CodedRows { bits, group, columns: n, codes: &codes, groups, scales: &scales, zeros };
+                let codes = PackedCodes::new::<f32>(bits, group, (m, n), codes.clone());
+                let rows = CodedRows { group, codes: &codes, groups, scales: &scales, zeros };
                 let value = |i: usize, j: usize| {
                     let g = i * groups + j / group;
                     let zero = zeros.map_or(levels_of / 2, |zeros| zeros[g].into());
                     f64::from(scales[g]) * (number(i, j) as f64 - zero as f64)
                 };
-                let prepared = |count: usize| {
-                    let one = |x: &Vec<f32>| Prepared::new(ArrayView1::from(&x[..]), bits, group, zeros.is_some());
-                    x[..count].iter().map(one).collect::<Vec<_>>()
-                };
+                let inputs = |count: usize| Array2::from_shape_fn((n, count), |(j, v)| x[v][j]);
                 let close = |got: &[f32], what: &str| {
                     let count = got.len() / m;
                     for (at, &y) in got.iter().enumerate() {
@@ -262,11 +287,17 @@ mod tests {
                         );
                     }
                 };
-                for count in [1, 2, 3, 5] {
-                    let x = prepared(count);
-                    let mut y = vec![0.0; m * count];
-                    rows.products(0..m, fastest, &x, &mut y);
-                    close(&y, "whatever is fastest");
+                for count in [1, 2, 3, 4, 7, 9] {
+                    let (x, mut y) = (inputs(count), vec![0.0; m * count]);
+                    if let Some(x) = rows.inputs(x.view()) {
+                        // Some rows, and the rest.
+                        let (first, rest) = y.split_at_mut(count * m.min(32));
+                        rows.products(0..m.min(32), fastest, &x, first);
+                        rows.products(m.min(32)..m, fastest, &x, rest);
+                        close(&y, "whatever is fastest");
+                    }
+                    let plain = |x| Plain::new(x, group, zeros.is_some());
+                    let x: Vec<Plain<f32>> = x.columns().into_iter().map(plain).collect();
                     for arch in architectures() {
                         for (i, y) in y.chunks_mut(count).enumerate() {
                             rows.row(i).dots(arch, &x, y);

@@ -55,7 +55,7 @@ fn a_row_by_hand() {
     let row = Quantized::nearest(array![[-9.0, 1.2, 6.0, -1.1]].view(), grid).unwrap();
     assert_eq!(row.to_dense(), array![[-2.0, 1.0, 6.0, -2.0]]);
     // Codes 0, 6, 7, 3 in three bits each, the lowest first.
-    assert_eq!(row.codes(), [0b1111_0000, 0b0000_0111]);
+    assert_eq!(row.codes()[..], [0b1111_0000, 0b0000_0111]);
     let zeros = Grid::<f64>::unpack_zeros(3, (1, 3), &[0b1101_0001, 0b0000_0001]).unwrap();
     assert_eq!(zeros, array![[1, 2, 7]]);
 }

@@ -1,37 +1,42 @@
 //! Products with codes in integers: AVX-512 with VNNI and VBMI.
 //!
-//! Codes of any width become bytes: eight of them lie in as many bytes as a code has bits, from which each lane of
-//! eight bytes takes its own (`vpermb`, `vpmultishiftqb`). An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed
-//! bytes a, b, c, and e such that the largest of a span of columns takes all bits: off by no more than 2⁻²³ of it, as
-//! sums of `f32` are. `vpdpbusd` adds up the products of 64 codes with each of the three without any rounding; floats see
-//! the sum of a span only, which is scaled then. Inputs that are not finite make a sum of NaN.
+//! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
+//! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
+//! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
+//! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
+//! cache for all inputs. Inputs that are not finite make a sum of NaN.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use pulp::bytemuck::{self, cast};
+use pulp::bytemuck;
 
 mod bytes;
-mod fixed;
+mod inputs;
+mod panel;
 
-pub(super) use bytes::write;
-use bytes::{Spread, whole, width};
-pub(super) use fixed::Fixed;
-
-use super::{CodedRows, Prepared};
-use crate::scalar::Real;
+pub(super) use self::bytes::write;
+pub(super) use self::inputs::Inputs;
+use self::inputs::Layout;
+use self::panel::{Lanes, Unpacking, as_bytes, kind, turn_scales, turn_zeros, unpack};
+use super::CodedRows;
+use super::packed::PANEL;
+use crate::scalar::{DType, Real};
 use crate::simd::prefetch;
 
-/// Codes in a step.
-const STEP: usize = 64;
-/// Lanes of sums.
+/// Rows in a vector.
 const LANES: usize = 16;
+/// Vectors of rows that are multiplied together.
+const BANDS: usize = PANEL / LANES;
+/// Codes in a lane of a vector.
+const EACH: usize = 4;
 /// Signed bytes of an input.
 const LIMBS: usize = 3;
+/// Inputs that meet codes together, at most: their sums fill the registers.
+const TOGETHER: usize = 4;
+
 /// Bytes between what is multiplied and what is asked for.
-const AHEAD: usize = 2048;
-/// Vectors that meet a row together.
-pub(super) const TOGETHER: usize = 2;
+const AHEAD: usize = 4096;
 
 /// Whether the machine has the instructions. (The answer is kept by the standard library.)
 pub(super) fn available() -> bool {
@@ -42,168 +47,185 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
-/// The inner products of some rows with some inputs, row by row. All inputs are there in fixed point.
-pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &[Prepared<T>], y: &mut [f32]) {
-    let all = x.len();
-    for first in (0..all).step_by(TOGETHER) {
-        let (x, y) = (&x[first..all.min(first + TOGETHER)], &mut y[first..]);
-        // As many sums as registers take: rows where inputs are few.
-        match x.len() {
-            1 => tiles::<T, 4, 1>(rows, range.clone(), x, y, all),
-            _ => tiles::<T, 4, TOGETHER>(rows, range.clone(), x, y, all),
-        }
-    }
+/// Whether there is a kernel for such rows here.
+pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
+    T::DTYPE == DType::F32 && available() && Layout::new(bits, group, columns).is_some()
 }
 
-/// R rows at a time with V inputs; what is missing is computed for nothing.
-fn tiles<T: Real, const R: usize, const V: usize>(
-    rows: &CodedRows<'_, T>,
-    range: Range<usize>,
-    x: &[Prepared<T>],
-    y: &mut [f32],
-    stride: usize,
-) {
-    let Some(inputs) = all::<_, V>(std::array::from_fn(|v| x[v.min(x.len() - 1)].fixed.as_ref())) else { return };
-    let (bits, steps) = (rows.bits, inputs[0].steps.len());
-    let alike = inputs.iter().all(|x| x.alike(inputs[0]));
-    for (first, y) in range.clone().step_by(R).zip(y.chunks_mut(R * stride)) {
-        let mut held = [const { Vec::new() }; R];
-        let mut each = [Codes::default(); R];
-        let mut fit = alike;
-        for ((r, each), held) in each.iter_mut().enumerate().zip(&mut held) {
-            let row = rows.row((first + r).min(range.end - 1));
-            let zeros = row.zeros.unwrap_or_default();
-            *each =
-                Codes { codes: whole(row.codes, steps, bits, held), scales: bytemuck::cast_slice(row.scales), zeros };
-            fit &= inputs[0].fits(each, bits, rows.zeros.is_some());
-        }
-        assert!(fit, "rows and inputs of one kind");
-        // SAFETY: the function needs instructions that the machine has, or there would be no `Fixed`: its
-        // constructor asks for each of the features that the function is compiled for. Lengths were compared.
-        #[allow(unsafe_code)]
-        let sums = unsafe {
-            match rows.zeros {
-                Some(_) => tile::<true, R, V>(each, inputs, bits),
-                None => tile::<false, R, V>(each, inputs, bits),
-            }
+/// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.
+pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
+    let (layout, vectors) = (&x.layout, x.vectors.max(1));
+    let Some(panels) = rows.codes.panels() else { return };
+    let same = Layout::new(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(*layout);
+    assert!(same && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
+    let mut codes = vec![[Lanes::default(); BANDS]; layout.run / EACH];
+    let mut scales = vec![[Lanes::default(); BANDS]; rows.groups];
+    let mut zeros = vec![[Lanes::default(); BANDS]; if rows.zeros.is_some() { rows.groups } else { 0 }];
+    let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
+    let firsts = range.clone().step_by(PANEL);
+    for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
+        // Rows that are missing have the last one's scales.
+        let groups = |r: usize| {
+            let i = (first + r).min(range.end - 1);
+            i * rows.groups..(i + 1) * rows.groups
         };
-        for (y, sums) in y.chunks_mut(stride).zip(sums).take(range.end - first) {
-            y.iter_mut().zip(sums).take(x.len()).for_each(|(y, sum)| *y = sum);
+        if let Some(all) = rows.zeros {
+            turn_zeros(&std::array::from_fn(|r| &all[groups(r)]), &mut zeros);
         }
-    }
-}
-
-/// All of them, if all are there.
-fn all<A: Copy, const N: usize>(each: [Option<A>; N]) -> Option<[A; N]> {
-    let first = each[0]?;
-    each.iter().all(Option::is_some).then(|| each.map(|one| one.unwrap_or(first)))
-}
-
-/// A row as the kernel reads it.
-#[derive(Debug, Clone, Copy, Default)]
-struct Codes<'a> {
-    /// With what the last step reads beyond its end.
-    codes: &'a [u8],
-    scales: &'a [f32],
-    /// Empty if there are none.
-    zeros: &'a [u8],
-}
-
-/// The sums of R rows with V inputs. (No closures and no calls in here: functions of the standard library know nothing of
-/// the instructions, and vectors would have to be in memory.)
-///
-/// # Safety
-/// The machine has the instructions, inputs are [alike](Fixed::alike), and rows [fit](Fixed::fits) them.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-#[allow(unsafe_code, clippy::needless_range_loop)]
-unsafe fn tile<const ZEROS: bool, const R: usize, const V: usize>(
-    rows: [Codes<'_>; R],
-    x: [&Fixed; V],
-    bits: u8,
-) -> [[f32; V]; R] {
-    let (spread, first, width) = (Spread::new(bits), x[0], width(bits));
-    let lanes: __m512i = cast(first.lanes.unwrap_or([0; LANES]));
-    let mut totals = [[_mm512_setzero_ps(); V]; R];
-    for span in 0..first.groups.len() {
-        // SAFETY: `Fixed::new` made as many `starts` and `units` as `groups`, and all inputs have as many of them and of
-        // `steps`. A group's number is below those of scales and zeros, of which there are 16 if lanes name groups, so
-        // that 16 lie in the row from `start` on. The codes hold 64 bytes from each step's first on. `Inputs` and `Starts`
-        // begin where a cache line does, and so do the 64 bytes of each limb.
+        totals.fill([Lanes::default(); BANDS]);
+        // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
+        // features that the functions are compiled for.
+        #[allow(unsafe_code)]
         unsafe {
-            let group = *first.groups.get_unchecked(span) as usize;
-            let mut sums = [[[_mm512_setzero_si512(); LIMBS]; V]; R];
+            turn_scales(&std::array::from_fn(|r| bytemuck::cast_slice(&rows.scales[groups(r)])), &mut scales);
+            let panel = Panel { packed, scales: &scales, zeros: &zeros };
+            match kind(layout.bits) {
+                8 => panel.multiply::<8, 1>(x, &mut codes, &mut totals),
+                4 => panel.multiply::<4, 2>(x, &mut codes, &mut totals),
+                2 => panel.multiply::<2, 4>(x, &mut codes, &mut totals),
+                _ => panel.multiply::<0, 1>(x, &mut codes, &mut totals),
+            }
+        }
+        for (r, y) in y.chunks_mut(vectors).enumerate() {
+            y.iter_mut().zip(&totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+        }
+    }
+}
+
+/// Some rows.
+struct Panel<'a> {
+    packed: &'a [u8],
+    /// Of all groups.
+    scales: &'a [[Lanes<f32>; BANDS]],
+    /// Empty if there are none.
+    zeros: &'a [[Lanes<i32>; BANDS]],
+}
+
+/// A run of columns of some rows, as codes of another width have it perhaps.
+struct Run<'a> {
+    number: usize,
+    codes: &'a [u8],
+    unpacking: Unpacking,
+    scales: &'a [Lanes<f32>; BANDS],
+    zeros: Option<&'a [Lanes<i32>; BANDS]>,
+}
+
+impl Panel<'_> {
+    /// The products with all inputs, with memory for the codes of a run.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn multiply<const KIND: u8, const PARTS: usize>(
+        &self,
+        x: &Inputs,
+        unpacked: &mut [[Lanes<i32>; BANDS]],
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
+        let (layout, unpacking) = (&x.layout, Unpacking::new(x.layout.bits));
+        let chunks = |lanes: usize| lanes / PARTS * unpacking.chunk();
+        let stride = chunks(layout.run / EACH);
+        for number in 0..layout.runs() {
+            let group = number * layout.run / layout.group;
+            let (lanes, zeros) = (layout.lanes(number), self.zeros.get(group));
+            let codes = &self.packed[number * stride..][..chunks(lanes)];
+            let mut run = Run { number, codes, unpacking, scales: &self.scales[group], zeros };
+            if KIND == 8 || x.vectors <= TOGETHER {
+                x.tiles().for_each(|tile| run.tiles::<KIND, PARTS>(x, tile, totals));
+            } else {
+                // What many inputs meet is unpacked once.
+                unpack::<KIND, PARTS>(&unpacking, codes, unpacked);
+                (run.codes, run.unpacking) = (as_bytes(&unpacked[..lanes]), Unpacking::new(8));
+                x.tiles().for_each(|tile| run.tiles::<8, 1>(x, tile, totals));
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn vector(lanes: &Lanes<i32>) -> __m512i {
+    bytemuck::cast(lanes.0)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn floats(lanes: &Lanes<f32>) -> __m512 {
+    bytemuck::cast(lanes.0)
+}
+
+impl Run<'_> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn tiles<const KIND: u8, const PARTS: usize>(
+        &self,
+        x: &Inputs,
+        (first, count): (usize, usize),
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
+        match count {
+            1 => self.tile::<KIND, PARTS, 1, 2>(x, first, totals),
+            2 => self.tile::<KIND, PARTS, 2, 1>(x, first, totals),
+            _ => self.tile::<KIND, PARTS, TOGETHER, 1>(x, first, totals),
+        }
+    }
+
+    /// Adds the products with V inputs from one on; with few of them in U sums at a time, as each waits for the last. (No
+    /// closures and no calls in the inner loop but of what has the same instructions: vectors would have to be in memory.)
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    #[allow(unsafe_code, clippy::needless_range_loop)]
+    fn tile<const KIND: u8, const PARTS: usize, const V: usize, const U: usize>(
+        &self,
+        x: &Inputs,
+        first: usize,
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
+        let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
+        let Some((starts, units)) = x.start::<V>(self.number, first) else { return };
+        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; LIMBS]; U];
+        for limb in 0..LIMBS {
             for v in 0..V {
-                let starts = &x[v].starts.get_unchecked(span).0;
-                for limb in 0..LIMBS {
-                    let start = _mm512_load_si512(starts[limb].as_ptr().cast());
-                    for r in 0..R {
-                        sums[r][v][limb] = start;
-                    }
-                }
-            }
-            if ZEROS {
-                for r in 0..R {
-                    let zeros = rows[r].zeros;
-                    let zero = match first.lanes {
-                        None => _mm512_set1_epi32((*zeros.get_unchecked(group)).into()),
-                        Some(_) => {
-                            let start = group.min(zeros.len() - LANES);
-                            let here = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().add(start).cast()));
-                            let lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32((group - start) as i32));
-                            _mm512_permutexvar_epi32(lanes, here)
-                        }
+                for band in 0..BANDS {
+                    let start = _mm512_set1_epi32(starts[limb][v]);
+                    sums[0][limb][v][band] = match self.zeros {
+                        Some(zeros) => _mm512_mullo_epi32(start, vector(&zeros[band])),
+                        None => start,
                     };
-                    for v in 0..V {
-                        for limb in 0..LIMBS {
-                            sums[r][v][limb] = _mm512_mullo_epi32(sums[r][v][limb], zero);
-                        }
-                    }
-                }
-            }
-            let from = span * first.span;
-            for step in from..(from + first.span).min(first.steps.len()) {
-                for r in 0..R {
-                    let code = rows[r].codes.as_ptr().add(step * width);
-                    prefetch(&*code, AHEAD);
-                    let mut code = _mm512_loadu_si512(code.cast());
-                    if bits < 8 {
-                        code = spread.codes(code);
-                    }
-                    for v in 0..V {
-                        let limbs = &x[v].steps.get_unchecked(step).0;
-                        for limb in 0..LIMBS {
-                            let limbs = _mm512_load_si512(limbs[limb].as_ptr().cast());
-                            sums[r][v][limb] = _mm512_dpbusd_epi32(sums[r][v][limb], code, limbs);
-                        }
-                    }
-                }
-            }
-            for r in 0..R {
-                let scales = rows[r].scales;
-                let scale = match first.lanes {
-                    None => _mm512_set1_ps(*scales.get_unchecked(group)),
-                    Some(_) => {
-                        let start = group.min(scales.len() - LANES);
-                        let here = _mm512_loadu_ps(scales.as_ptr().add(start));
-                        let lanes = _mm512_add_epi32(lanes, _mm512_set1_epi32((group - start) as i32));
-                        _mm512_permutexvar_ps(lanes, here)
-                    }
-                };
-                for v in 0..V {
-                    let [high, middle, low] = sums[r][v];
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*x[v].units.get_unchecked(span)));
-                    let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
-                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
-                    totals[r][v] = _mm512_fmadd_ps(sum, scale, totals[r][v]);
                 }
             }
         }
-    }
-    let mut found = [[0.0; V]; R];
-    for r in 0..R {
+        let limbs = x.limbs(self.number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
+        let chunk = self.unpacking.chunk();
+        for (codes, limbs) in self.codes.chunks_exact(chunk).zip(limbs) {
+            prefetch(&codes[0], AHEAD);
+            prefetch(&codes[0], AHEAD + 64);
+            // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+            let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
+            for part in 0..PARTS {
+                for limb in 0..LIMBS {
+                    for v in 0..V {
+                        let input = _mm512_set1_epi32(limbs[part][limb][v]);
+                        for band in 0..BANDS {
+                            let lane = self.unpacking.lane::<KIND>(loaded[band], part);
+                            let sum = &mut sums[part % U][limb][v][band];
+                            *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+                        }
+                    }
+                }
+            }
+        }
         for v in 0..V {
-            found[r][v] = _mm512_reduce_add_ps(totals[r][v]);
+            for band in 0..BANDS {
+                let mut each = [_mm512_setzero_si512(); LIMBS];
+                for limb in 0..LIMBS {
+                    each[limb] = sums[0][limb][v][band];
+                    for u in 1..U {
+                        each[limb] = _mm512_add_epi32(each[limb], sums[u][limb][v][band]);
+                    }
+                }
+                let [high, middle, low] = each;
+                let scale = _mm512_mul_ps(floats(&self.scales[band]), _mm512_set1_ps(units[v]));
+                let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
+                let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
+                let total = &mut totals[v][band];
+                *total = Lanes(bytemuck::cast(_mm512_fmadd_ps(sum, scale, floats(total))));
+            }
         }
     }
-    found
 }

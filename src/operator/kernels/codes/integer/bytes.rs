@@ -5,8 +5,11 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::{self, cast};
 
 use super::super::CodedRow;
-use super::{LANES, STEP, available};
+use super::{LANES, available};
 use crate::scalar::{DType, Real};
+
+/// Codes in a vector of bytes.
+const STEP: usize = 64;
 
 /// How codes of some bits become bytes.
 #[derive(Clone, Copy)]
@@ -25,6 +28,12 @@ impl Spread {
         let order: [u8; STEP] = std::array::from_fn(|i| (i / 8) as u8 * bits + (i % 8) as u8);
         let shifts: [u8; STEP] = std::array::from_fn(|i| (i % 8) as u8 * bits);
         Spread { order: cast(order), shifts: cast(shifts), mask: _mm512_set1_epi8((u8::MAX >> (8 - bits)) as i8) }
+    }
+
+    /// The lowest code of each byte.
+    #[inline]
+    pub(super) fn mask(self) -> __m512i {
+        self.mask
     }
 
     /// 64 codes, from the bytes that begin with them.
@@ -66,7 +75,7 @@ pub(in super::super) fn write<T: Real>(row: &CodedRow<'_, T>, to: &mut [T]) -> b
     let middle = 1u8 << (row.bits - 1);
     let zero = |group: usize| f32::from(row.zeros.map_or(middle, |zeros| zeros[group]));
     let mut held = Vec::new();
-    let codes = whole(row.codes, row.columns.div_ceil(STEP), row.bits, &mut held);
+    let codes = whole(&row.codes, row.columns.div_ceil(STEP), row.bits, &mut held);
     // SAFETY: the machine has the instructions, as was asked above.
     #[allow(unsafe_code)]
     unsafe {

@@ -1,0 +1,166 @@
+//! Codes of some rows side by side: a vector has the same columns of 16 rows.
+
+use std::arch::x86_64::*;
+
+use super::bytes::Spread;
+use super::{BANDS, LANES, PANEL};
+
+/// A vector in memory.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(super) struct Lanes<N>(pub(super) [N; LANES]);
+
+/// The bytes of unpacked codes.
+#[allow(unsafe_code)]
+pub(super) fn as_bytes(lanes: &[[Lanes<i32>; BANDS]]) -> &[u8] {
+    // SAFETY: vectors are integers without any bytes between or behind them, and all bytes may be read as such.
+    unsafe { std::slice::from_raw_parts(lanes.as_ptr().cast(), size_of_val(lanes)) }
+}
+
+/// Turns a square around: vector i of the result has element i of each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Element c of quarter j of `fours[4q + c]` is column 4j + c of the rows from 4q on.
+    let mut fours = pairs;
+    for q in 0..4 {
+        fours[4 * q] = _mm512_unpacklo_epi64(pairs[4 * q], pairs[4 * q + 2]);
+        fours[4 * q + 1] = _mm512_unpackhi_epi64(pairs[4 * q], pairs[4 * q + 2]);
+        fours[4 * q + 2] = _mm512_unpacklo_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
+        fours[4 * q + 3] = _mm512_unpackhi_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
+    }
+    let mut columns = fours;
+    for c in 0..4 {
+        let upper = _mm512_shuffle_i32x4::<0x44>(fours[c], fours[4 + c]);
+        let lower = _mm512_shuffle_i32x4::<0x44>(fours[8 + c], fours[12 + c]);
+        columns[c] = _mm512_shuffle_i32x4::<0x88>(upper, lower);
+        columns[4 + c] = _mm512_shuffle_i32x4::<0xdd>(upper, lower);
+        let upper = _mm512_shuffle_i32x4::<0xee>(fours[c], fours[4 + c]);
+        let lower = _mm512_shuffle_i32x4::<0xee>(fours[8 + c], fours[12 + c]);
+        columns[8 + c] = _mm512_shuffle_i32x4::<0x88>(upper, lower);
+        columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(upper, lower);
+    }
+    columns
+}
+
+/// How codes of some bits come out of the bytes of vectors, two bands each.
+#[derive(Clone, Copy)]
+pub(super) struct Unpacking {
+    spread: Spread,
+    /// Bytes of a vector.
+    bytes: usize,
+    present: u64,
+}
+
+/// Bits that codes have, where their lanes are bytes, halves or quarters of them; 0 for those of other widths.
+pub(super) const fn kind(bits: u8) -> u8 {
+    match bits {
+        2 | 4 | 8 => bits,
+        _ => 0,
+    }
+}
+
+impl Unpacking {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(bits: u8) -> Self {
+        let bytes = if kind(bits) == 0 { 8 * usize::from(bits) } else { 64 };
+        Unpacking { spread: Spread::new(bits), bytes, present: u64::MAX >> (64 - bytes) }
+    }
+
+    /// The vectors of a chunk of columns, from bytes that begin with them.
+    ///
+    /// # Safety
+    /// The machine has the instructions, and there are all the bytes of two vectors.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn load<const KIND: u8>(&self, codes: *const u8) -> [__m512i; BANDS] {
+        // SAFETY: as the caller says.
+        unsafe {
+            match KIND {
+                0 => {
+                    let second = codes.add(self.bytes).cast();
+                    [_mm512_maskz_loadu_epi8(self.present, codes.cast()), _mm512_maskz_loadu_epi8(self.present, second)]
+                }
+                _ => [_mm512_loadu_si512(codes.cast()), _mm512_loadu_si512(codes.add(64).cast())],
+            }
+        }
+    }
+
+    /// One of a chunk's lanes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(super) fn lane<const KIND: u8>(&self, codes: __m512i, part: usize) -> __m512i {
+        match KIND {
+            8 => codes,
+            0 => self.spread.codes(codes),
+            _ if part == 0 => _mm512_and_si512(codes, self.spread.mask()),
+            _ => {
+                let shifted = _mm512_srlv_epi32(codes, _mm512_set1_epi32(i32::from(KIND) * part as i32));
+                _mm512_and_si512(shifted, self.spread.mask())
+            }
+        }
+    }
+
+    /// Bytes of a chunk.
+    #[inline]
+    pub(super) fn chunk(&self) -> usize {
+        BANDS * self.bytes
+    }
+}
+
+/// The two vectors of each lane of a run of columns, from all the bytes of their codes.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+#[allow(unsafe_code)]
+pub(super) fn unpack<const KIND: u8, const PARTS: usize>(
+    unpacking: &Unpacking,
+    codes: &[u8],
+    to: &mut [[Lanes<i32>; BANDS]],
+) {
+    for (codes, to) in codes.chunks_exact(unpacking.chunk()).zip(to.as_chunks_mut::<PARTS>().0) {
+        // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+        let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
+        for (part, to) in to.iter_mut().enumerate() {
+            for (to, loaded) in to.iter_mut().zip(loaded) {
+                *to = Lanes(pulp::bytemuck::cast(unpacking.lane::<KIND>(loaded, part)));
+            }
+        }
+    }
+}
+
+/// Scales of each group for the rows of a panel.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+pub(super) fn turn_scales(rows: &[&[f32]; PANEL], to: &mut [[Lanes<f32>; BANDS]]) {
+    for (at, to) in to.chunks_mut(LANES).enumerate() {
+        for band in 0..BANDS {
+            let mut sixteen = [_mm512_setzero_si512(); LANES];
+            for (sixteen, row) in sixteen.iter_mut().zip(&rows[band * LANES..]) {
+                let mut scales = [0.0f32; LANES];
+                let row = &row[at * LANES..];
+                match row.first_chunk() {
+                    Some(whole) => scales = *whole,
+                    None => scales[..row.len()].copy_from_slice(row),
+                }
+                *sixteen = pulp::bytemuck::cast(scales);
+            }
+            for (to, scales) in to.iter_mut().zip(turned(sixteen)) {
+                to[band] = Lanes(pulp::bytemuck::cast(scales));
+            }
+        }
+    }
+}
+
+/// Zero points of each group for the rows of a panel.
+pub(super) fn turn_zeros(rows: &[&[u8]; PANEL], to: &mut [[Lanes<i32>; BANDS]]) {
+    for (g, to) in to.iter_mut().enumerate() {
+        for (i, row) in rows.iter().enumerate() {
+            to[i / LANES].0[i % LANES] = row[g].into();
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The packed codes of a matrix, in the order in which the machine takes them.
+//!
+//! On disk a row is a stream of bits that ends on a whole byte, and so it is here, unless there is a kernel for panels of
+//! rows side by side: then a chunk of columns of each of 32 rows follow each other, as [`integer`](super::integer) puts them
+//! into the lanes of vectors. There are as many bytes either way, but for rows that fill the last panel.
+
+use std::borrow::Cow;
+
+use crate::scalar::Real;
+
+/// Rows side by side.
+pub(super) const PANEL: usize = 32;
+
+/// Codes of a row that follow each other in a panel: 32 bits where a byte holds whole codes, else half a byte for each bit
+/// of a code.
+pub(super) fn chunk(bits: u8) -> usize {
+    match bits {
+        2 => 16,
+        4 => 8,
+        _ => 4,
+    }
+}
+
+/// Bytes of a row of n codes.
+fn width(n: usize, bits: u8) -> usize {
+    (n * usize::from(bits)).div_ceil(8)
+}
+
+/// Codes of `bits` bits of an m×n matrix.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PackedCodes {
+    bits: u8,
+    shape: (usize, usize),
+    bytes: Vec<u8>,
+    /// Whether rows are side by side.
+    panels: bool,
+}
+
+impl PackedCodes {
+    /// From m rows of ⌈n·bits/8⌉ bytes without any bits beyond the last code, for products with inputs of type T.
+    pub(crate) fn new<T: Real>(bits: u8, group: usize, (m, n): (usize, usize), rows: Vec<u8>) -> Self {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        let panels = super::integer::takes::<T>(bits, group, n);
+        #[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
+        let (panels, _) = (false, (group, T::DTYPE));
+        let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows };
+        PackedCodes { bits, shape: (m, n), bytes, panels }
+    }
+
+    pub(crate) fn bits(&self) -> u8 {
+        self.bits
+    }
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+    /// Bytes on disk.
+    pub(crate) fn len(&self) -> usize {
+        self.shape.0 * width(self.shape.1, self.bits)
+    }
+
+    /// A row as it is on disk, perhaps followed by others.
+    pub(crate) fn row(&self, i: usize) -> Cow<'_, [u8]> {
+        let width = width(self.shape.1, self.bits);
+        if !self.panels {
+            return Cow::Borrowed(&self.bytes[i * width..]);
+        }
+        let (size, panel) = (self.chunk_bits(), &self.bytes[i / PANEL * self.panel_bytes()..]);
+        let mut to = Writer::with_capacity(width + 8);
+        for at in 0..self.chunks() {
+            to.push(bits_at(panel, (at * PANEL + i % PANEL) * size, size), size);
+        }
+        let mut row = to.finish();
+        row.truncate(width);
+        Cow::Owned(row)
+    }
+
+    /// All rows as they are on disk.
+    pub(crate) fn rows(&self) -> Cow<'_, [u8]> {
+        match self.panels {
+            false => Cow::Borrowed(&self.bytes),
+            true => Cow::Owned((0..self.shape.0).flat_map(|i| self.row(i).into_owned()).collect()),
+        }
+    }
+
+    /// The panels, if rows are side by side.
+    pub(super) fn panels(&self) -> Option<std::slice::ChunksExact<'_, u8>> {
+        self.panels.then(|| self.bytes.chunks_exact(self.panel_bytes()))
+    }
+
+    fn chunk_bits(&self) -> usize {
+        chunk(self.bits) * usize::from(self.bits)
+    }
+    fn chunks(&self) -> usize {
+        self.shape.1.div_ceil(chunk(self.bits))
+    }
+    fn panel_bytes(&self) -> usize {
+        self.chunks() * PANEL * self.chunk_bits() / 8
+    }
+}
+
+/// Rows of codes as panels: chunk by chunk, row by row; zeros where there are no rows or columns.
+fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Vec<u8> {
+    let (width, chunk) = (width(n, bits), chunk(bits));
+    let size = chunk * usize::from(bits);
+    let mut to = Writer::with_capacity(m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8);
+    for panel in rows.chunks(width.max(1) * PANEL) {
+        for at in 0..n.div_ceil(chunk) {
+            for r in 0..PANEL {
+                // What follows the row is not its own.
+                let row = panel.get(r * width..(r + 1) * width).unwrap_or_default();
+                to.push(bits_at(row, at * size, size), size);
+            }
+        }
+    }
+    to.finish()
+}
+
+/// Up to 56 bits from one on; zeros beyond the end.
+#[inline]
+fn bits_at(bytes: &[u8], bit: usize, count: usize) -> u64 {
+    let rest = bytes.get(bit / 8..).unwrap_or_default();
+    let word = match rest.first_chunk() {
+        Some(&eight) => u64::from_le_bytes(eight),
+        None => rest.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)),
+    };
+    word >> (bit % 8) & ((1 << count) - 1)
+}
+
+/// Appends bits, lowest first.
+struct Writer {
+    bytes: Vec<u8>,
+    held: u64,
+    count: usize,
+}
+
+impl Writer {
+    fn with_capacity(bytes: usize) -> Self {
+        Writer { bytes: Vec::with_capacity(bytes), held: 0, count: 0 }
+    }
+    /// Up to 32 bits.
+    #[inline]
+    fn push(&mut self, bits: u64, count: usize) {
+        self.held |= bits << self.count;
+        self.count += count;
+        if self.count >= 32 {
+            self.bytes.extend_from_slice(&(self.held as u32).to_le_bytes());
+            (self.held, self.count) = (self.held >> 32, self.count - 32);
+        }
+    }
+    fn finish(mut self) -> Vec<u8> {
+        self.bytes.extend_from_slice(&self.held.to_le_bytes()[..self.count.div_ceil(8)]);
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_have_the_same_rows() {
+        for (bits, (m, n)) in (2..=8).flat_map(|bits| [(1, 1), (33, 17), (64, 48), (70, 130)].map(|dim| (bits, dim))) {
+            let mut rows = Vec::new();
+            for i in 0..m {
+                let codes: Vec<u8> = (0..n).map(|j| ((i * 31 + j * 17 + i * j) % (1 << bits)) as u8).collect();
+                super::super::pack(bits, &codes, &mut rows);
+            }
+            let bytes = side_by_side(bits, (m, n), &rows);
+            let panels = PackedCodes { bits, shape: (m, n), bytes, panels: true };
+            assert_eq!(panels.panels().unwrap().len(), m.div_ceil(PANEL));
+            assert_eq!(panels.bytes.len(), panels.panel_bytes() * m.div_ceil(PANEL));
+            assert_eq!((panels.rows().as_ref(), panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");
+            let plain = PackedCodes { bytes: rows, panels: false, ..panels.clone() };
+            let width = width(n, bits);
+            (0..m).for_each(|i| assert_eq!(&panels.row(i)[..], &plain.row(i)[..width]));
+        }
+    }
+}
