@@ -5,8 +5,7 @@
 
 use pulp::Arch;
 
-use super::kernels::{CodedRow, pack};
-use super::quantized::width;
+use super::kernels::{CodedRow, pack, width};
 use super::{Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::scalar::Real;

@@ -12,7 +12,7 @@ use std::borrow::Cow;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
 
-use super::kernels::{CodedRows, PackedCodes, each_code, pack};
+use super::kernels::{CodedRows, PackedCodes, each_code, pack, width};
 use super::permutation::LONGEST;
 use super::sparse::{each_panel, fitted, some_rows};
 use super::{Dense, LinearOperator};
@@ -154,11 +154,6 @@ fn top(bits: u8) -> u8 {
     u8::MAX >> (8 - bits)
 }
 
-/// Bytes of a row of n codes.
-pub(super) fn width(n: usize, bits: u8) -> usize {
-    (n * usize::from(bits)).div_ceil(8)
-}
-
 /// A matrix whose entries are on a grid.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized<T> {
@@ -247,6 +242,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        assert_eq!(x.nrows(), self.shape().0, "rows of x");
         let (mut y, mut scratch) = (Array2::zeros((self.shape().1, x.ncols())), Array2::default((0, 0)));
         let height = panel_rows(x.ncols());
         for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {

@@ -18,7 +18,7 @@ mod packed;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
-pub(crate) use self::packed::PackedCodes;
+pub(crate) use self::packed::{PackedCodes, width};
 use crate::scalar::Real;
 
 /// Up to so many vectors meet rows that are not written out, where there is no kernel for any number of them.
@@ -96,7 +96,11 @@ impl<'a, T: Real> CodedRows<'a, T> {
     }
 
     /// Lays inputs out, the columns of a matrix; `None` if there are so many that rows had better be written out.
+    ///
+    /// # Panics
+    /// If they are not as long as a row.
     pub(crate) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
+        assert_eq!(x.nrows(), self.codes.shape().1, "rows of x");
         let asymmetric = self.zeros.is_some();
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         if self.codes.panels().is_some() {

@@ -1,6 +1,7 @@
 use ndarray::{Array2, array};
 
 use super::*;
+use crate::operator::Operator;
 use crate::testing::numbers;
 
 fn grid(m: usize, n: usize, bits: u8, group: usize, symmetric: bool) -> Grid<f64> {
@@ -78,8 +79,30 @@ fn what_does_not_fit_is_refused() {
 }
 
 #[test]
+fn inputs_of_another_length_are_refused() {
+    let grid =
+        || Grid::new(4, 64, Dense::rounded(Array2::from_elem((40, 2), 0.25f32), DType::F16).unwrap(), None).unwrap();
+    // A panel of rows, and fewer.
+    let whole = Quantized::new(100, grid(), vec![0x52; 40 * 50]).unwrap();
+    let few = Grid::new(4, 64, Dense::new(array![[0.25f32, 0.5]]), None).unwrap();
+    let few = Quantized::new(100, few, vec![0x52; 50]).unwrap();
+    for (w, n, b) in [(&whole, 99, 1), (&whole, 101, 9), (&few, 99, 1), (&few, 101, 1), (&few, 101, 9)] {
+        let x = Array2::<f32>::ones((n, b));
+        assert!(Operator::Quantized(w.clone()).apply(x.view()).is_err());
+        assert!(std::panic::catch_unwind(|| w.product(x.view())).is_err(), "{n} inputs, batch {b}");
+        let y = Array2::<f32>::ones((w.shape().0 + n - 100, b));
+        assert!(std::panic::catch_unwind(|| w.product_transposed(y.view())).is_err(), "{n} outputs, batch {b}");
+    }
+}
+
+#[test]
 fn inputs_of_any_size_count() {
-    let (m, n): (usize, usize) = (6, 1100);
+    // With rows side by side, and without.
+    [6, 40].into_iter().for_each(any_size);
+}
+
+fn any_size(m: usize) {
+    let n: usize = 1100;
     let scales = Dense::rounded(Array2::from_elem((m, n.div_ceil(64)), 0.25f32), DType::F16).unwrap();
     let grid = Grid::new(5, 64, scales, None).unwrap();
     let w = Quantized::nearest((numbers(m, n, 31) * 4.0).mapv(|v| v as f32).view(), grid).unwrap();

@@ -21,7 +21,7 @@ use self::inputs::Layout;
 use self::panel::{Lanes, Unpacking, as_bytes, kind, turn_scales, turn_zeros, unpack};
 use super::CodedRows;
 use super::packed::PANEL;
-use crate::scalar::{DType, Real};
+use crate::scalar::Real;
 use crate::simd::prefetch;
 
 /// Rows in a vector.
@@ -49,14 +49,14 @@ pub(super) fn available() -> bool {
 
 /// Whether there is a kernel for such rows here.
 pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
-    T::DTYPE == DType::F32 && available() && Layout::new(bits, group, columns).is_some()
+    Layout::new::<T>(bits, group, columns).is_some()
 }
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.
 pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
     let (layout, vectors) = (&x.layout, x.vectors.max(1));
     let Some(panels) = rows.codes.panels() else { return };
-    let same = Layout::new(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(*layout);
+    let same = Layout::new::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(*layout);
     assert!(same && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
     let mut codes = vec![[Lanes::default(); BANDS]; layout.run / EACH];
     let mut scales = vec![[Lanes::default(); BANDS]; rows.groups];

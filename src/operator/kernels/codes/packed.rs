@@ -2,7 +2,8 @@
 //!
 //! On disk a row is a stream of bits that ends on a whole byte, and so it is here, unless there is a kernel for panels of
 //! rows side by side: then a chunk of columns of each of 32 rows follow each other, as [`integer`](super::integer) puts them
-//! into the lanes of vectors. There are as many bytes either way, but for rows that fill the last panel.
+//! into the lanes of vectors. There are as many bytes either way, but for rows that fill the last panel: fewer than there are,
+//! as a matrix of fewer rows than a panel stays as it is.
 
 use std::borrow::Cow;
 
@@ -22,7 +23,7 @@ pub(super) fn chunk(bits: u8) -> usize {
 }
 
 /// Bytes of a row of n codes.
-fn width(n: usize, bits: u8) -> usize {
+pub(crate) fn width(n: usize, bits: u8) -> usize {
     (n * usize::from(bits)).div_ceil(8)
 }
 
@@ -40,7 +41,7 @@ impl PackedCodes {
     /// From m rows of ⌈n·bits/8⌉ bytes without any bits beyond the last code, for products with inputs of type T.
     pub(crate) fn new<T: Real>(bits: u8, group: usize, (m, n): (usize, usize), rows: Vec<u8>) -> Self {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-        let panels = super::integer::takes::<T>(bits, group, n);
+        let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
         #[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows };

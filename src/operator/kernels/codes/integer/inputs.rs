@@ -20,15 +20,19 @@ pub(super) struct Layout {
     /// Columns that share scales.
     pub group: usize,
     pub columns: usize,
-    /// Codes that begin in the same byte of a vector, or 1: lanes with every so-manieth column come out of it.
+    /// Codes that begin in the same byte of a vector, or 1: a lane of it has every such column of a chunk.
     pub parts: usize,
     /// Consecutive columns that share scales and units.
     pub run: usize,
 }
 
 impl Layout {
-    /// `None` for groups that end within a lane.
-    pub(super) fn new(bits: u8, group: usize, columns: usize) -> Option<Self> {
+    /// `None` if there is no kernel for such rows here: for inputs in another dtype, groups that end within a lane, and
+    /// machines without the instructions.
+    pub(super) fn new<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Self> {
+        if T::DTYPE != DType::F32 || !available() {
+            return None;
+        }
         let chunk = chunk(bits);
         let run = match group {
             group if group >= columns => columns.next_multiple_of(chunk).min(LONGEST),
@@ -72,10 +76,7 @@ impl Inputs {
         group: usize,
         asymmetric: bool,
     ) -> Option<Self> {
-        if T::DTYPE != DType::F32 || !available() {
-            return None;
-        }
-        let layout = Layout::new(bits, group, x.nrows())?;
+        let layout = Layout::new::<T>(bits, group, x.nrows())?;
         let (vectors, rest) = (x.ncols(), x.ncols() % TOGETHER);
         let padded = vectors - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
         let mut inputs = Inputs {
@@ -95,7 +96,7 @@ impl Inputs {
                 interleave(bytemuck::cast_slice(&column), layout.parts, &mut ordered);
                 for (run, x) in ordered.chunks(layout.run).enumerate() {
                     let mut sums = [0; LIMBS];
-                    // SAFETY: the machine has the instructions, as was asked above.
+                    // SAFETY: the machine has the instructions, as `Layout::new` asked.
                     #[allow(unsafe_code)]
                     let unit = unsafe { split(x, &mut lanes, &mut sums) };
                     let at = run * padded + first;
