@@ -103,8 +103,7 @@ impl<T: Real> Coded<T> {
             return;
         }
         let codes = &self.codes[from.1..end.1];
-        CodedRow { bits, group: count, columns: count, codes: codes.into(), scales: &[T::one()], zeros: None }
-            .write(arch, to);
+        CodedRow { bits, group: count, columns: count, codes, scales: &[T::one()], zeros: None }.write(arch, to);
         let (half, mut rest) = (1i16 << (bits - 1), &mut to[..]);
         for (g, run) in runs.enumerate().filter(|(_, run)| *run > 0) {
             let (now, later) = rest.split_at_mut(run.min(rest.len()));

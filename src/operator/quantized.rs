@@ -3,8 +3,8 @@
 //! > wᵢⱼ = sᵢ_g·(qᵢⱼ − zᵢ_g),  q in 0 … 2ᵇ−1,  g = ⌊j ÷ group⌋
 //!
 //! Consecutive columns of a row, a group, share a scale s and, on an asymmetric grid, a zero point z, an
-//! integer of as many bits; on a symmetric one z is 2ᵇ⁻¹. Codes are packed on disk and in memory alike: a
-//! row is a stream of bits, lowest first, that ends on a whole byte. An entry costs b bits and its part of
+//! integer of as many bits; on a symmetric one z is 2ᵇ⁻¹. Codes are packed: on disk a row is a
+//! stream of bits, lowest first, that ends on a whole byte; in memory rows may be side by side. An entry costs b bits and its part of
 //! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
 
 use std::borrow::Cow;
@@ -207,7 +207,7 @@ impl<T: Real> Quantized<T> {
     }
     /// m rows of ⌈n·b/8⌉ bytes, as they are on disk. (In memory rows may be side by side: then they are gathered.)
     pub fn codes(&self) -> Cow<'_, [u8]> {
-        self.codes.rows()
+        self.codes.rows(0..self.shape().0)
     }
 
     fn rows(&self) -> CodedRows<'_, T> {
@@ -274,10 +274,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
 impl<T: Real> Quantized<T> {
     /// Some rows from one on, written out.
     fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
-        let rows = self.rows();
-        for (i, row) in fitted(panel, (count, self.shape().1)).chunks_mut(self.shape().1).enumerate() {
-            rows.row(first + i).write(arch, row);
-        }
+        self.rows().write(first..first + count, arch, fitted(panel, (count, self.shape().1)));
         panel.view()
     }
 }

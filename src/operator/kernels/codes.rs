@@ -4,7 +4,6 @@
 //! any width at a time ([`narrow`]), for a few. Elsewhere, and where groups are odd, a row is unpacked into memory that
 //! stays in the nearest cache.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use ndarray::{ArrayView1, ArrayView2};
@@ -56,14 +55,14 @@ pub(crate) fn each_code(bits: u8, from: &[u8], n: usize, mut each: impl FnMut(us
 }
 
 /// A row of codes with what makes numbers of them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct CodedRow<'a, T> {
     pub bits: u8,
     /// Columns that share a scale.
     pub group: usize,
     pub columns: usize,
     /// The codes of this row first; others may follow.
-    pub codes: Cow<'a, [u8]>,
+    pub codes: &'a [u8],
     pub scales: &'a [T],
     /// Zero points; half of all levels if there are none.
     pub zeros: Option<&'a [u8]>,
@@ -81,18 +80,29 @@ pub(crate) struct CodedRows<'a, T> {
 }
 
 impl<'a, T: Real> CodedRows<'a, T> {
-    /// Row i.
-    #[inline]
-    pub(crate) fn row(&self, i: usize) -> CodedRow<'a, T> {
-        let groups = i * self.groups..(i + 1) * self.groups;
-        CodedRow {
-            bits: self.codes.bits(),
-            group: self.group,
-            columns: self.codes.shape().1,
-            codes: self.codes.row(i),
-            scales: &self.scales[groups.clone()],
-            zeros: self.zeros.map(|zeros| &zeros[groups]),
-        }
+    /// Some rows, from their codes as they are on disk.
+    fn each<'h>(&self, range: Range<usize>, codes: &'h [u8]) -> impl Iterator<Item = CodedRow<'h, T>>
+    where
+        'a: 'h,
+    {
+        let (rows, first) = (*self, range.start);
+        range.map(move |i| {
+            let groups = i * rows.groups..(i + 1) * rows.groups;
+            CodedRow {
+                bits: rows.codes.bits(),
+                group: rows.group,
+                columns: rows.codes.shape().1,
+                codes: &codes[(i - first) * rows.codes.width()..],
+                scales: &rows.scales[groups.clone()],
+                zeros: rows.zeros.map(|zeros| &zeros[groups]),
+            }
+        })
+    }
+
+    /// Writes some rows out.
+    pub(crate) fn write(&self, range: Range<usize>, arch: Arch, to: &mut [T]) {
+        let (codes, columns) = (self.codes.rows(range.clone()), self.codes.shape().1);
+        self.each(range, &codes).zip(to.chunks_mut(columns)).for_each(|(row, to)| row.write(arch, to));
     }
 
     /// Lays inputs out, the columns of a matrix; `None` if there are so many that rows had better be written out.
@@ -115,7 +125,8 @@ impl<'a, T: Real> CodedRows<'a, T> {
     pub(crate) fn products(&self, range: Range<usize>, arch: Arch, x: &Inputs<T>, y: &mut [T]) {
         match &x.0 {
             Kind::Plain(x) => {
-                range.zip(y.chunks_mut(x.len().max(1))).for_each(|(i, y)| self.row(i).dots(arch, x, y));
+                let codes = self.codes.rows(range.clone());
+                self.each(range, &codes).zip(y.chunks_mut(x.len().max(1))).for_each(|(row, y)| row.dots(arch, x, y));
             }
             #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Kind::Fixed(x) => integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y)),
@@ -182,12 +193,12 @@ impl<T: Real> CodedRow<'_, T> {
         let (mut done, half) = (0, i16::from(self.half()));
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         if let (Arch::V4(simd), true) = (arch, T::DTYPE == crate::scalar::DType::F32) {
-            wide::unpack(simd, self.bits, &self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            wide::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
             done = self.columns / 16 * 16;
         }
         #[cfg(target_arch = "x86_64")]
         if let (Some(simd), 0, crate::scalar::DType::F32) = (narrow::available(arch), done, T::DTYPE) {
-            narrow::unpack(simd, self.bits, &self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
+            narrow::unpack(simd, self.bits, self.codes, pulp::bytemuck::cast_slice_mut(&mut to[..self.columns]));
             done = self.columns / 8 * 8;
         }
         let _ = arch;
@@ -303,20 +314,21 @@ mod tests {
                     let plain = |x| Plain::new(x, group, zeros.is_some());
                     let x: Vec<Plain<f32>> = x.columns().into_iter().map(plain).collect();
                     for arch in architectures() {
-                        for (i, y) in y.chunks_mut(count).enumerate() {
-                            rows.row(i).dots(arch, &x, y);
-                        }
+                        let codes = rows.codes.rows(0..m);
+                        rows.each(0..m, &codes).zip(y.chunks_mut(count)).for_each(|(row, y)| row.dots(arch, &x, y));
                         close(&y, &format!("{arch:?}"));
                     }
                 }
-                for arch in architectures() {
-                    let mut row = vec![0.0; n];
-                    rows.row(3).unpack(arch, &mut row);
-                    assert!((0..n).all(|j| row[j] == number(3, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
+                for (arch, i) in architectures().into_iter().flat_map(|arch| [(arch, 1), (arch, m - 1)]) {
+                    let mut row = vec![f32::NAN; n];
+                    let codes = rows.codes.rows(i..i + 1);
+                    rows.each(i..i + 1, &codes).for_each(|coded| coded.unpack(arch, &mut row));
+                    assert!((0..n).all(|j| row[j] == number(i, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
                 }
-                let mut row = vec![0.0; n];
-                rows.row(m - 1).write(fastest, &mut row);
-                assert!((0..n).all(|j| f64::from(row[j]) == value(m - 1, j)), "{bits} bits, groups of {group}");
+                let mut all = vec![f32::NAN; m * n];
+                rows.write(0..m, fastest, &mut all);
+                let exact = |at: usize| f64::from(all[at]) == value(at / n, at % n);
+                assert!((0..m * n).all(exact), "{bits} bits, groups of {group}");
             }
         }
     }

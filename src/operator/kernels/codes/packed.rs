@@ -6,6 +6,7 @@
 //! as a matrix of fewer rows than a panel stays as it is.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use crate::scalar::Real;
 
@@ -56,31 +57,37 @@ impl PackedCodes {
     }
     /// Bytes on disk.
     pub(crate) fn len(&self) -> usize {
-        self.shape.0 * width(self.shape.1, self.bits)
+        self.shape.0 * self.width()
     }
 
-    /// A row as it is on disk, perhaps followed by others.
-    pub(crate) fn row(&self, i: usize) -> Cow<'_, [u8]> {
-        let width = width(self.shape.1, self.bits);
+    /// Some rows as they are on disk; without panels perhaps followed by others. Whole panels cost the least.
+    pub(crate) fn rows(&self, range: Range<usize>) -> Cow<'_, [u8]> {
+        let width = self.width();
         if !self.panels {
-            return Cow::Borrowed(&self.bytes[i * width..]);
+            return Cow::Borrowed(&self.bytes[range.start * width..]);
         }
-        let (size, panel) = (self.chunk_bits(), &self.bytes[i / PANEL * self.panel_bytes()..]);
-        let mut to = Writer::with_capacity(width + 8);
-        for at in 0..self.chunks() {
-            to.push(bits_at(panel, (at * PANEL + i % PANEL) * size, size), size);
+        let (size, mut rows) = (self.chunk_bits(), Vec::with_capacity(range.len() * width));
+        let mut first = range.start;
+        while first < range.end {
+            let (panel, from) = (&self.bytes[first / PANEL * self.panel_bytes()..], first % PANEL);
+            let count = (PANEL - from).min(range.end - first);
+            // All at once, so that a panel is read in its order.
+            let mut each = [const { Writer::new() }; PANEL];
+            each[..count].iter_mut().for_each(|row| row.bytes.reserve(width + 8));
+            for at in 0..self.chunks() {
+                for (r, row) in each[..count].iter_mut().enumerate() {
+                    row.push(bits_at(panel, (at * PANEL + from + r) * size, size), size);
+                }
+            }
+            each.into_iter().take(count).for_each(|row| rows.extend_from_slice(&row.finish()[..width]));
+            first += count;
         }
-        let mut row = to.finish();
-        row.truncate(width);
-        Cow::Owned(row)
+        Cow::Owned(rows)
     }
 
-    /// All rows as they are on disk.
-    pub(crate) fn rows(&self) -> Cow<'_, [u8]> {
-        match self.panels {
-            false => Cow::Borrowed(&self.bytes),
-            true => Cow::Owned((0..self.shape.0).flat_map(|i| self.row(i).into_owned()).collect()),
-        }
+    /// Bytes of a row.
+    pub(super) fn width(&self) -> usize {
+        width(self.shape.1, self.bits)
     }
 
     /// The panels, if rows are side by side.
@@ -104,7 +111,8 @@ impl PackedCodes {
 fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Vec<u8> {
     let (width, chunk) = (width(n, bits), chunk(bits));
     let size = chunk * usize::from(bits);
-    let mut to = Writer::with_capacity(m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8);
+    let mut to = Writer::new();
+    to.bytes.reserve(m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8 + 8);
     for panel in rows.chunks(width.max(1) * PANEL) {
         for at in 0..n.div_ceil(chunk) {
             for r in 0..PANEL {
@@ -136,8 +144,8 @@ struct Writer {
 }
 
 impl Writer {
-    fn with_capacity(bytes: usize) -> Self {
-        Writer { bytes: Vec::with_capacity(bytes), held: 0, count: 0 }
+    const fn new() -> Self {
+        Writer { bytes: Vec::new(), held: 0, count: 0 }
     }
     /// Up to 32 bits.
     #[inline]
@@ -171,10 +179,9 @@ mod tests {
             let panels = PackedCodes { bits, shape: (m, n), bytes, panels: true };
             assert_eq!(panels.panels().unwrap().len(), m.div_ceil(PANEL));
             assert_eq!(panels.bytes.len(), panels.panel_bytes() * m.div_ceil(PANEL));
-            assert_eq!((panels.rows().as_ref(), panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");
-            let plain = PackedCodes { bytes: rows, panels: false, ..panels.clone() };
-            let width = width(n, bits);
-            (0..m).for_each(|i| assert_eq!(&panels.row(i)[..], &plain.row(i)[..width]));
+            assert_eq!((&panels.rows(0..m)[..], panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");
+            let (width, end) = (panels.width(), m.min(47));
+            assert_eq!(panels.rows(end / 3..end)[..], rows[end / 3 * width..end * width]);
         }
     }
 }

@@ -75,7 +75,7 @@ pub(in super::super) fn write<T: Real>(row: &CodedRow<'_, T>, to: &mut [T]) -> b
     let middle = 1u8 << (row.bits - 1);
     let zero = |group: usize| f32::from(row.zeros.map_or(middle, |zeros| zeros[group]));
     let mut held = Vec::new();
-    let codes = whole(&row.codes, row.columns.div_ceil(STEP), row.bits, &mut held);
+    let codes = whole(row.codes, row.columns.div_ceil(STEP), row.bits, &mut held);
     // SAFETY: the machine has the instructions, as was asked above.
     #[allow(unsafe_code)]
     unsafe {
