@@ -93,7 +93,12 @@ impl Inputs {
         for (first, width) in inputs.tiles().collect::<Vec<_>>() {
             for v in 0..width.min(vectors - first) {
                 let column = x.column(first + v).to_vec();
-                interleave(bytemuck::cast_slice(&column), layout.parts, &mut ordered);
+                let column = bytemuck::cast_slice(&column);
+                match layout.parts {
+                    1 => interleave::<1>(column, &mut ordered),
+                    2 => interleave::<2>(column, &mut ordered),
+                    _ => interleave::<4>(column, &mut ordered),
+                }
                 for (run, x) in ordered.chunks(layout.run).enumerate() {
                     let mut sums = [0; LIMBS];
                     // SAFETY: the machine has the instructions, as `Layout::new` asked.
@@ -139,14 +144,15 @@ impl Inputs {
     }
 }
 
-/// Puts columns in the order in which codes come out of vectors, with zeros behind the last.
-fn interleave(x: &[f32], parts: usize, to: &mut [f32]) {
-    for (to, x) in to.chunks_mut(EACH * parts).zip(x.chunks(EACH * parts)) {
-        to.fill(0.0);
-        for (i, &v) in x.iter().enumerate() {
-            to[i % parts * EACH + i / parts] = v;
-        }
+/// Puts columns in the order in which codes come out of vectors; what is behind the last stays as it is.
+fn interleave<const PARTS: usize>(x: &[f32], to: &mut [f32]) {
+    let (whole, rest) = x.as_chunks::<PARTS>();
+    for (at, part) in whole.iter().enumerate() {
+        let to = &mut to[at / EACH * EACH * PARTS..];
+        (0..PARTS).for_each(|e| to[e * EACH + at % EACH] = part[e]);
     }
+    let (at, rest) = (whole.len(), rest.iter().enumerate());
+    rest.for_each(|(e, &v)| to[at / EACH * EACH * PARTS + e * EACH + at % EACH] = v);
 }
 
 /// Writes a run of inputs in bytes, and their sums; returns the power of two in which the largest has 23 bits, NaN if one
