@@ -187,7 +187,7 @@ fn held(layers: &[Attention<f64>], atoms: usize) -> Result<[f64; 2]> {
         });
         let norms = cosines.diag().mapv(f64::sqrt);
         cosines.indexed_iter_mut().for_each(|((i, j), v)| *v /= (norms[i] * norms[j]).max(f64::MIN_POSITIVE));
-        let values = Kernels::<f64>::eigh(&Faer, cosines.view())?.values;
+        let values = Kernels::<f64>::eigh(&Faer, cosines)?.values;
         Ok(values.slice(s![..atoms]).sum() / values.sum().max(f64::MIN_POSITIVE))
     };
     Ok([share(|layer| &layer.value)?, share(|layer| &layer.output)?])

@@ -205,7 +205,7 @@ fn spectrum(loader: &mut Loader<'_, f64>, name: &str, (m, n): (usize, usize), li
     };
     let kernels: &dyn Kernels<f64> = &Faer;
     let square = kernels.gram(if m <= n { w.view() } else { w.t() });
-    let Eigh { values, .. } = kernels.eigh(square.view())?;
+    let Eigh { values, .. } = kernels.eigh(square)?;
     let energies: Vec<f64> = values.iter().map(|v| v.max(0.0)).collect();
     let (first, total) = (energies.first().copied().unwrap_or(0.0), energies.iter().sum::<f64>());
     let rank = |fraction: f64| {

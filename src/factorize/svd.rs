@@ -16,21 +16,23 @@
 //! Cost: one symmetric eigendecomposition of min(m, n) and a few products. Fails where W is NaN.
 //! Directions in which the metric is zero (a singular A) are filled with plain SVD directions.
 
-use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
 pub(super) use self::exact::{Spectrum, plain_spectrum, spectrum};
+pub(super) use self::joint::{Joint, mean_input};
 use super::pivot::interpolate;
 use super::{Decomposition, Factorize, Forecast, Outline, Point, Problem};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::linalg::Backend;
-use crate::metric::{MetricSpec, Weighting};
+use crate::metric::MetricSpec;
 use crate::operator::{Dense, IndexSet, Interpolative, Operator, Side};
 use crate::scalar::Real;
 
 mod exact;
 mod fast;
+mod joint;
 
 /// Truncated SVD under the problem's metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -130,78 +132,6 @@ impl Svd {
     }
 }
 
-/// A group as one matrix D·W, with the input metric of each block of columns.
-pub(super) struct Joint<T: Real> {
-    pub(super) weight: Array2<T>,
-    /// D's diagonal.
-    pub(super) scale: Option<Array1<f64>>,
-    /// (columns, input weighting) from left to right.
-    pub(super) blocks: Vec<(usize, Weighting)>,
-}
-
-impl<T: Real> Joint<T> {
-    pub(super) fn new(method: &Svd, group: &[Problem<'_, T>]) -> Result<Self> {
-        let shapes: Vec<_> = group.iter().map(Problem::shape).collect();
-        method.joint_shape(&shapes)?;
-        let views: Vec<_> = group.iter().map(|p| p.weight).collect();
-        let stacked = method.share != Some(Share::Output);
-        let mut weight = concatenate(Axis(if stacked { 0 } else { 1 }), &views)
-            .map_err(|e| Error::shape("weights that fit together", e.to_string()))?;
-        let scale = output_scale(group, stacked)?;
-        if let Some(d) = &scale {
-            for (mut row, &d) in weight.rows_mut().into_iter().zip(d) {
-                row.mapv_inplace(|w| w * T::from_f64(d));
-            }
-        }
-        let blocks = if stacked {
-            vec![(weight.ncols(), mean_input(group[0].shape().1, group.iter().map(|p| &p.metric.input))?)]
-        } else {
-            group.iter().map(|p| (p.shape().1, p.metric.input.clone())).collect()
-        };
-        Ok(Joint { weight, scale, blocks })
-    }
-}
-
-/// D for the joint rows: each weight's own if stacked; if side by side they must agree, so the first
-/// counts only when all are the identity or the same.
-fn output_scale<T: Real>(group: &[Problem<'_, T>], stacked: bool) -> Result<Option<Array1<f64>>> {
-    let scales: Vec<_> = group.iter().map(|p| p.metric.output_scale()).collect();
-    if scales.iter().all(Option::is_none) {
-        return Ok(None);
-    }
-    if stacked {
-        let parts = group.iter().zip(scales).map(|(p, scale)| scale.unwrap_or_else(|| Array1::ones(p.shape().0)));
-        return Ok(Some(parts.flat_map(|part| part.to_vec()).collect()));
-    }
-    if scales.windows(2).any(|pair| pair[0] != pair[1]) {
-        return Err(Error::Unsupported(
-            "a shared output basis has one weighting of the outputs: use a metric without an output side".into(),
-        ));
-    }
-    Ok(scales.into_iter().next().flatten())
-}
-
-/// The input metric of stacked weights of n inputs: theirs if they agree, else the mean.
-pub(super) fn mean_input<'w>(n: usize, mut each: impl Iterator<Item = &'w Weighting> + Clone) -> Result<Weighting> {
-    use std::sync::Arc;
-    let all = each.clone();
-    let Some(first) = each.next() else { return Ok(Weighting::Identity) };
-    if each.all(|input| first.same(input)) {
-        return Ok(first.clone());
-    }
-    let mut sum = Array2::<f64>::zeros((n, n));
-    let count = all.clone().count();
-    for input in all {
-        match input {
-            Weighting::Identity => sum.diag_mut().mapv_inplace(|v| v + 1.0),
-            Weighting::Diagonal(d) => sum.diag_mut().zip_mut_with(&**d, |v, d| *v += d),
-            Weighting::Gram(gram) => sum += &gram.matrix(),
-        }
-    }
-    sum /= count as f64;
-    Ok(Weighting::Gram(Arc::new(crate::stats::Gram::new("group mean", sum)?)))
-}
-
 impl<T: Real> Factorize<T> for Svd {
     fn factorize(&self, group: &[Problem<'_, T>]) -> Result<Vec<Operator<T>>> {
         match self.decompose(group)? {
@@ -216,20 +146,7 @@ impl<T: Real> Factorize<T> for Svd {
         if self.route == Route::Fast {
             return self.fast(group, &joint, &outline, backend).map(Some);
         }
-        let found = spectrum(&joint, backend)?;
-        let shape = joint.weight.dim();
-        // Tails are summed from the small end, so that none is lost beside the large eigenvalues.
-        let mut curve = Vec::with_capacity(found.values.len() + 2);
-        let mut tail = 0.0;
-        for rank in (0..=found.values.len()).rev() {
-            tail += found.values.get(rank).copied().unwrap_or(0.0);
-            let bytes = if rank == 0 { 0 } else { self.bytes(shape, rank, &outline) };
-            curve.push(Point { bytes, error: tail });
-        }
-        curve.reverse();
-        let total = tail;
-        curve.push(Point { bytes: group.iter().map(Problem::bytes).sum(), error: 0.0 });
-        Ok(Some(Decomposition { norm_squared: total, curve, state: vec![found.vectors], ..Decomposition::default() }))
+        self.profile(&joint, &outline, group.iter().map(Problem::bytes).sum(), backend).map(Some)
     }
 
     fn has_curve(&self) -> bool {
@@ -254,7 +171,7 @@ impl<T: Real> Factorize<T> for Svd {
         let u = vectors.slice(s![.., ..choice]);
         let right = match images {
             Some(images) => images.slice(s![..choice, ..]).to_owned(),
-            None => T::kernels(backend).matmul(u.t(), joint.weight.view()),
+            None => T::kernels(backend).matmul(u.t(), joint.weight().view()),
         };
         self.cut(group, &joint, u, right, &outline, backend)
     }
@@ -269,7 +186,7 @@ impl<T: Real> Factorize<T> for Svd {
         let side = k as u64;
         let (short, long) = (side, m.max(n) as u64);
         // Weight in T and f64, its product with the Gram matrix, the Gram matrix and its root, the eigenproblem.
-        let memory = 8 * (4 * short * long + 2 * (n * n) as u64 + 4 * short * short);
+        let memory = 8 * (3 * short * long + 2 * (n * n) as u64 + 4 * short * short);
         let (bytes, exact) = match (*budget, budget.byte_limit(before)) {
             (_, Some(limit)) if limit >= before => (before, true),
             (_, Some(limit)) => {
@@ -287,6 +204,28 @@ impl<T: Real> Factorize<T> for Svd {
 }
 
 impl Svd {
+    /// Every rank's error of a joint matrix that takes `before` bytes as it is.
+    pub(super) fn profile<T: Real>(
+        &self,
+        joint: &Joint<'_, T>,
+        outline: &Outline,
+        before: u64,
+        backend: &dyn Backend,
+    ) -> Result<Decomposition<T>> {
+        let found = spectrum(joint, backend)?;
+        // Tails are summed from the small end, so that none is lost beside the large eigenvalues.
+        let mut curve = Vec::with_capacity(found.values.len() + 2);
+        let mut tail = 0.0;
+        for rank in (0..=found.values.len()).rev() {
+            tail += found.values.get(rank).copied().unwrap_or(0.0);
+            let bytes = if rank == 0 { 0 } else { self.bytes(joint.shape, rank, outline) };
+            curve.push(Point { bytes, error: tail });
+        }
+        curve.reverse();
+        curve.push(Point { bytes: before, error: 0.0 });
+        Ok(Decomposition { norm_squared: tail, curve, state: vec![found.vectors], ..Decomposition::default() })
+    }
+
     fn start<'a, T: Real>(&self, group: &[Problem<'a, T>]) -> Result<(Outline, &'a dyn Backend)> {
         let Some(first) = group.first() else {
             return Err(Error::shape("a group of at least one weight", 0));
@@ -299,7 +238,7 @@ impl Svd {
     fn cut<T: Real>(
         &self,
         group: &[Problem<'_, T>],
-        joint: &Joint<T>,
+        joint: &Joint<'_, T>,
         u: ArrayView2<'_, T>,
         right: Array2<T>,
         outline: &Outline,
@@ -313,7 +252,7 @@ impl Svd {
             }
         }
         let dense = |values: Array2<T>| Dense::rounded(values, outline.dtype);
-        let (left, right) = match (self.form, self.side(joint.weight.dim())) {
+        let (left, right) = match (self.form, self.side(joint.shape)) {
             (Form::Factors, _) => (Operator::Dense(dense(left)?), Operator::Dense(dense(right)?)),
             (Form::Pivot, Side::Left) => {
                 // An orthonormal basis of the columns of D⁻¹U keeps the coefficients accurate.

@@ -2,15 +2,18 @@
 
 use ::faer::dyn_stack::{MemBuffer, MemStack};
 use ::faer::linalg::matmul::triangular::{self, BlockStructure};
-use ::faer::linalg::{cholesky::llt, evd, householder, qr, svd, triangular_solve};
+use ::faer::linalg::{cholesky::llt, householder, qr, svd, triangular_solve};
 use ::faer::prelude::*;
 use ::faer::traits::RealField;
 use ::faer::{Accum, Conj, diag::Diag};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 
+use self::symmetric::eigh;
 use super::{Eigh, Kernels, PivotedR, Svd, matmul_into, mirror};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
+
+mod symmetric;
 
 /// Pure-Rust kernels. Products use the `gemm` crate, factorizations faer 0.24.
 #[derive(Debug, Clone, Copy, Default)]
@@ -104,24 +107,6 @@ fn square<T: Real + RealField>(kernel: &'static str, a: MatRef<'_, T>) -> Result
         }
         (m, n) => Err(Error::Numerical { kernel, detail: format!("a square matrix is needed, not {m}x{n}") }),
     }
-}
-
-fn eigh<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Eigh<T>> {
-    let n = square("eigh", a)?;
-    if n == 0 {
-        return Ok(Eigh { values: Array1::zeros(0), vectors: Array2::zeros((0, 0)) });
-    }
-    let (mut vectors, mut values) = (Mat::<T>::zeros(n, n), Diag::<T>::zeros(n));
-    let scratch = evd::self_adjoint_evd_scratch::<T>(n, evd::ComputeEigenvectors::Yes, par(), default());
-    let mut memory = MemBuffer::new(scratch);
-    evd::self_adjoint_evd(a, values.as_mut(), Some(vectors.as_mut()), par(), MemStack::new(&mut memory), default())
-        .map_err(|e| Error::Numerical { kernel: "eigh", detail: format!("{e:?} on {n}x{n}") })?;
-    let values = values.column_vector();
-    // faer sorts ascending; we want the largest first.
-    Ok(Eigh {
-        values: Array1::from_shape_fn(n, |i| values[n - 1 - i]),
-        vectors: to_rows(vectors.as_ref().reverse_cols()),
-    })
 }
 
 fn thin_svd<T: Real + RealField>(a: MatRef<'_, T>) -> Result<Svd<T>> {
@@ -240,8 +225,8 @@ macro_rules! kernels {
             fn symmetric_product(&self, a: ArrayView2<'_, $t>, b: ArrayView2<'_, $t>) -> Array2<$t> {
                 with_view(a, |a| with_view(b, |b| symmetric_product(a, b)))
             }
-            fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
-                with_view(a, eigh)
+            fn eigh(&self, a: Array2<$t>) -> Result<Eigh<$t>> {
+                eigh(a)
             }
             fn svd(&self, a: ArrayView2<'_, $t>) -> Result<Svd<$t>> {
                 with_view(a, thin_svd)

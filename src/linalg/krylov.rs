@@ -250,7 +250,7 @@ impl<'a, T: Real> Basis<'a, T> {
         let k = self.q.nrows();
         let rank = rank.min(k);
         let small = self.a.inner(self.x.view());
-        let found = wide.eigh(small.view())?;
+        let found = wide.eigh(small.clone())?;
         let energies: Vec<f64> = found.values.iter().map(|v| v.max(0.0)).collect();
         let chosen = found.vectors.slice(s![.., ..rank]);
         let turn = T::cast(chosen);
@@ -310,7 +310,7 @@ fn orthonormal_rows<T: Real>(mut w: Array2<T>, floor: f64, backend: &dyn Backend
             return Ok(w);
         }
     }
-    let found = wide.eigh(gram.view())?;
+    let found = wide.eigh(gram)?;
     let keep = found.values.iter().take_while(|&&v| v > floor && v > 1e-12 * top).count();
     let scale: Array1<f64> = found.values.iter().take(keep).map(|v| v.sqrt().recip()).collect();
     let turn = &found.vectors.slice(s![.., ..keep]) * &scale;

@@ -68,8 +68,8 @@ macro_rules! kernels {
                 Faer.symmetric_product(a, b)
             }
 
-            fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
-                let full = from_lower("eigh", a)?;
+            fn eigh(&self, a: Array2<$t>) -> Result<Eigh<$t>> {
+                let full = from_lower("eigh", a.view())?;
                 if full.is_empty() {
                     return Ok(Eigh { values: Array1::zeros(0), vectors: full });
                 }

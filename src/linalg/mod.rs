@@ -84,11 +84,12 @@ pub trait Kernels<T: Real>: Debug + Send + Sync {
         mirror(&mut c);
         c
     }
-    /// Eigendecomposition of a symmetric matrix; only the lower triangle is read. About 9n³ flops.
+    /// Eigendecomposition of a symmetric matrix; only the lower triangle is read. The matrix is taken, so that its
+    /// memory can be used or given back. About 9n³ flops.
     ///
     /// # Errors
     /// [`Error::Numerical`](crate::Error::Numerical) if it does not converge.
-    fn eigh(&self, a: ArrayView2<'_, T>) -> Result<Eigh<T>>;
+    fn eigh(&self, a: Array2<T>) -> Result<Eigh<T>>;
     /// Thin singular value decomposition.
     ///
     /// # Errors

@@ -293,7 +293,7 @@ fn by_backend<T: Real>(a: ArrayView2<'_, T>) -> Result<SingularTriplet<T>> {
         return Ok(SingularTriplet::zero(a.nrows(), a.ncols()));
     }
     let scaled = &a / largest;
-    let found = Kernels::<f64>::eigh(&Faer, Kernels::<f64>::gram(&Faer, scaled.t()).view())?;
+    let found = Kernels::<f64>::eigh(&Faer, Kernels::<f64>::gram(&Faer, scaled.t()))?;
     let mut left = scaled.dot(&found.vectors.column(0));
     left /= left.dot(&left).sqrt();
     let mut right = left.dot(&scaled);

@@ -92,7 +92,7 @@ impl Gram {
         if let Some(root) = self.root.get() {
             return Ok(root);
         }
-        let Eigh { values, vectors: mut root } = f64::kernels(backend).eigh(self.matrix.view())?;
+        let Eigh { values, vectors: mut root } = f64::kernels(backend).eigh(self.matrix.clone())?;
         root *= &values.mapv(|value| value.max(0.0).sqrt()).insert_axis(Axis(0));
         Ok(self.root.get_or_init(|| root))
     }
@@ -136,7 +136,7 @@ fn indefinite(a: &Array2<f64>, shift: f64) -> Result<Option<(f64, f64)>> {
         return Ok(None);
     }
     drop(shifted);
-    let values = kernels.eigh(a.view())?.values;
+    let values = kernels.eigh(a.clone())?.values;
     let (most, least) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
     Ok((least < -TOLERANCE * most).then_some((least, most)))
 }
@@ -285,7 +285,7 @@ mod tests {
     macro_rules! counting {
         ($t:ty) => {
             impl Kernels<$t> for Counting {
-                fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
+                fn eigh(&self, a: Array2<$t>) -> Result<Eigh<$t>> {
                     self.0.fetch_add(1, Ordering::SeqCst);
                     std::thread::sleep(std::time::Duration::from_millis(20));
                     Faer.eigh(a)

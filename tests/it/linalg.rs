@@ -41,7 +41,7 @@ macro_rules! flawed {
                 }
                 c
             }
-            fn eigh(&self, a: ArrayView2<'_, $t>) -> Result<Eigh<$t>> {
+            fn eigh(&self, a: Array2<$t>) -> Result<Eigh<$t>> {
                 let mut found = Faer.eigh(a)?;
                 if self.0 == "eigh" {
                     found.values.invert_axis(ndarray::Axis(0));

@@ -73,7 +73,7 @@ fn procrustes<T: Real>(m: Array2<T>, atoms: &Array2<T>, backend: &dyn Backend) -
         return Ok(atoms.clone());
     }
     wide.zip_mut_with(atoms, |v, a| *v += HOLD * mean * a.wide());
-    let found = kernels.eigh(kernels.gram(wide.t()).view())?;
+    let found = kernels.eigh(kernels.gram(wide.t()))?;
     let floor = (1e-14 * found.values.first().copied().unwrap_or(0.0)).max(f64::MIN_POSITIVE);
     let scaled = &found.vectors / &found.values.mapv(|v| v.max(floor).sqrt()).insert_axis(Axis(0));
     let root = kernels.matmul(scaled.view(), found.vectors.t());

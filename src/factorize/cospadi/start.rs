@@ -19,7 +19,7 @@ const SEEN: f64 = 1e-10;
 /// What all candidates have in common.
 struct Start<'a, T: Real> {
     signals: Signals<'a, T>,
-    joint: Joint<T>,
+    joint: Joint<'a, T>,
     found: Spectrum<T>,
     /// The signals in the plain norm, where they are needed.
     whitened: Option<Array2<T>>,
@@ -174,7 +174,7 @@ impl<T: Real> Start<'_, T> {
         let (atoms, pivots) = match init {
             Init::Svd => {
                 let u = self.found.vectors.slice(s![.., ..k]);
-                let right = kernels.matmul(u.t(), self.joint.weight.view());
+                let right = kernels.matmul(u.t(), self.joint.weight().view());
                 let mut left = u.to_owned();
                 let mut basis = left.clone();
                 if let Some(d) = &self.joint.scale {

@@ -98,6 +98,8 @@ impl<T: Real> Layers<'_, '_, T> {
     pub(super) fn fit_atoms(&self, found: &mut Shares<T>) -> Result<()> {
         if self.alike() {
             let runs: Vec<_> = found.runs.iter().map(|run| (run.layers.clone(), run.atoms.len())).collect();
+            // New ones need the layers and residuals only: two sets are never in memory.
+            found.runs.iter_mut().for_each(|run| run.atoms.clear());
             let rest = |l: usize, rows: &Range<usize>| self.left(found, l, rows, false, true);
             let gram = self.weighed_products(rest)?;
             found.runs = self.principal(&gram, &runs, rest)?;

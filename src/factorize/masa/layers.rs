@@ -104,12 +104,12 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         Ok(layers)
     }
 
-    /// Panels of rows: of all layers together about as much as one layer.
+    /// Panels of rows: of all layers together about a quarter of one layer.
     pub(super) fn panels(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<T> {
         /// Fewer make no product worth its name.
         const LEAST: usize = 64;
         let m = self.group[0].shape().0;
-        let height = m.div_ceil(self.group.len()).max(LEAST);
+        let height = m.div_ceil(4 * self.group.len()).max(LEAST);
         (0..m).step_by(height).map(move |first| first..m.min(first + height))
     }
 
@@ -182,7 +182,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
 
     /// Eigenvalues of a run of K, the largest first, none below zero, and its eigenvectors.
     pub(super) fn spectrum(&self, gram: &Array2<f64>, run: &Range<usize>) -> Result<Eigh<f64>> {
-        let mut found = f64::kernels(self.backend()).eigh(gram.slice(s![run.clone(), run.clone()]))?;
+        let mut found = f64::kernels(self.backend()).eigh(gram.slice(s![run.clone(), run.clone()]).to_owned())?;
         found.values.mapv_inplace(|v| v.max(0.0));
         Ok(found)
     }

@@ -14,8 +14,9 @@
 //! there is no more than that, and pivoted low rank of each layer alone (S = 0, which is tried too unless `atoms`
 //! asks for others) is better. Made for layers that were tied, or trained to be shared.
 //!
-//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms, one layer (what
-//! low rank makes of it for its residual), and a panel of rows of all layers, which are as much together as one layer is.
+//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms and residuals
+//! found, the eigenproblem of one layer at its highest (3½ times its short side squared; the layer itself is read again
+//! afterwards), and a panel of rows of all layers, together a quarter of one.
 
 use std::sync::Arc;
 
@@ -121,7 +122,7 @@ impl<T: Real> Factorize<T> for Masa {
         // rank needs for one, and the results.
         let most = group.len().min((limit / first_bytes(group).max(1)) as usize + 1);
         let matrices = self.atoms.unwrap_or(2 * most) + 4;
-        let low_rank = if self.residual { 3 * m.min(n).pow(2) } else { 0 };
+        let low_rank = if self.residual { 4 * m.min(n).pow(2) } else { 0 };
         let memory = (size_of::<T>() * matrices * m * n + 8 * (low_rank + squares)) as u64 + limit.min(before);
         Ok(Forecast { bytes: limit.min(before), exact: limit >= before, memory })
     }

@@ -1,6 +1,7 @@
 //! What atoms leave of each layer, as weighted low rank.
 
-use super::super::{Factorize, Point, Problem, Svd};
+use super::super::svd::Joint;
+use super::super::{Factorize, Outline, Point, Problem, Svd};
 use super::layers::{Layers, Shares};
 use crate::allocate::{Offer, allocate};
 use crate::budget::Budget;
@@ -13,9 +14,10 @@ impl<T: Real> Layers<'_, '_, T> {
     pub(super) fn fit_residuals(&self, found: &mut Shares<T>, limit: u64) -> Result<()> {
         let (svd, all) = (Svd::default(), 0..self.group[0].shape().0);
         let decompose = |found: &Shares<T>, layer: usize| {
-            let left = self.left(found, layer, &all, true, false);
-            let decomposition = svd.decompose(std::slice::from_ref(&self.group[layer].whole(left.view())))?;
-            Ok((left, decomposition.unwrap_or_default()))
+            let problem = &self.group[layer];
+            let outline = Outline { shape: problem.shape(), dtype: problem.dtype };
+            let left = || self.left(found, layer, &all, true, false).into();
+            svd.profile(&Joint::lone(outline.shape, &problem.metric, left), &outline, outline.bytes(), self.backend())
         };
         // The last choice is the weight kept dense: not for a residual. And without atoms no layer is given up.
         let choices = |found: &Shares<T>, curve: &[Point]| -> (usize, Vec<Point>) {
@@ -28,7 +30,7 @@ impl<T: Real> Layers<'_, '_, T> {
             true => {
                 let mut curves = Vec::with_capacity(self.count());
                 for layer in 0..self.count() {
-                    let mut curve = choices(found, &decompose(found, layer)?.1.curve).1;
+                    let mut curve = choices(found, &decompose(found, layer)?.curve).1;
                     curve.iter_mut().for_each(|point| point.error *= self.weights[layer]);
                     curves.push(curve);
                 }
@@ -39,10 +41,11 @@ impl<T: Real> Layers<'_, '_, T> {
         // Else the largest ranks of equal bytes, where errors are no price.
         let each = limit / self.count().max(1) as u64;
         for layer in 0..self.count() {
-            let (left, decomposition) = decompose(found, layer)?;
+            let decomposition = decompose(found, layer)?;
             let (first, curve) = choices(found, &decomposition.curve);
             let largest = || curve.iter().rposition(|point| point.bytes <= each).unwrap_or(0);
             let rank = first + dealt.as_ref().map_or_else(largest, |dealt| dealt[layer]);
+            let left = self.left(found, layer, &all, true, false);
             let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
             found.residuals[layer] = match rank {
                 0 => None,

@@ -75,7 +75,7 @@ impl<'p> Slices<'p> {
                 }
                 (_, None) => Root::Identity,
                 (_, Some(gram)) => {
-                    let found = f64::kernels(problem.backend).eigh(gram.slice(s![range.clone(), range]))?;
+                    let found = f64::kernels(problem.backend).eigh(gram.slice(s![range.clone(), range]).to_owned())?;
                     let floor = FLOOR * found.values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE);
                     let root = found.values.mapv(|v| v.max(0.0).sqrt());
                     let inverse = found.values.mapv(|v| if v > floor { 1.0 / v.sqrt() } else { 0.0 });

@@ -2,12 +2,12 @@
 
 use std::cmp::Ordering;
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayBase, ArrayView2, Axis, DataMut, Ix2, concatenate, s};
 
 use super::Joint;
 use crate::error::{Error, Result};
 use crate::linalg::{Backend, Kernels};
-use crate::metric::Weighting;
+use crate::metric::{Metric, Weighting};
 use crate::scalar::Real;
 
 /// Eigenvalues λ of C, largest first, and the matching orthonormal U (M×k), k the numerical rank of W.
@@ -18,15 +18,14 @@ pub(in crate::factorize) struct Spectrum<T> {
 
 /// σ² and the left singular vectors of a matrix, by the exact route.
 pub(in crate::factorize) fn plain_spectrum<T: Real>(w: Array2<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
-    let blocks = vec![(w.ncols(), Weighting::Identity)];
-    metric_spectrum::<T, f64>(&Joint { weight: w, scale: None, blocks }, backend)
+    metric_spectrum::<T, f64>(&Joint::lone(w.dim(), &Metric::frobenius(), || w.view().into()), backend)
 }
 
 /// A short side up to this is squared in f64 at once.
 const SQUARE_IN_F64: usize = 2048;
 
-pub(in crate::factorize) fn spectrum<T: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
-    let (m, n) = joint.weight.dim();
+pub(in crate::factorize) fn spectrum<T: Real>(joint: &Joint<'_, T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.shape;
     if m.min(n) > SQUARE_IN_F64 {
         let quick = metric_spectrum::<T, f32>(joint, backend)?;
         if trusted(&quick.values, m.min(n)) {
@@ -45,28 +44,15 @@ fn trusted(values: &[f64], k: usize) -> bool {
 }
 
 /// The eigenpairs of C with λ above rounding, by the cheaper side, computed in P.
-fn metric_spectrum<T: Real, P: Real>(joint: &Joint<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+fn metric_spectrum<T: Real, P: Real>(joint: &Joint<'_, T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
     let kernels = P::kernels(backend);
-    let (m, n) = joint.weight.dim();
+    let (m, n) = joint.shape;
     let gram = joint.blocks.iter().any(|(_, input)| matches!(input, Weighting::Gram(_)));
     // With a Gram metric the n×n side needs the square root of A first, hence the handicap.
     let tall = joint.blocks.len() == 1 && if gram { 2 * m > 3 * n } else { m > n };
-    let mut y = P::cast(joint.weight.view()).into_owned();
     if !tall {
-        let mut c = Array2::<P>::zeros((m, m));
-        let mut at = 0;
-        for (columns, input) in &joint.blocks {
-            let mut block = y.slice_mut(s![.., at..at + columns]);
-            at += columns;
-            match input {
-                Weighting::Gram(gram) => c += &sandwich(kernels, block.view(), P::cast(gram.matrix()).view()),
-                weighting => {
-                    scale_columns(&mut block, weighting);
-                    c += &kernels.gram(block.view());
-                }
-            }
-        }
-        let found = kernels.eigh(c.view())?;
+        // Nothing but the square is in memory while it is decomposed.
+        let found = kernels.eigh(square::<T, P>(joint, kernels))?;
         let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
         let k = count_above(&values, 1e-13).min(n);
         return Ok(Spectrum {
@@ -74,11 +60,13 @@ fn metric_spectrum<T: Real, P: Real>(joint: &Joint<T>, backend: &dyn Backend) ->
             values: values[..k].to_vec(),
         });
     }
+    let weight = joint.weight();
+    let mut y = P::cast(weight.view());
     match &joint.blocks[0].1 {
-        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::cast(gram.sqrt(backend)?.view()).view()),
-        weighting => scale_columns(&mut y.view_mut(), weighting),
+        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::cast(gram.sqrt(backend)?.view()).view()).into(),
+        weighting => scale_columns(&mut y, weighting),
     }
-    let found = kernels.eigh(kernels.gram(y.t()).view())?;
+    let found = kernels.eigh(kernels.gram(y.t()))?;
     let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
     // U = Y·V·Λ^{−½} is orthonormal to ε·λ₁/λᵢ, so that in f64 it needs no further care down to here.
     let k = count_above(&values, 1e-12);
@@ -87,6 +75,28 @@ fn metric_spectrum<T: Real, P: Real>(joint: &Joint<T>, backend: &dyn Backend) ->
         column.mapv_inplace(|v| v / P::from_f64(value.sqrt()));
     }
     Ok(Spectrum { values: values[..k].to_vec(), vectors: T::cast(u.view()).into_owned() })
+}
+
+/// C = D·W·A·Wᵀ·D.
+fn square<T: Real, P: Real>(joint: &Joint<'_, T>, kernels: &dyn Kernels<P>) -> Array2<P> {
+    let weight = joint.weight();
+    let (mut sum, mut at) = (None, 0);
+    for (columns, input) in &joint.blocks {
+        let mut block = P::cast(weight.slice(s![.., at..at + columns]));
+        at += columns;
+        let part = match input {
+            Weighting::Gram(gram) => sandwich(kernels, block.view(), P::cast(gram.matrix()).view()),
+            weighting => {
+                scale_columns(&mut block, weighting);
+                kernels.gram(block.view())
+            }
+        };
+        sum = Some(match sum {
+            None => part,
+            Some(sum) => sum + part,
+        });
+    }
+    sum.unwrap_or_else(|| Array2::zeros((joint.shape.0, joint.shape.0)))
 }
 
 /// Columns of G that [`sandwich`] takes at once.
@@ -121,7 +131,10 @@ fn count_above(values: &[f64], relative: f64) -> usize {
     values.iter().take_while(|&&v| v > floor).count()
 }
 
-pub(in crate::factorize) fn scale_columns<P: Real>(block: &mut ndarray::ArrayViewMut2<'_, P>, weighting: &Weighting) {
+pub(in crate::factorize) fn scale_columns<P: Real, S: DataMut<Elem = P>>(
+    block: &mut ArrayBase<S, Ix2>,
+    weighting: &Weighting,
+) {
     if let Weighting::Diagonal(a) = weighting {
         for (mut column, &a) in block.columns_mut().into_iter().zip(a.iter()) {
             column.mapv_inplace(|v| v * P::from_f64(a.sqrt()));
@@ -131,23 +144,23 @@ pub(in crate::factorize) fn scale_columns<P: Real>(block: &mut ndarray::ArrayVie
 
 /// Adds the plain singular directions of what the metric does not see, so that ranks beyond those that
 /// lower the metric error are spent on W itself rather than on rounding noise.
-fn fill<T: Real>(joint: &Joint<T>, found: Spectrum<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
-    let (m, n) = joint.weight.dim();
+fn fill<T: Real>(joint: &Joint<'_, T>, found: Spectrum<T>, backend: &dyn Backend) -> Result<Spectrum<T>> {
+    let (m, n) = joint.shape;
     let missing = m.min(n) - found.values.len();
     let plain = joint.blocks.iter().all(|(_, input)| matches!(input, Weighting::Identity));
     if missing == 0 || plain {
         return Ok(found);
     }
     let kernels = T::kernels(backend);
-    let inside = kernels.matmul(found.vectors.t(), joint.weight.view());
-    let mut rest = joint.weight.clone();
+    let weight = joint.weight();
+    let inside = kernels.matmul(found.vectors.t(), weight.view());
+    let mut rest = weight.to_owned();
     kernels.gemm(-T::one(), found.vectors.view(), inside.view(), T::one(), rest.view_mut());
     let norm = |a: ArrayView2<'_, T>| a.iter().map(|v| v.wide().powi(2)).sum::<f64>();
-    if norm(rest.view()) <= 1e-10 * norm(joint.weight.view()) {
+    if norm(rest.view()) <= 1e-10 * norm(weight.view()) {
         return Ok(found);
     }
-    let rest = Joint { weight: rest, scale: None, blocks: vec![(n, Weighting::Identity)] };
-    let extra = metric_spectrum::<T, f64>(&rest, backend)?;
+    let extra = plain_spectrum(rest, backend)?;
     let count = missing.min(count_above(&extra.values, 1e-8));
     let vectors = concatenate(Axis(1), &[found.vectors.view(), extra.vectors.slice(s![.., ..count])])
         .map_err(|e| Error::shape("columns of one length", e.to_string()))?;

@@ -23,8 +23,8 @@ struct Weighted<'a, T: Real> {
 }
 
 impl<'a, T: Real> Weighted<'a, T> {
-    fn new(joint: &'a Joint<T>, backend: &'a dyn Backend) -> Self {
-        let (mut weight, mut grams, mut at) = (joint.weight.clone(), Vec::new(), 0);
+    fn new(joint: &'a Joint<'_, T>, backend: &'a dyn Backend) -> Self {
+        let (mut weight, mut grams, mut at) = (joint.weight().into_owned(), Vec::new(), 0);
         for (columns, input) in &joint.blocks {
             let range = at..at + columns;
             at = range.end;
@@ -99,11 +99,11 @@ impl Svd {
     pub(super) fn fast<T: Real>(
         &self,
         group: &[Problem<'_, T>],
-        joint: &Joint<T>,
+        joint: &Joint<'_, T>,
         outline: &Outline,
         backend: &dyn Backend,
     ) -> Result<Decomposition<T>> {
-        let (shape, budget) = (joint.weight.dim(), group[0].budget);
+        let (shape, budget) = (joint.shape, group[0].budget);
         let before: u64 = group.iter().map(Problem::bytes).sum();
         let rank = match (budget, budget.byte_limit(before)) {
             (Budget::Rank(rank), _) => rank.min(shape.0.min(shape.1)),

@@ -1,5 +1,7 @@
 use std::sync::Arc;
 
+use ndarray::Array1;
+
 use super::*;
 use crate::linalg::{Faer, Kernels};
 use crate::metric::{Metric, MetricSpec, Weighting};
