@@ -70,6 +70,7 @@ macro_rules! kernels {
 
             fn eigh(&self, a: Array2<$t>) -> Result<Eigh<$t>> {
                 let full = from_lower("eigh", a.view())?;
+                drop(a);
                 if full.is_empty() {
                     return Ok(Eigh { values: Array1::zeros(0), vectors: full });
                 }

@@ -18,6 +18,7 @@ impl<T: Real> Layers<'_, '_, T> {
             let outline = Outline { shape: problem.shape(), dtype: problem.dtype };
             let left = || self.left(found, layer, &all, true, false).into();
             svd.profile(&Joint::lone(outline.shape, &problem.metric, left), &outline, outline.bytes(), self.backend())
+                .map_err(|e| e.of_tensor(problem.name))
         };
         // The last choice is the weight kept dense: not for a residual. And without atoms no layer is given up.
         let choices = |found: &Shares<T>, curve: &[Point]| -> (usize, Vec<Point>) {
@@ -45,12 +46,12 @@ impl<T: Real> Layers<'_, '_, T> {
             let (first, curve) = choices(found, &decomposition.curve);
             let largest = || curve.iter().rposition(|point| point.bytes <= each).unwrap_or(0);
             let rank = first + dealt.as_ref().map_or_else(largest, |dealt| dealt[layer]);
-            let left = self.left(found, layer, &all, true, false);
-            let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
-            found.residuals[layer] = match rank {
-                0 => None,
-                _ => svd.assemble(std::slice::from_ref(&problem), &decomposition)?.pop(),
-            };
+            found.residuals[layer] = None;
+            if rank > 0 {
+                let left = self.left(found, layer, &all, true, false);
+                let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
+                found.residuals[layer] = svd.assemble(std::slice::from_ref(&problem), &decomposition)?.pop();
+            }
         }
         Ok(())
     }
