@@ -155,7 +155,7 @@ impl pulp::NullaryFnOnce for Spread<'_> {
                     Some(&whole) => whole,
                     None => std::array::from_fn(|i| values.get(i).copied().unwrap_or_default()),
                 };
-                *to = cast(self.simd.avx512f._mm512_maskz_expand_ps(mask, in_register(self.simd, cast(stored))));
+                *to = cast(self.simd.avx512f._mm512_maskz_expand_ps(mask, cast(stored)));
                 values = values.get(mask.count_ones() as usize..).unwrap_or_default();
             }
         }
