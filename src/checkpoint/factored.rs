@@ -36,6 +36,19 @@ impl Checkpoint {
         Ok(all)
     }
 
+    /// Parts that do not fit: not a user's shapes are at fault, but the file.
+    fn contradiction(&self, error: Error) -> Error {
+        let unfit = match &error {
+            Error::Tensor { source, .. } => matches!(**source, Error::Shape { .. }),
+            other => matches!(other, Error::Shape { .. }),
+        };
+        if !unfit {
+            return error;
+        }
+        let detail = format!("damaged or changed since it was written, compress the original again ({error})");
+        Error::Checkpoint { path: self.root().into(), detail }
+    }
+
     /// Loads weights as operators; what they share is loaded once. See [`Loader`].
     ///
     /// # Errors
@@ -67,17 +80,17 @@ impl<T: Real> Loader<'_, T> {
     /// A weight by its original name: its operator if it was compressed, else the matrix itself.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::Shape`] if it is no matrix or the parts do not fit,
-    /// [`Error::NonFinite`].
+    /// [`Error::MissingTensor`], [`Error::Shape`] if it is no matrix, [`Error::Checkpoint`] if the parts of a compressed
+    /// one do not fit its description, [`Error::NonFinite`].
     pub fn operator(&mut self, name: &str) -> Result<Operator<T>> {
         use crate::operator::LinearOperator;
         let mut load = || match self.trees.get(name) {
             Some(tree) => {
-                let operator = self.decoder.decode(&tree.operator)?;
-                match operator.shape() == tree.shape {
+                let whole = |operator: Operator<T>| match operator.shape() == tree.shape {
                     true => Ok(operator),
                     false => Err(Error::shape(tree.shape, operator.shape())),
-                }
+                };
+                self.decoder.decode(&tree.operator).and_then(whole).map_err(|e| self.checkpoint.contradiction(e))
             }
             None => {
                 let stored = self.checkpoint.get(name)?;

@@ -239,3 +239,28 @@ fn side_files_are_what_a_copy_needs() {
     assert!(lone.side_files().unwrap().is_empty());
     assert_eq!(lone.root(), folder.path());
 }
+
+#[test]
+fn parts_that_contradict_their_description_say_what_to_do() {
+    let folder = tempdir().unwrap();
+    let model = folder.path().join("one.safetensors");
+    let weight = super::run::entry("a.weight", &super::run::matrix(24, 40, 1), DType::F32);
+    write_shard(&model, &BTreeMap::new(), vec![weight]).unwrap();
+    let text = "[[rule]]\nmatch = '.*'\nmethod = { type = 'quantize', bits = 4 }\nbudget = { keep = 0.5 }";
+    let out = folder.path().join("out");
+    let recipe = weightpress::Recipe::parse(text).unwrap();
+    super::run::run(&model, &out, &recipe, weightpress::run::Options::default()).unwrap();
+    let load = || Checkpoint::open(&out)?.loader::<f32>()?.operator("a.weight");
+    load().unwrap();
+
+    let file = out.join("one.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let said = br#"bits\":4"#;
+    let at = bytes.windows(said.len()).position(|part| part == said).unwrap();
+    bytes[at + said.len() - 1] = b'3';
+    fs::write(&file, bytes).unwrap();
+    let error = load().unwrap_err();
+    let Error::Tensor { name, source } = &error else { panic!("{error:?}") };
+    assert!(name == "a.weight" && matches!(**source, Error::Checkpoint { .. }), "{error:?}");
+    assert!(error.to_string().contains("compress the original again"), "{error}");
+}
