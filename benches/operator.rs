@@ -104,6 +104,17 @@ fn all(c: &mut Criterion) {
         }
         group.finish();
     }
+    // With the transpose: gradients, and factors that stand on the other side.
+    for batch in [1, 16] {
+        let x = numbers(n, batch);
+        let mut group = c.benchmark_group(format!("operator/f32/{n}/transposed, batch {batch}"));
+        for (name, operator) in forms.iter().filter(|form| form.0.ends_with("bits") || form.0 == "dense") {
+            group.bench_function(*name, |b| {
+                pool.install(|| b.iter(|| operator.product_transposed(black_box(x.view()))))
+            });
+        }
+        group.finish();
+    }
 }
 
 /// One token through matrices of a small language model and their two factors of half the bytes, beside ndarray's own

@@ -18,9 +18,9 @@ mod panel;
 pub(super) use self::bytes::write;
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
-use self::panel::{Lanes, Unpacking, as_bytes, kind, turn_scales, turn_zeros, unpack};
+use self::panel::{Lanes, Unpacking, as_bytes, kind, turn_scales, turn_zeros, turned, unpack};
 use super::CodedRows;
-use super::packed::PANEL;
+use super::packed::{LINE, PANEL};
 use crate::scalar::Real;
 use crate::simd::prefetch;
 
@@ -50,6 +50,24 @@ pub(super) fn available() -> bool {
 /// Whether there is a kernel for such rows here.
 pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
     Layout::new::<T>(bits, group, columns).is_some()
+}
+
+/// Sixteen chunks of 32 bits of all rows of a panel as the rows have them.
+///
+/// # Panics
+/// Unless the instructions are [`available`].
+pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> [[u8; LINE]; PANEL] {
+    assert!(available());
+    let all: [[[i32; LANES]; BANDS]; LINE / EACH] = bytemuck::cast(*chunks);
+    let mut lines = [[0; LINE]; PANEL];
+    for band in 0..BANDS {
+        let of = all.map(|chunk| bytemuck::cast(chunk[band]));
+        // SAFETY: the machine has the instructions.
+        #[allow(unsafe_code)]
+        let rows = unsafe { turned(of) };
+        lines[band * LANES..][..LANES].iter_mut().zip(rows).for_each(|(line, row)| *line = bytemuck::cast(row));
+    }
+    lines
 }
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.

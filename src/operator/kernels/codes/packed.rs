@@ -10,6 +10,8 @@ use std::ops::Range;
 
 use crate::scalar::Real;
 
+/// Bytes of a row that are gathered together.
+pub(super) const LINE: usize = 64;
 /// Rows side by side.
 pub(super) const PANEL: usize = 32;
 
@@ -66,20 +68,37 @@ impl PackedCodes {
         if !self.panels {
             return Cow::Borrowed(&self.bytes[range.start * width..]);
         }
-        let (size, mut rows) = (self.chunk_bits(), Vec::with_capacity(range.len() * width));
+        // Codes that end on a whole byte, a chunk or two of them.
+        let (size, pair) = (self.chunk_bits(), self.chunk_bits() % 32 != 0);
+        let unit = if pair { size / 4 } else { size / 8 };
+        let mut rows = vec![0; range.len() * width];
         let mut first = range.start;
         while first < range.end {
             let (panel, from) = (&self.bytes[first / PANEL * self.panel_bytes()..], first % PANEL);
             let count = (PANEL - from).min(range.end - first);
-            // All at once, so that a panel is read in its order.
-            let mut each = [const { Writer::new() }; PANEL];
-            each[..count].iter_mut().for_each(|row| row.bytes.reserve(width + 8));
-            for at in 0..self.chunks() {
-                for (r, row) in each[..count].iter_mut().enumerate() {
-                    row.push(bits_at(panel, (at * PANEL + from + r) * size, size), size);
+            let to = &mut rows[(first - range.start) * width..][..count * width];
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            if !pair && super::integer::available() {
+                gather(panel, from, width, to);
+                first += count;
+                continue;
+            }
+            // A cache line of each row at a time: a panel is read in its order, and long rows would evict each other.
+            for line in (0..width).step_by(LINE / unit * unit) {
+                for (r, row) in to.chunks_exact_mut(width).enumerate() {
+                    for start in (line..width.min(line + LINE / unit * unit)).step_by(unit) {
+                        let chunk = |at: usize| bits_at(panel, (at * PANEL + from + r) * size, size);
+                        let at = start / unit * (1 + usize::from(pair));
+                        let bits = chunk(at) | if pair && at + 1 < self.chunks() { chunk(at + 1) << size } else { 0 };
+                        let to = &mut row[start..];
+                        match to.first_chunk_mut() {
+                            // What is too much, the next unit writes over.
+                            Some(eight) => *eight = bits.to_le_bytes(),
+                            None => to.iter_mut().zip(bits.to_le_bytes()).for_each(|(to, bits)| *to = bits),
+                        }
+                    }
                 }
             }
-            each.into_iter().take(count).for_each(|row| rows.extend_from_slice(&row.finish()[..width]));
             first += count;
         }
         Cow::Owned(rows)
@@ -104,6 +123,21 @@ impl PackedCodes {
     }
     fn panel_bytes(&self) -> usize {
         self.chunks() * PANEL * self.chunk_bits() / 8
+    }
+}
+
+/// Some rows of a panel of chunks of 32 bits, from one on, a line of all rows at a time.
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+fn gather(panel: &[u8], first: usize, width: usize, to: &mut [u8]) {
+    for (line, chunks) in panel[..width.div_ceil(4) * 4 * PANEL].chunks(LINE * PANEL).enumerate() {
+        let mut block = [0; LINE * PANEL];
+        block[..chunks.len()].copy_from_slice(chunks);
+        let lines = super::integer::lines(&block);
+        let start = line * LINE;
+        let end = width.min(start + LINE);
+        for (row, line) in to.chunks_exact_mut(width).zip(&lines[first..]) {
+            row[start..end].copy_from_slice(&line[..end - start]);
+        }
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) fn as_bytes(lanes: &[[Lanes<i32>; BANDS]]) -> &[u8] {
 /// Turns a square around: vector i of the result has element i of each.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(super) fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     let mut pairs = rows;
     for i in 0..8 {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
