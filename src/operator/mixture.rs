@@ -142,6 +142,13 @@ mod tests {
             let back: Operator<f64> = decoder.decode(&serde_json::from_str(&text).unwrap()).unwrap();
             assert_eq!(&back, operator);
         }
+        // A part that is gone is not taken for one that has its place in memory.
+        let mut encoder = Encoder::new();
+        for i in 0..100 {
+            let part = Operator::Shared(Arc::new(Operator::from(Dense::new(array![[i as f64]]))));
+            encoder.encode(&format!("w{i}"), &part).unwrap();
+        }
+        assert_eq!(encoder.into_tensors().len(), 100);
         assert!(Mixture::new(Dense::new(array![[1.0f64]]), Vec::new()).is_err());
         assert!(Mixture::new(Dense::new(array![[1.0, 2.0]]), vec![leaf(0).into()]).is_err());
         let list = Operator::Permutation(Permutation::list(1 << 20, vec![0, 1, 2]).unwrap());

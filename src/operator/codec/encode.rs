@@ -1,5 +1,6 @@
 //! Operators → tensors and trees.
 
+use std::any::Any;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use crate::scalar::{DType, Real, narrow};
 #[derive(Debug, Default)]
 pub struct Encoder {
     tensors: Vec<NamedTensor>,
-    shared: HashMap<usize, Node>,
+    /// By address; the part is kept, so that no other takes its place.
+    shared: HashMap<usize, (Arc<dyn Any + Send + Sync>, Node)>,
 }
 
 impl Encoder {
@@ -87,12 +89,12 @@ impl Encoder {
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {
                 let key = Arc::as_ptr(inner) as *const () as usize;
-                if let Some(node) = self.shared.get(&key) {
+                if let Some((_, node)) = self.shared.get(&key) {
                     return Ok(node.clone());
                 }
                 let id = format!("{name}.{next}");
                 let node = Node::Shared { id, node: Box::new(self.visit(name, next, inner)?) };
-                self.shared.insert(key, node.clone());
+                self.shared.insert(key, (inner.clone(), node.clone()));
                 node
             }
         })
