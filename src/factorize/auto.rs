@@ -10,7 +10,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bitmask, Decomposition, Factorize, Forecast, Method, Outline, Point, Problem, Quantize, Svd};
+use super::{
+    Bitmask, Decomposition, Factorize, Forecast, Method, Outline, Point, Problem, Quantize, Residual, Rounding, Svd,
+};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
@@ -34,6 +36,14 @@ pub struct Auto {
 impl Default for Auto {
     fn default() -> Self {
         let quantize = |group, symmetric| Method::Quantize(Quantize { group, symmetric, ..Quantize::default() });
+        // More than 8 bits: their nearest, and what it leaves in a few more.
+        let eight = Quantize { bits: Some(8), group: 0, rule: Rounding::Nearest, ..Quantize::default() };
+        let finer = Residual {
+            share: 0.8,
+            rounds: 0,
+            first: Box::new(Method::Quantize(eight)),
+            then: Box::new(quantize(128, true)),
+        };
         Auto {
             levels: vec![0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8],
             cap: None,
@@ -41,6 +51,7 @@ impl Default for Auto {
                 quantize(0, true),
                 quantize(128, true),
                 quantize(32, false),
+                Method::Residual(finer),
                 Method::Svd(Svd::default()),
                 Method::Bitmask(Bitmask::default()),
             ],
