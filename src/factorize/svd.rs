@@ -95,7 +95,7 @@ impl Svd {
     }
 
     /// The largest rank of at least 1 that takes at most `limit` bytes.
-    fn rank_within(&self, shape: (usize, usize), limit: u64, outline: &Outline) -> Option<usize> {
+    pub(super) fn rank_within(&self, shape: (usize, usize), limit: u64, outline: &Outline) -> Option<usize> {
         (1..=shape.0.min(shape.1)).rev().find(|&rank| self.bytes(shape, rank, outline) <= limit)
     }
 

@@ -270,7 +270,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
                 self.fit_coefficients(&mut found);
             }
             if masa.residual {
-                self.fit_residuals(&mut found, rest)?;
+                self.fit_residuals(&mut found, rest, masa.route)?;
             }
             if atoms == 0 || !masa.residual && self.alike() {
                 break;

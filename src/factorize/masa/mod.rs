@@ -16,7 +16,7 @@
 //!
 //! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms and residuals
 //! found, the eigenproblem of one layer at its highest (3½ times its short side squared; the layer itself is read again
-//! afterwards), and a panel of rows of all layers, together a quarter of one.
+//! afterwards; by the fast route the layer twice and a few times what is found of it), and a panel of rows of all layers, together a quarter of one.
 
 use std::sync::Arc;
 
@@ -25,10 +25,10 @@ use serde::{Deserialize, Serialize};
 
 use self::layers::{Layers, Shares};
 use super::sparse::{no_rank, too_little};
-use super::{Factorize, Forecast, InParts, Outline, Problem};
+use super::{Factorize, Forecast, InParts, Outline, Problem, Route};
 use crate::budget::Budget;
 use crate::error::{Error, Result};
-use crate::metric::{InputMetric, MetricSpec};
+use crate::metric::{InputMetric, MetricSpec, OutputMetric};
 use crate::operator::{Dense, IndexSet, LinearOperator, Mixture, Operator};
 use crate::scalar::Real;
 
@@ -51,11 +51,13 @@ pub struct Masa {
     pub residual: bool,
     /// Rounds of atoms, coefficients and residuals.
     pub rounds: usize,
+    /// The way to the residuals: [`Route::Fast`] for large layers, where outputs are not weighed.
+    pub route: Route,
 }
 
 impl Default for Masa {
     fn default() -> Self {
-        Masa { atoms: None, runs: 1, residual: true, rounds: 3 }
+        Masa { atoms: None, runs: 1, residual: true, rounds: 3, route: Route::Exact }
     }
 }
 
@@ -84,6 +86,7 @@ impl<T: Real> Factorize<T> for Masa {
         let limit = self.limit(&outlines, &first.budget)?;
         let checked = |p: &InParts<'_, T>| super::check_metric(&p.metric, p.shape()).map_err(|e| e.of_tensor(p.name));
         group.iter().try_for_each(checked)?;
+        self.check_route(group.iter().any(|p| p.metric.output_scale().is_some()))?;
         let layers = Layers::new(group)?;
         if limit >= before {
             let whole = |p: &InParts<'_, T>| p.whole(p.weight.rows(0..p.shape().0).view()).dense();
@@ -112,6 +115,7 @@ impl<T: Real> Factorize<T> for Masa {
 
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
         let limit = self.limit(group, budget)?;
+        self.check_route(metric.output == OutputMetric::Fisher)?;
         let before: u64 = group.iter().map(Outline::bytes).sum();
         if limit < before && self.choices(group, limit).is_empty() {
             return Err(too_little(budget, self.least(group).min(before), before));
@@ -122,7 +126,7 @@ impl<T: Real> Factorize<T> for Masa {
         // rank needs for one, and the results.
         let most = group.len().min((limit / first_bytes(group).max(1)) as usize + 1);
         let matrices = self.atoms.unwrap_or(2 * most) + 4;
-        let low_rank = if self.residual { 4 * m.min(n).pow(2) } else { 0 };
+        let low_rank = if self.residual && self.route == Route::Exact { 4 * m.min(n).pow(2) } else { 0 };
         let memory = (size_of::<T>() * matrices * m * n + 8 * (low_rank + squares)) as u64 + limit.min(before);
         Ok(Forecast { bytes: limit.min(before), exact: limit >= before, memory })
     }
@@ -164,6 +168,16 @@ impl Masa {
         budget
             .byte_limit(before)
             .ok_or_else(|| Error::Unsupported(format!("masa has no error curve: it solves for bytes, not {budget}")))
+    }
+
+    /// The fast route has no error curves.
+    fn check_route(&self, weighed: bool) -> Result<()> {
+        if self.residual && weighed && self.route == Route::Fast {
+            let why = "masa: where outputs are weighed, residuals are dealt by their error curves, which take \
+                       route = \"exact\"";
+            return Err(Error::Unsupported(why.into()));
+        }
+        Ok(())
     }
 
     /// Numbers of atoms worth a try within a limit.

@@ -1,7 +1,7 @@
 //! What atoms leave of each layer, as weighted low rank.
 
 use super::super::svd::Joint;
-use super::super::{Factorize, Outline, Point, Problem, Svd};
+use super::super::{Factorize, Outline, Point, Problem, Route, Svd};
 use super::layers::{Layers, Shares};
 use crate::allocate::{Offer, allocate};
 use crate::budget::Budget;
@@ -11,8 +11,12 @@ use crate::scalar::Real;
 impl<T: Real> Layers<'_, '_, T> {
     /// Low rank of W_l − Σ c·D for each layer within so many bytes for all of them: as many each, or dealt to where
     /// they gain most.
-    pub(super) fn fit_residuals(&self, found: &mut Shares<T>, limit: u64) -> Result<()> {
-        let (svd, all) = (Svd::default(), 0..self.group[0].shape().0);
+    pub(super) fn fit_residuals(&self, found: &mut Shares<T>, limit: u64, route: Route) -> Result<()> {
+        let (svd, all) = (Svd { route, ..Svd::default() }, 0..self.group[0].shape().0);
+        let each = limit / self.count().max(1) as u64;
+        if route == Route::Fast {
+            return self.fit_leading(found, each, &svd);
+        }
         let decompose = |found: &Shares<T>, layer: usize| {
             let problem = &self.group[layer];
             let outline = Outline { shape: problem.shape(), dtype: problem.dtype };
@@ -40,7 +44,6 @@ impl<T: Real> Layers<'_, '_, T> {
             }
         };
         // Else the largest ranks of equal bytes, where errors are no price.
-        let each = limit / self.count().max(1) as u64;
         for layer in 0..self.count() {
             let decomposition = decompose(found, layer)?;
             let (first, curve) = choices(found, &decomposition.curve);
@@ -51,6 +54,20 @@ impl<T: Real> Layers<'_, '_, T> {
                 let left = self.left(found, layer, &all, true, false);
                 let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
                 found.residuals[layer] = svd.assemble(std::slice::from_ref(&problem), &decomposition)?.pop();
+            }
+        }
+        Ok(())
+    }
+    /// The same of equal bytes for each layer, by their leading directions alone.
+    fn fit_leading(&self, found: &mut Shares<T>, each: u64, svd: &Svd) -> Result<()> {
+        let outline = Outline { shape: self.group[0].shape(), dtype: self.group[0].dtype };
+        let rank = svd.rank_within(outline.shape, each, &outline);
+        for layer in 0..self.count() {
+            found.residuals[layer] = None;
+            if let Some(rank) = rank {
+                let left = self.left(found, layer, &(0..outline.shape.0), true, false);
+                let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
+                found.residuals[layer] = svd.factorize(std::slice::from_ref(&problem))?.pop();
             }
         }
         Ok(())

@@ -38,7 +38,7 @@ fn matrix_pca_is_the_svd_of_the_unfolding() {
     let unfolding = Array2::from_shape_fn((m * n, count), |(i, l)| weights[l][(i / n, i % n)] / norms[l]);
     let sigma = Kernels::<f64>::svd(&Faer, unfolding.view()).unwrap().values;
     for atoms in 1..=count {
-        let masa = Masa { atoms: Some(atoms), runs: 1, residual: false, rounds: 1 };
+        let masa = Masa { atoms: Some(atoms), residual: false, rounds: 1, ..Masa::default() };
         let found = layers.solve(&masa, atoms, u64::MAX, 1).unwrap();
         let tail: f64 = sigma.iter().skip(atoms).map(|s| s * s).sum();
         assert!((found.error - tail).abs() < 1e-9 * sigma[0] * sigma[0], "{atoms}: {} {tail}", found.error);
@@ -102,7 +102,7 @@ fn runs_are_where_layers_change() {
     assert_eq!((three.len(), three.iter().map(|run| run.1).sum::<usize>()), (3, 4));
     // One pool captures what two runs do, at least.
     let solve = |runs| {
-        let masa = Masa { atoms: Some(2), runs, residual: false, rounds: 1 };
+        let masa = Masa { atoms: Some(2), runs, residual: false, rounds: 1, ..Masa::default() };
         layers.solve(&masa, 2, u64::MAX, 1).unwrap()
     };
     assert!(solve(1).error <= solve(2).error + 1e-9 && solve(2).error < 1e-9 * layers.energy());
@@ -122,13 +122,41 @@ fn rounds_descend_in_each_layers_own_metric() {
     for residual in [false, true] {
         let mut last = f64::INFINITY;
         for rounds in 1..5 {
-            let masa = Masa { atoms: Some(2), runs: 1, residual, rounds };
+            let masa = Masa { atoms: Some(2), residual, rounds, ..Masa::default() };
             let found = layers.solve(&masa, 2, (0.7 * (6 * m * n * 8) as f64) as u64, rounds).unwrap();
             // Ranks may move between layers as the residuals change: a hair of slack for that.
             assert!(found.error <= last * (1.0 + 1e-3), "{residual} {rounds}: {} after {last}", found.error);
             last = found.error;
         }
     }
+}
+
+#[test]
+fn the_fast_route_is_as_good_on_layers_of_low_rank() {
+    use super::super::Route;
+    // Two atoms and three directions of each layer's own, beside little noise.
+    let (m, n) = (60, 48);
+    let atoms = [numbers(m, n, 31), numbers(m, n, 104_729)];
+    let weights: Vec<_> = (0..5)
+        .map(|l| {
+            let own = numbers(m, 3, 13 + 7 * l).dot(&numbers(3, n, 17 + 5 * l));
+            &atoms[0] * (1.0 + l as f64) + &atoms[1] * (3.0 - l as f64) + own * 0.5 + numbers(m, n, 41 + l) * 1e-3
+        })
+        .collect();
+    let group = problems(&weights, &[Metric { input: gram(n, 7), ..Metric::frobenius() }], 0.7);
+    let solved = |route, residual| {
+        let masa = Masa { atoms: Some(2), residual, route, ..Masa::default() };
+        let found = masa.factorize(&group).unwrap();
+        (error(&group, &found), Operator::total_bytes(&found))
+    };
+    let [exact, fast, none] =
+        [(Route::Exact, true), (Route::Fast, true), (Route::Fast, false)].map(|(r, on)| solved(r, on));
+    assert_eq!(exact.1, fast.1);
+    assert!(fast.0 <= 1.25 * exact.0 && fast.0 < 1e-2 * none.0, "{fast:?} {exact:?} {none:?}");
+    let output = Weighting::Diagonal(Arc::new(Array1::ones(m)));
+    let group = problems(&weights, &[Metric { output, ..Metric::frobenius() }], 0.7);
+    let masa = Masa { atoms: Some(2), route: Route::Fast, ..Masa::default() };
+    assert!(matches!(masa.factorize(&group), Err(Error::Unsupported(_))));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2, s};
 
 use super::exact::scale_columns;
 use super::{Joint, Svd};
@@ -16,7 +16,8 @@ use crate::scalar::Real;
 
 /// D·W·S of a group. A diagonal S is multiplied in; of a Gram metric only G = S·Sᵀ is applied.
 struct Weighted<'a, T: Real> {
-    weight: Array2<T>,
+    /// Borrowed unless it is scaled.
+    weight: CowArray<'a, T, Ix2>,
     /// Columns that have a Gram matrix, and that matrix in the compute type and in f64.
     grams: Vec<(Range<usize>, Array2<T>, ArrayView2<'a, f64>)>,
     backend: &'a dyn Backend,
@@ -24,13 +25,14 @@ struct Weighted<'a, T: Real> {
 
 impl<'a, T: Real> Weighted<'a, T> {
     fn new(joint: &'a Joint<'_, T>, backend: &'a dyn Backend) -> Self {
-        let (mut weight, mut grams, mut at) = (joint.weight().into_owned(), Vec::new(), 0);
+        let (mut weight, mut grams, mut at) = (joint.weight(), Vec::new(), 0);
         for (columns, input) in &joint.blocks {
             let range = at..at + columns;
             at = range.end;
             match input {
                 Weighting::Gram(gram) => grams.push((range, T::cast(gram.matrix()).into_owned(), gram.matrix())),
-                other => scale_columns(&mut weight.slice_mut(s![.., range]), other),
+                Weighting::Diagonal(_) => scale_columns(&mut weight.slice_mut(s![.., range]), input),
+                Weighting::Identity => {}
             }
         }
         Weighted { weight, grams, backend }
@@ -73,7 +75,7 @@ impl<T: Real> Products<T> for Weighted<'_, T> {
             return squares(self.weight.view());
         }
         let kernels = f64::kernels(self.backend);
-        let mut rest = self.weight.clone();
+        let mut rest = self.weight.to_owned();
         let mut total = 0.0;
         for (range, _, gram) in &self.grams {
             // tr(B·G·Bᵀ) = ⟨BᵀB, G⟩, half the work of B·G.
