@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
@@ -12,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::factorize::{Decomposition, Factorize, InParts, Method, Problem};
 use crate::linalg::Backend;
 use crate::metric::Metric;
-use crate::operator::codec::{Encoder, NamedTensor, Tree};
+use crate::operator::codec::{Encoder, Tree};
 use crate::operator::{Dense, LinearOperator, Operator};
 use crate::plan::{Job, Plan};
 use crate::report::TensorReport;
@@ -119,19 +121,21 @@ impl Worker<'_, '_> {
                 let operators = rule.method.factorize_parts(group, &mut notes)?;
                 let each = start.elapsed().as_secs_f64() / group.len() as f64;
                 let reports = group.iter().zip(&operators).map(|(part, operator)| {
+                    // The weight is read when nothing else is needed beside it.
+                    let formed = operator.to_dense();
                     let weight = part.weight.rows(0..part.shape().0);
-                    self.report(job, &part.whole(weight.view()), operator, each)
+                    self.report(job, &part.whole(weight.view()), operator, formed, each)
                 });
                 Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
             }),
             None => self.with_group::<T, _>(job, |group| {
                 let (operators, notes) = self.solve(index, job, group)?;
                 let each = start.elapsed().as_secs_f64() / group.len() as f64;
-                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, each));
+                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, o.to_dense(), each));
                 Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
             }),
         };
-        let (mut tensors, mut dense) = (Vec::new(), Vec::new());
+        let (mut encoder, mut left) = (Encoder::new(), Vec::new());
         match solved {
             Ok((reports, operators)) => {
                 unit.reports = reports;
@@ -140,24 +144,21 @@ impl Worker<'_, '_> {
                     let bytes = |part: Option<&[Operator<T>]>| part.map_or(0, Operator::total_bytes);
                     report.bytes_after = bytes(with) - bytes(without);
                 }
-                let mut encoder = Encoder::new();
-                for ((name, outline), operator) in job.names.iter().zip(&job.outlines).zip(&operators) {
-                    if matches!(operator, Operator::Dense(leaf) if leaf.dtype() == outline.dtype) {
+                for ((name, outline), operator) in job.names.iter().zip(&job.outlines).zip(operators) {
+                    if matches!(&operator, Operator::Dense(leaf) if leaf.dtype() == outline.dtype) {
                         continue;
                     }
                     unit.rewritten.push(name.clone());
-                    if self.dense {
-                        let bytes = narrow(outline.dtype, operator.to_dense().iter())?;
-                        let shape = vec![outline.shape.0, outline.shape.1];
-                        dense.push(NamedTensor { name: name.clone(), dtype: outline.dtype, shape, bytes });
-                    }
                     if self.factored {
-                        let operator = encoder.encode(name, operator)?;
+                        let operator = encoder.encode(name, &operator)?;
                         let tree = Tree { shape: outline.shape, dtype: outline.dtype.to_string(), operator };
                         unit.trees.insert(name.clone(), tree);
                     }
+                    // Else what is encoded is not needed any more.
+                    if self.dense {
+                        left.push((name, outline, operator));
+                    }
                 }
-                tensors = encoder.into_tensors();
             }
             Err(why) if rule.may_keep(&why) => {
                 let why = job.kept.clone().unwrap_or_else(|| why.to_string());
@@ -185,16 +186,20 @@ impl Worker<'_, '_> {
             }
             Err(why) => return Err(why),
         }
-        for (form, wanted, tensors) in [("factored", self.factored, tensors), ("dense", self.dense, dense)] {
-            if wanted {
-                let entry = |t: NamedTensor| Entry {
-                    name: t.name,
-                    dtype: t.dtype,
-                    shape: t.shape,
-                    data: Payload::Bytes(t.bytes.into()),
-                };
-                write_shard(&self.path(index, form), &metadata(&unit)?, tensors.into_iter().map(entry).collect())?;
-            }
+        let entry = |name: &str, dtype: DType, shape: Vec<usize>, data| Entry { name: name.into(), dtype, shape, data };
+        if self.factored {
+            let entries = encoder.into_tensors().into_iter();
+            let entries = entries.map(|t| entry(&t.name, t.dtype, t.shape, Payload::Bytes(t.bytes.into())));
+            write_shard(&self.path(index, "factored"), &metadata(&unit)?, entries.collect())?;
+        }
+        if self.dense {
+            // One is formed at a time.
+            let entries = left.iter().map(|(name, outline, operator)| {
+                let make = || narrow(outline.dtype, operator.to_dense().iter());
+                let (len, shape) = (outline.bytes(), vec![outline.shape.0, outline.shape.1]);
+                entry(name, outline.dtype, shape, Payload::Made { len, make: Rc::new(make) })
+            });
+            write_shard(&self.path(index, "dense"), &metadata(&unit)?, entries.collect())?;
         }
         Ok(unit)
     }
@@ -261,15 +266,16 @@ impl Worker<'_, '_> {
         run(&parts)
     }
 
+    /// What a report says of a weight and its operator, of which `delta` is the dense form.
     fn report<T: Real>(
         &self,
         job: &Job,
         problem: &Problem<'_, T>,
         operator: &Operator<T>,
+        mut delta: Array2<T>,
         seconds: f64,
     ) -> Result<TensorReport> {
         let rule = &self.plan.recipe.rules[job.rule];
-        let mut delta = operator.to_dense();
         delta.zip_mut_with(&problem.weight, |o, &w| *o = w - *o);
         let relative = |metric: &Metric| {
             let norm = metric.norm_squared(problem.weight, self.backend);

@@ -23,7 +23,7 @@ pub use self::index::write_index;
 use self::index::{INDEX_FILE, INDEX_SUFFIX, Index};
 pub(crate) use self::reader::Object;
 pub use self::reader::{Shard, TensorInfo};
-pub use self::writer::{Entry, Payload, copy_file_atomic, write_file_atomic, write_shard};
+pub use self::writer::{Entry, Make, Payload, copy_file_atomic, write_file_atomic, write_shard};
 
 /// The weights of a checkpoint that has no index.
 const SINGLE_FILE: &str = "model.safetensors";

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
@@ -29,8 +30,11 @@ pub struct Entry<'a> {
     pub data: Payload<'a>,
 }
 
+/// Makes bytes when they are written.
+pub type Make<'a> = dyn Fn() -> Result<Vec<u8>> + 'a;
+
 /// Where a tensor's bytes come from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub enum Payload<'a> {
     /// Memory, or a mapped file.
     Bytes(Cow<'a, [u8]>),
@@ -43,6 +47,19 @@ pub enum Payload<'a> {
         /// Number of bytes.
         len: u64,
     },
+    /// Bytes that need not all be in memory at once.
+    Made {
+        /// Number of bytes.
+        len: u64,
+        /// Makes them; called once for each file that is written.
+        make: Rc<Make<'a>>,
+    },
+}
+
+impl std::fmt::Debug for Payload<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Payload of {} bytes", self.len())
+    }
 }
 
 impl Payload<'_> {
@@ -50,7 +67,7 @@ impl Payload<'_> {
     pub fn len(&self) -> u64 {
         match self {
             Payload::Bytes(bytes) => bytes.len() as u64,
-            Payload::File { len, .. } => *len,
+            Payload::File { len, .. } | Payload::Made { len, .. } => *len,
         }
     }
 
@@ -64,12 +81,12 @@ impl Payload<'_> {
 ///
 /// The bytes depend on the content only, not on the order of `entries`: tensors are sorted as the
 /// `safetensors` crate sorts them (widest dtype first, then by name). Beyond the header it needs
-/// 2 MiB of memory. The name appears when the file is complete and on disk; on an error nothing
+/// 2 MiB of memory, and a tensor that is [`Payload::Made`]. The name appears when the file is complete and on disk; on an error nothing
 /// does, unless it was the last step, the fsync of the folder, that failed.
 ///
 /// # Errors
 /// [`Error::Shape`] (with the tensor's name) if shape and dtype do not take as many bytes as there
-/// are; [`Error::Checkpoint`] if two tensors have one name or the header grows too long;
+/// are; what [`Payload::Made`] fails with; [`Error::Checkpoint`] if two tensors have one name or the header grows too long;
 /// [`Error::Io`] with the path that failed, the source's or `path`.
 pub fn write_shard(path: &Path, metadata: &BTreeMap<String, String>, mut entries: Vec<Entry<'_>>) -> Result<u64> {
     entries.sort_by(|a, b| b.dtype.stored().cmp(&a.dtype.stored()).then_with(|| a.name.cmp(&b.name)));
@@ -84,6 +101,13 @@ pub fn write_shard(path: &Path, metadata: &BTreeMap<String, String>, mut entries
             match &entry.data {
                 Payload::Bytes(bytes) => out.write_all(bytes).map_err(Error::io(path))?,
                 Payload::File { path: from, offset, len } => copy(from, *offset, Some(*len), out, path)?,
+                Payload::Made { len, make } => {
+                    let bytes = make().map_err(|e| e.of_tensor(&entry.name))?;
+                    if bytes.len() as u64 != *len {
+                        return Err(Error::shape(format!("{len} bytes"), bytes.len()).of_tensor(&entry.name));
+                    }
+                    out.write_all(&bytes).map_err(Error::io(path))?;
+                }
             }
         }
         Ok(())

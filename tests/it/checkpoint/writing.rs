@@ -7,11 +7,11 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use tempfile::tempdir;
-use weightpress::Error;
 use weightpress::checkpoint::{
     Checkpoint, Entry, Payload, copy_file_atomic, write_file_atomic, write_index, write_shard,
 };
 use weightpress::scalar::DType;
+use weightpress::{Error, Result};
 
 use super::{INDEX, entry, names, shard};
 
@@ -141,6 +141,38 @@ fn a_payload_is_streamed_from_the_middle_of_a_file() {
     assert_eq!(opened.get("v").unwrap().bytes, [1, 2, 3, 4]);
     copy_file_atomic(&source, &folder.path().join("copy")).unwrap();
     assert_eq!(fs::read(folder.path().join("copy")).unwrap(), bytes);
+}
+
+#[test]
+fn bytes_may_be_made_when_they_are_written() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let made = |len: u64, make: &dyn Fn() -> Result<Vec<u8>>| {
+        let data = Payload::Made { len, make: std::rc::Rc::new(make) };
+        assert_eq!((data.len(), format!("{data:?}")), (len, format!("Payload of {len} bytes")));
+        write_shard(
+            &path,
+            &BTreeMap::new(),
+            vec![Entry { data, ..entry("w", "U8", &[3], b"") }, entry("v", "U8", &[1], b"v")],
+        )
+    };
+    let calls = std::cell::Cell::new(0);
+    made(3, &|| {
+        calls.set(calls.get() + 1);
+        Ok(b"abc".to_vec())
+    })
+    .unwrap();
+    assert_eq!((Checkpoint::open(&path).unwrap().get("w").unwrap().bytes, calls.get()), (&b"abc"[..], 1));
+    // Another length than was said, in the header or in the end, or none at all.
+    let before = fs::read(&path).unwrap();
+    for error in [
+        made(4, &|| Ok(vec![0; 4])).unwrap_err(),
+        made(3, &|| Ok(vec![0; 2])).unwrap_err(),
+        made(3, &|| Err(Error::Unsupported("never".into()))).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("`w`") && fs::read(&path).unwrap() == before, "{error}");
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]
