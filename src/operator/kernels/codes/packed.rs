@@ -69,7 +69,7 @@ impl PackedCodes {
             return Cow::Borrowed(&self.bytes[range.start * width..]);
         }
         // Codes that end on a whole byte, a chunk or two of them.
-        let (size, pair) = (self.chunk_bits(), self.chunk_bits() % 32 != 0);
+        let (size, pair) = (self.chunk_bits(), !self.chunk_bits().is_multiple_of(32));
         let unit = if pair { size / 4 } else { size / 8 };
         let mut rows = vec![0; range.len() * width];
         let mut first = range.start;
