@@ -275,7 +275,8 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
                 Some((last, rest)) => rest.iter().rev().fold(last.to_dense(), |y, factor| factor.product(y.view())),
                 None => Array2::zeros((0, 0)),
             },
-            Operator::Sum(terms) => sum(terms.iter().map(LinearOperator::to_dense)),
+            // The last first: residuals, whose factors need memory beside the result.
+            Operator::Sum(terms) => sum(terms.iter().rev().map(LinearOperator::to_dense)),
             other => other.node().to_dense(),
         }
     }
