@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use ndarray::Array2;
@@ -197,7 +197,7 @@ impl Worker<'_, '_> {
             let entries = left.iter().map(|(name, outline, operator)| {
                 let make = || narrow(outline.dtype, operator.to_dense().iter());
                 let (len, shape) = (outline.bytes(), vec![outline.shape.0, outline.shape.1]);
-                entry(name, outline.dtype, shape, Payload::Made { len, make: Rc::new(make) })
+                entry(name, outline.dtype, shape, Payload::Made { len, make: Arc::new(make) })
             });
             write_shard(&self.path(index, "dense"), &metadata(&unit)?, entries.collect())?;
         }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
@@ -31,7 +31,7 @@ pub struct Entry<'a> {
 }
 
 /// Makes bytes when they are written.
-pub type Make<'a> = dyn Fn() -> Result<Vec<u8>> + 'a;
+pub type Make<'a> = dyn Fn() -> Result<Vec<u8>> + Send + Sync + 'a;
 
 /// Where a tensor's bytes come from.
 #[derive(Clone)]
@@ -52,7 +52,7 @@ pub enum Payload<'a> {
         /// Number of bytes.
         len: u64,
         /// Makes them; called once for each file that is written.
-        make: Rc<Make<'a>>,
+        make: Arc<Make<'a>>,
     },
 }
 
@@ -81,13 +81,13 @@ impl Payload<'_> {
 ///
 /// The bytes depend on the content only, not on the order of `entries`: tensors are sorted as the
 /// `safetensors` crate sorts them (widest dtype first, then by name). Beyond the header it needs
-/// 2 MiB of memory, and a tensor that is [`Payload::Made`]. The name appears when the file is complete and on disk; on an error nothing
-/// does, unless it was the last step, the fsync of the folder, that failed.
+/// 2 MiB of memory, and one tensor that is [`Payload::Made`]. The name appears when the file is complete and on
+/// disk; on an error nothing does, unless it was the last step, the fsync of the folder, that failed.
 ///
 /// # Errors
 /// [`Error::Shape`] (with the tensor's name) if shape and dtype do not take as many bytes as there
-/// are; what [`Payload::Made`] fails with; [`Error::Checkpoint`] if two tensors have one name or the header grows too long;
-/// [`Error::Io`] with the path that failed, the source's or `path`.
+/// are; what [`Payload::Made`] fails with; [`Error::Checkpoint`] if two tensors have one name or the header grows
+/// too long; [`Error::Io`] with the path that failed, the source's or `path`.
 pub fn write_shard(path: &Path, metadata: &BTreeMap<String, String>, mut entries: Vec<Entry<'_>>) -> Result<u64> {
     entries.sort_by(|a, b| b.dtype.stored().cmp(&a.dtype.stored()).then_with(|| a.name.cmp(&b.name)));
     let header = header(metadata, &entries).map_err(|refusal| match refusal {

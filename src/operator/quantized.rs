@@ -244,7 +244,7 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         assert_eq!(x.nrows(), self.shape().0, "rows of x");
         let (mut y, mut scratch) = (Array2::zeros((self.shape().1, x.ncols())), Array2::default((0, 0)));
-        let height = if x.ncols() > 4 { panel_rows(x.ncols()) } else { 32 };
+        let height = panel_rows(x.ncols());
         for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {
             let rows = self.panel(Arch::new(), at * height, x.nrows(), &mut scratch);
             matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());

@@ -16,7 +16,8 @@
 //!
 //! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms and residuals
 //! found, the eigenproblem of one layer at its highest (3½ times its short side squared; the layer itself is read again
-//! afterwards; by the fast route the layer twice and a few times what is found of it), and a panel of rows of all layers, together a quarter of one.
+//! afterwards; by the fast route the layer and a few times what is found of it), and a panel of rows of all layers,
+//! together a quarter of one.
 
 use std::sync::Arc;
 

@@ -58,6 +58,7 @@ impl<T: Real> Layers<'_, '_, T> {
         }
         Ok(())
     }
+
     /// The same of equal bytes for each layer, by their leading directions alone.
     fn fit_leading(&self, found: &mut Shares<T>, each: u64, svd: &Svd) -> Result<()> {
         let outline = Outline { shape: self.group[0].shape(), dtype: self.group[0].dtype };

@@ -147,8 +147,8 @@ fn a_payload_is_streamed_from_the_middle_of_a_file() {
 fn bytes_may_be_made_when_they_are_written() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("x.safetensors");
-    let made = |len: u64, make: &dyn Fn() -> Result<Vec<u8>>| {
-        let data = Payload::Made { len, make: std::rc::Rc::new(make) };
+    let made = |len: u64, make: &(dyn Fn() -> Result<Vec<u8>> + Send + Sync)| {
+        let data = Payload::Made { len, make: std::sync::Arc::new(make) };
         assert_eq!((data.len(), format!("{data:?}")), (len, format!("Payload of {len} bytes")));
         write_shard(
             &path,
@@ -156,13 +156,13 @@ fn bytes_may_be_made_when_they_are_written() {
             vec![Entry { data, ..entry("w", "U8", &[3], b"") }, entry("v", "U8", &[1], b"v")],
         )
     };
-    let calls = std::cell::Cell::new(0);
+    let calls = std::sync::atomic::AtomicUsize::new(0);
     made(3, &|| {
-        calls.set(calls.get() + 1);
+        calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         Ok(b"abc".to_vec())
     })
     .unwrap();
-    assert_eq!((Checkpoint::open(&path).unwrap().get("w").unwrap().bytes, calls.get()), (&b"abc"[..], 1));
+    assert_eq!((Checkpoint::open(&path).unwrap().get("w").unwrap().bytes, calls.into_inner()), (&b"abc"[..], 1));
     // Another length than was said, in the header or in the end, or none at all.
     let before = fs::read(&path).unwrap();
     for error in [
