@@ -86,15 +86,20 @@ impl<T: Real> Source<T> for Rows<'_> {
         self.dim
     }
     fn rows(&self, range: Range<usize>) -> Array2<T> {
-        let width = self.stored.dtype.bytes(self.dim.1);
-        let count = range.len();
-        let values = widen::<T>(self.stored.dtype, &self.stored.bytes[range.start * width..range.end * width]);
-        (self.release)();
-        // Both were checked at the beginning.
-        values
-            .ok()
-            .and_then(|values| Array2::from_shape_vec((count, self.dim.1), values).ok())
-            .unwrap_or_else(|| Array2::from_elem((count, self.dim.1), T::nan()))
+        /// Bytes of the file that are looked at before they are released.
+        const PANEL: usize = 4 << 20;
+        let (count, width) = (range.len(), self.stored.dtype.bytes(self.dim.1));
+        let bytes = &self.stored.bytes[range.start * width..range.end * width];
+        let mut values = Vec::with_capacity(count * self.dim.1);
+        for panel in bytes.chunks((PANEL / width.max(1)).max(1) * width.max(1)) {
+            // The dtype was checked at the beginning: what cannot be read shows in the shape.
+            if let Ok(part) = widen::<T>(self.stored.dtype, panel) {
+                values.extend_from_slice(&part);
+            }
+            (self.release)();
+        }
+        let shape = (count, self.dim.1);
+        Array2::from_shape_vec(shape, values).unwrap_or_else(|_| Array2::from_elem(shape, T::nan()))
     }
 }
 
