@@ -52,22 +52,21 @@ pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
     Layout::new::<T>(bits, group, columns).is_some()
 }
 
-/// Sixteen chunks of 32 bits of all rows of a panel as the rows have them.
-///
-/// # Panics
-/// Unless the instructions are [`available`].
-pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> [[u8; LINE]; PANEL] {
-    assert!(available());
+/// Sixteen chunks of 32 bits of all rows of a panel as the rows have them; `None` without the instructions.
+pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> {
+    if !available() {
+        return None;
+    }
     let all: [[[i32; LANES]; BANDS]; LINE / EACH] = bytemuck::cast(*chunks);
     let mut lines = [[0; LINE]; PANEL];
     for band in 0..BANDS {
         let of = all.map(|chunk| bytemuck::cast(chunk[band]));
-        // SAFETY: the machine has the instructions.
+        // SAFETY: the machine has the instructions, as was asked above.
         #[allow(unsafe_code)]
         let rows = unsafe { turned(of) };
         lines[band * LANES..][..LANES].iter_mut().zip(rows).for_each(|(line, row)| *line = bytemuck::cast(row));
     }
-    lines
+    Some(lines)
 }
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.

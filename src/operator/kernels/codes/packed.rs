@@ -68,40 +68,44 @@ impl PackedCodes {
         if !self.panels {
             return Cow::Borrowed(&self.bytes[range.start * width..]);
         }
-        // Codes that end on a whole byte, a chunk or two of them.
-        let (size, pair) = (self.chunk_bits(), !self.chunk_bits().is_multiple_of(32));
-        let unit = if pair { size / 4 } else { size / 8 };
         let mut rows = vec![0; range.len() * width];
         let mut first = range.start;
         while first < range.end {
             let (panel, from) = (&self.bytes[first / PANEL * self.panel_bytes()..], first % PANEL);
             let count = (PANEL - from).min(range.end - first);
             let to = &mut rows[(first - range.start) * width..][..count * width];
-            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-            if !pair && super::integer::available() {
-                gather(panel, from, width, to);
-                first += count;
-                continue;
-            }
-            // A cache line of each row at a time: a panel is read in its order, and long rows would evict each other.
-            for line in (0..width).step_by(LINE / unit * unit) {
-                for (r, row) in to.chunks_exact_mut(width).enumerate() {
-                    for start in (line..width.min(line + LINE / unit * unit)).step_by(unit) {
-                        let chunk = |at: usize| bits_at(panel, (at * PANEL + from + r) * size, size);
-                        let at = start / unit * (1 + usize::from(pair));
-                        let bits = chunk(at) | if pair && at + 1 < self.chunks() { chunk(at + 1) << size } else { 0 };
-                        let to = &mut row[start..];
-                        match to.first_chunk_mut() {
-                            // What is too much, the next unit writes over.
-                            Some(eight) => *eight = bits.to_le_bytes(),
-                            None => to.iter_mut().zip(bits.to_le_bytes()).for_each(|(to, bits)| *to = bits),
-                        }
-                    }
-                }
+            if self.chunk_bits() != 32 || !gather(panel, from, width, to) {
+                self.copy(panel, from, to);
             }
             first += count;
         }
         Cow::Owned(rows)
+    }
+
+    /// Some rows of a panel, from one on, a cache line of each at a time: a panel is read in its order, and long rows
+    /// would evict each other.
+    fn copy(&self, panel: &[u8], from: usize, to: &mut [u8]) {
+        // Codes that end on a whole byte: a chunk or two.
+        let (width, size) = (self.width(), self.chunk_bits());
+        let together = if size == 32 { 1 } else { 2 };
+        let unit = together * size / 8;
+        let line = LINE / unit * unit;
+        for first in (0..width).step_by(line) {
+            for (r, row) in to.chunks_exact_mut(width).enumerate() {
+                for start in (first..width.min(first + line)).step_by(unit) {
+                    let at = start / unit * together;
+                    let chunks = (at..self.chunks().min(at + together)).rev();
+                    let bits =
+                        chunks.fold(0, |bits, at| bits << size | bits_at(panel, (at * PANEL + from + r) * size, size));
+                    let to = &mut row[start..];
+                    match to.first_chunk_mut() {
+                        // What is too much, the next unit writes over.
+                        Some(eight) => *eight = bits.to_le_bytes(),
+                        None => to.iter_mut().zip(bits.to_le_bytes()).for_each(|(to, bits)| *to = bits),
+                    }
+                }
+            }
+        }
     }
 
     /// Bytes of a row.
@@ -126,19 +130,25 @@ impl PackedCodes {
     }
 }
 
-/// Some rows of a panel of chunks of 32 bits, from one on, a line of all rows at a time.
+/// The same of chunks of 32 bits, by vectors of rows; false, and nothing done, where there are none.
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-fn gather(panel: &[u8], first: usize, width: usize, to: &mut [u8]) {
+fn gather(panel: &[u8], first: usize, width: usize, to: &mut [u8]) -> bool {
     for (line, chunks) in panel[..width.div_ceil(4) * 4 * PANEL].chunks(LINE * PANEL).enumerate() {
         let mut block = [0; LINE * PANEL];
         block[..chunks.len()].copy_from_slice(chunks);
-        let lines = super::integer::lines(&block);
+        let Some(lines) = super::integer::lines(&block) else { return false };
         let start = line * LINE;
         let end = width.min(start + LINE);
         for (row, line) in to.chunks_exact_mut(width).zip(&lines[first..]) {
             row[start..end].copy_from_slice(&line[..end - start]);
         }
     }
+    true
+}
+
+#[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
+fn gather(_: &[u8], _: usize, _: usize, _: &mut [u8]) -> bool {
+    false
 }
 
 /// Rows of codes as panels: chunk by chunk, row by row; zeros where there are no rows or columns.
@@ -215,6 +225,12 @@ mod tests {
             assert_eq!(panels.bytes.len(), panels.panel_bytes() * m.div_ceil(PANEL));
             assert_eq!((&panels.rows(0..m)[..], panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");
             let (width, end) = (panels.width(), m.min(47));
+            // Without vectors as well, whatever the machine has.
+            for (first, rows) in rows.chunks(PANEL * width).enumerate() {
+                let mut copied = vec![0xff; rows.len()];
+                panels.copy(&panels.bytes[first * panels.panel_bytes()..], 0, &mut copied);
+                assert_eq!(copied, rows, "{bits} bits, {m}x{n}");
+            }
             assert_eq!(panels.rows(end / 3..end)[..], rows[end / 3 * width..end * width]);
         }
     }
