@@ -211,6 +211,17 @@ mod tests {
     use crate::testing::numbers;
 
     #[test]
+    fn above_8_bits_a_weight_is_quantised_twice() {
+        let w = numbers(64, 256, 31);
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).dtype(DType::BF16);
+        let solve = |method: &dyn Factorize<f64>| method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
+        let (found, once) = (solve(&Auto::default()), solve(&Quantize { bits: Some(8), ..Quantize::default() }));
+        assert!(matches!(found, Operator::Sum(_)) && found.bytes() as f64 <= 0.8 * problem.bytes() as f64, "{found}");
+        let (twice, once) = (problem.error_of(&found), problem.error_of(&once));
+        assert!(twice < 0.02 * once, "{twice} {once}");
+    }
+
+    #[test]
     fn is_never_worse_than_a_candidate_at_its_level() {
         let w = numbers(40, 5, 31).dot(&numbers(5, 64, 37)) + numbers(40, 64, 41) * 0.3;
         let auto = Auto { candidates: Auto::default().candidates, ..Auto::default() };
