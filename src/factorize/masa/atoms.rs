@@ -6,6 +6,7 @@ use ndarray::{Array1, Array2, Axis, s};
 
 use super::layers::{Layers, Run, Shares, inner};
 use crate::error::Result;
+use crate::operator::Operator;
 use crate::scalar::Real;
 
 /// Atoms whose eigenvalue is below this fraction of the first are none.
@@ -14,12 +15,13 @@ const NONE: f64 = 1e-12;
 const STEPS: usize = 4;
 
 impl<T: Real> Layers<'_, '_, T> {
-    /// Matrix PCA of each run: D_s = λ_s^{−½}·Σ_l √w_l·V_ls·X_l, c_ls = λ_s^½·V_ls/√w_l, from the products of layers X.
+    /// Matrix PCA of each run: D_s = λ_s^{−½}·Σ_l √w_l·V_ls·X_l, c_ls = λ_s^½·V_ls/√w_l, from the products of layers X,
+    /// which are W less what `residual` gives for each.
     pub(super) fn principal(
         &self,
         gram: &Array2<f64>,
         runs: &[(Range<usize>, usize)],
-        part: impl Fn(usize, &Range<usize>) -> Array2<T>,
+        residual: impl Fn(usize) -> Result<Option<Operator<T>>>,
     ) -> Result<Vec<Run<T>>> {
         let mut all = Vec::with_capacity(runs.len());
         for (range, count) in runs {
@@ -33,9 +35,9 @@ impl<T: Real> Layers<'_, '_, T> {
             }
             let mut atoms = vec![Array2::zeros(self.group[0].shape()); used];
             for (row, layer) in range.clone().enumerate() {
-                let root = self.weights[layer].sqrt();
+                let (root, residual) = (self.weights[layer].sqrt(), residual(layer)?);
                 for rows in self.panels() {
-                    let x = part(layer, &rows);
+                    let x = self.common(residual.as_ref(), layer, &rows);
                     for (atom, v) in atoms.iter_mut().zip(vectors.row(row)) {
                         atom.slice_mut(s![rows.clone(), ..]).scaled_add(T::from_f64(v * root), &x);
                     }
@@ -57,18 +59,19 @@ impl<T: Real> Layers<'_, '_, T> {
 
     /// The best coefficients of each layer for its atoms, what its residual explains left out: S×S systems. Layers of
     /// one metric share theirs.
-    pub(super) fn fit_coefficients(&self, found: &mut Shares<T>) {
+    pub(super) fn fit_coefficients(&self, found: &mut Shares<T>) -> Result<()> {
         let alike = self.alike();
         for at in 0..found.runs.len() {
             let mut common = None;
             for layer in found.runs[at].layers.clone() {
                 let (run, s) = (&found.runs[at], found.runs[at].atoms.len());
                 let known = common.clone().filter(|_| alike);
+                let residual = found.residual(layer)?;
                 let (mut squares, mut right) = (Array2::zeros((s, s)), Array2::zeros((s, 1)));
                 for rows in self.panels() {
                     let parts: Vec<Array2<T>> =
                         run.atoms.iter().map(|atom| atom.slice(s![rows.clone(), ..]).to_owned()).collect();
-                    let target = self.own_image(layer, &rows, &self.left(found, layer, &rows, false, true));
+                    let target = self.own_image(layer, &rows, &self.common(residual.as_ref(), layer, &rows));
                     parts.iter().enumerate().for_each(|(i, part)| right[(i, 0)] += inner(&target, part));
                     if known.is_some() {
                         continue;
@@ -91,6 +94,7 @@ impl<T: Real> Layers<'_, '_, T> {
                 common = Some(squares);
             }
         }
+        Ok(())
     }
 
     /// Atoms of each run for given coefficients and residuals. In one metric they are PCA again; else a few steps
@@ -100,36 +104,36 @@ impl<T: Real> Layers<'_, '_, T> {
             let runs: Vec<_> = found.runs.iter().map(|run| (run.layers.clone(), run.atoms.len())).collect();
             // New ones need the layers and residuals only: two sets are never in memory.
             found.runs.iter_mut().for_each(|run| run.atoms.clear());
-            let rest = |l: usize, rows: &Range<usize>| self.left(found, l, rows, false, true);
-            let gram = self.weighed_products(rest)?;
-            found.runs = self.principal(&gram, &runs, rest)?;
+            let residual = |l: usize| found.residual(l);
+            let gram = self.weighed_products(|l, rows| Ok(self.common(residual(l)?.as_ref(), l, rows)))?;
+            found.runs = self.principal(&gram, &runs, residual)?;
             return Ok(());
         }
         for at in 0..found.runs.len() {
             // Rows meet each other in no metric: each panel by itself.
-            self.panels().for_each(|rows| self.descend(found, at, &rows));
+            self.panels().try_for_each(|rows| self.descend(found, at, &rows))?;
         }
         Ok(())
     }
 
-    fn descend(&self, found: &mut Shares<T>, at: usize, rows: &Range<usize>) {
+    fn descend(&self, found: &mut Shares<T>, at: usize, rows: &Range<usize>) -> Result<()> {
         let layers = found.runs[at].layers.clone();
         let c = found.runs[at].coefficients.clone();
         let (count, n) = (c.ncols(), self.group[0].shape().1);
         // Σ_l c_ls·B_l·(…)·A_l for each s, of one matrix for each layer.
-        let gather = |of: &dyn Fn(usize) -> Array2<T>| -> Vec<Array2<f64>> {
+        let gather = |of: &dyn Fn(usize) -> Result<Array2<T>>| -> Result<Vec<Array2<f64>>> {
             let mut sums = vec![Array2::zeros((rows.len(), n)); count];
             for (row, l) in layers.clone().enumerate() {
-                let image = self.own_image(l, rows, &of(l));
+                let image = self.own_image(l, rows, &of(l)?);
                 sums.iter_mut().enumerate().for_each(|(s, sum)| sum.scaled_add(self.weights[l] * c[(row, s)], &image));
             }
-            sums
+            Ok(sums)
         };
         let mixed = |parts: &[Array2<f64>]| {
             let sum = |l: usize| {
                 let mut sum = Array2::<f64>::zeros((rows.len(), n));
                 parts.iter().enumerate().for_each(|(s, part)| sum.scaled_add(c[(l - layers.start, s)], part));
-                T::cast(sum.view()).into_owned()
+                Ok(T::cast(sum.view()).into_owned())
             };
             gather(&sum)
         };
@@ -151,14 +155,14 @@ impl<T: Real> Layers<'_, '_, T> {
             };
             parts.iter().enumerate().map(of).collect()
         };
-        let mut rest = gather(&|l| self.left(found, l, rows, true, true));
+        let mut rest = gather(&|l| Ok(self.left(found, found.residual(l)?.as_ref(), l, rows)))?;
         let mut direction = scaled(&rest);
         let mut along = dot(&rest, &direction);
         for _ in 0..STEPS {
-            let forward = mixed(&direction);
+            let forward = mixed(&direction)?;
             let curvature = dot(&direction, &forward);
             if along.is_nan() || along <= 0.0 || curvature.is_nan() || curvature <= 0.0 {
-                return;
+                break;
             }
             let step = along / curvature;
             for (atom, d) in found.runs[at].atoms.iter_mut().zip(&direction) {
@@ -170,5 +174,6 @@ impl<T: Real> Layers<'_, '_, T> {
             direction = next.into_iter().zip(&direction).map(|(n, d)| n + d * (after / along)).collect();
             along = after;
         }
+        Ok(())
     }
 }

@@ -7,6 +7,7 @@ use ndarray::{Array1, Array2, Axis, s};
 use super::super::InParts;
 use super::super::svd::mean_input;
 use super::Masa;
+use super::held::Held;
 use crate::error::Result;
 use crate::linalg::{Backend, Eigh};
 use crate::metric::Weighting;
@@ -47,7 +48,7 @@ pub(super) struct Run<T> {
 pub(super) struct Shares<T: Real> {
     pub(super) runs: Vec<Run<T>>,
     /// R_l, where it has a rank.
-    pub(super) residuals: Vec<Option<Operator<T>>>,
+    pub(super) residuals: Vec<Option<Held>>,
     pub(super) error: f64,
 }
 
@@ -55,6 +56,11 @@ impl<T: Real> Shares<T> {
     /// Atoms of all runs.
     pub(super) fn count(&self) -> usize {
         self.runs.iter().map(|run| run.atoms.len()).sum()
+    }
+
+    /// R_l.
+    pub(super) fn residual(&self, layer: usize) -> Result<Option<Operator<T>>> {
+        self.residuals[layer].as_ref().map(Held::operator).transpose()
     }
 
     /// Some rows of Σ c·D of a layer added to a matrix with a sign.
@@ -123,11 +129,14 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
 
     /// tr(B̄·W_i·Ā·W_jᵀ) of all pairs: m·n² flops for each layer, 2mn for each pair. `also` sees each panel.
     fn products(&self, mut also: impl FnMut(&Range<usize>, &[Array2<T>]) -> Result<()>) -> Result<Array2<f64>> {
-        self.products_of(|layer, rows| self.group[layer].weight.rows(rows.clone()), &mut also)
+        self.products_of(|layer, rows| Ok(self.group[layer].weight.rows(rows.clone())), &mut also)
     }
 
     /// √(w_i·w_j)·tr(B̄·X_i·Ā·X_jᵀ) of all pairs, of panels of X.
-    pub(super) fn weighed_products(&self, part: impl Fn(usize, &Range<usize>) -> Array2<T>) -> Result<Array2<f64>> {
+    pub(super) fn weighed_products(
+        &self,
+        part: impl Fn(usize, &Range<usize>) -> Result<Array2<T>>,
+    ) -> Result<Array2<f64>> {
         let mut gram = self.products_of(part, &mut |_, _| Ok(()))?;
         self.weigh(&mut gram);
         Ok(gram)
@@ -135,13 +144,13 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
 
     fn products_of(
         &self,
-        part: impl Fn(usize, &Range<usize>) -> Array2<T>,
+        part: impl Fn(usize, &Range<usize>) -> Result<Array2<T>>,
         also: &mut Look<'_, T>,
     ) -> Result<Array2<f64>> {
         let count = self.count();
         let mut gram = Array2::zeros((count, count));
         for rows in self.panels() {
-            let all: Vec<Array2<T>> = (0..count).map(|layer| part(layer, &rows)).collect();
+            let all: Vec<Array2<T>> = (0..count).map(|layer| part(layer, &rows)).collect::<Result<_>>()?;
             also(&rows, &all)?;
             for i in 0..count {
                 let image = self.image(&rows, &all[i]);
@@ -253,11 +262,10 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
     pub(super) fn solve(&self, masa: &Masa, atoms: usize, limit: u64, rounds: usize) -> Result<Shares<T>> {
         let count = self.count();
         let runs = if atoms == 0 { Vec::new() } else { self.cut(atoms, masa.runs)? };
-        let own = |l: usize, rows: &Range<usize>| self.group[l].weight.rows(rows.clone());
-        let first = self.principal(&self.gram, &runs, own)?;
-        let mut found = Shares { runs: first, residuals: vec![None; count], error: f64::INFINITY };
+        let first = self.principal(&self.gram, &runs, |_| Ok(None))?;
+        let mut found = Shares { runs: first, residuals: (0..count).map(|_| None).collect(), error: f64::INFINITY };
         if atoms > 0 {
-            self.fit_coefficients(&mut found);
+            self.fit_coefficients(&mut found)?;
         }
         // Numbers of runs that need not all their atoms leave the rest to residuals.
         let stored: usize = found.runs.iter().map(|run| run.atoms.len() * run.layers.len()).sum();
@@ -267,7 +275,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         for round in 0..rounds.max(1) {
             if round > 0 && atoms > 0 {
                 self.fit_atoms(&mut found)?;
-                self.fit_coefficients(&mut found);
+                self.fit_coefficients(&mut found)?;
             }
             if masa.residual {
                 self.fit_residuals(&mut found, rest, masa.route)?;
@@ -276,7 +284,7 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
                 break;
             }
         }
-        found.error = self.error(&found);
+        found.error = self.error(&found)?;
         Ok(found)
     }
 
@@ -286,40 +294,53 @@ impl<'g, 'a, T: Real> Layers<'g, 'a, T> {
         self.group.iter().all(|p| p.metric.input.same(&first.input) && p.metric.output.same(&first.output))
     }
 
-    /// Some rows of W_l less what stands for it.
-    pub(super) fn left(
-        &self,
-        found: &Shares<T>,
-        layer: usize,
-        rows: &Range<usize>,
-        shared: bool,
-        residual: bool,
-    ) -> Array2<T> {
+    /// Some rows of W_l − Σ c·D.
+    pub(super) fn unshared(&self, found: &Shares<T>, layer: usize, rows: &Range<usize>) -> Array2<T> {
         let mut left = self.group[layer].weight.rows(rows.clone());
-        if shared {
-            found.add_shared(layer, rows, -1.0, &mut left);
-        }
-        if let (true, Some(operator)) = (residual, &found.residuals[layer]) {
-            left -= &rows_of(operator, rows);
-        }
+        found.add_shared(layer, rows, -1.0, &mut left);
         left
     }
 
-    fn error(&self, found: &Shares<T>) -> f64 {
-        let of = |(layer, rows): (usize, Range<usize>)| {
-            let left = self.left(found, layer, &rows, true, true);
-            self.weights[layer] * inner(&self.own_image(layer, &rows, &left), &left)
-        };
-        (0..self.count()).flat_map(|layer| self.panels().map(move |rows| (layer, rows))).map(of).sum()
+    /// Some rows of W_l − R_l.
+    pub(super) fn common(&self, residual: Option<&Operator<T>>, layer: usize, rows: &Range<usize>) -> Array2<T> {
+        let mut left = self.group[layer].weight.rows(rows.clone());
+        take_away(&mut left, residual, rows);
+        left
+    }
+
+    /// Some rows of what nothing stands for, W_l − Σ c·D − R_l.
+    pub(super) fn left(
+        &self,
+        found: &Shares<T>,
+        residual: Option<&Operator<T>>,
+        layer: usize,
+        rows: &Range<usize>,
+    ) -> Array2<T> {
+        let mut left = self.unshared(found, layer, rows);
+        take_away(&mut left, residual, rows);
+        left
+    }
+
+    fn error(&self, found: &Shares<T>) -> Result<f64> {
+        let mut error = 0.0;
+        for layer in 0..self.count() {
+            let residual = found.residual(layer)?;
+            for rows in self.panels() {
+                let left = self.left(found, residual.as_ref(), layer, &rows);
+                error += self.weights[layer] * inner(&self.own_image(layer, &rows, &left), &left);
+            }
+        }
+        Ok(error)
     }
 }
 
-/// Some rows of an operator.
-fn rows_of<T: Real>(operator: &Operator<T>, rows: &Range<usize>) -> Array2<T> {
-    let (m, _) = operator.shape();
-    let mut chosen = Array2::zeros((m, rows.len()));
-    chosen.slice_mut(s![rows.clone(), ..]).diag_mut().fill(T::one());
-    operator.product_transposed(chosen.view()).reversed_axes().as_standard_layout().into_owned()
+/// Takes some rows of an operator from a matrix of as many.
+fn take_away<T: Real>(from: &mut Array2<T>, operator: Option<&Operator<T>>, rows: &Range<usize>) {
+    if let Some(operator) = operator {
+        let mut chosen = Array2::zeros((operator.shape().0, rows.len()));
+        chosen.slice_mut(s![rows.clone(), ..]).diag_mut().fill(T::one());
+        *from -= &operator.product_transposed(chosen.view()).t();
+    }
 }
 
 /// Σ a·b in f64.

@@ -34,6 +34,7 @@ use crate::operator::{Dense, IndexSet, LinearOperator, Mixture, Operator};
 use crate::scalar::Real;
 
 mod atoms;
+mod held;
 mod layers;
 mod residual;
 #[cfg(test)]
@@ -254,6 +255,7 @@ fn write<T: Real>(group: &[InParts<'_, T>], found: Shares<T>) -> Result<Vec<Oper
         Operator::product_of(vec![zeros(m, 0)?, zeros(0, n)?])
     };
     let each = group.iter().zip(mixtures).zip(found.residuals).map(|((problem, mixture), residual)| {
+        let residual = residual.map(|held| held.operator()).transpose()?;
         match (mixture, residual.filter(|residual| residual.bytes() > 0)) {
             (Some(mixture), Some(residual)) => Operator::sum_of(vec![mixture, residual]),
             (Some(only), None) | (None, Some(only)) => Ok(only),

@@ -2,6 +2,7 @@
 
 use super::super::svd::Joint;
 use super::super::{Factorize, Outline, Point, Problem, Route, Svd};
+use super::held::Held;
 use super::layers::{Layers, Shares};
 use crate::allocate::{Offer, allocate};
 use crate::budget::Budget;
@@ -20,7 +21,7 @@ impl<T: Real> Layers<'_, '_, T> {
         let decompose = |found: &Shares<T>, layer: usize| {
             let problem = &self.group[layer];
             let outline = Outline { shape: problem.shape(), dtype: problem.dtype };
-            let left = || self.left(found, layer, &all, true, false).into();
+            let left = || self.unshared(found, layer, &all).into();
             svd.profile(&Joint::lone(outline.shape, &problem.metric, left), &outline, outline.bytes(), self.backend())
                 .map_err(|e| e.of_tensor(problem.name))
         };
@@ -51,9 +52,10 @@ impl<T: Real> Layers<'_, '_, T> {
             let rank = first + dealt.as_ref().map_or_else(largest, |dealt| dealt[layer]);
             found.residuals[layer] = None;
             if rank > 0 {
-                let left = self.left(found, layer, &all, true, false);
+                let left = self.unshared(found, layer, &all);
                 let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
-                found.residuals[layer] = svd.assemble(std::slice::from_ref(&problem), &decomposition)?.pop();
+                let solved = svd.assemble(std::slice::from_ref(&problem), &decomposition)?;
+                found.residuals[layer] = solved.first().map(Held::new).transpose()?;
             }
         }
         Ok(())
@@ -66,9 +68,10 @@ impl<T: Real> Layers<'_, '_, T> {
         for layer in 0..self.count() {
             found.residuals[layer] = None;
             if let Some(rank) = rank {
-                let left = self.left(found, layer, &(0..outline.shape.0), true, false);
+                let left = self.unshared(found, layer, &(0..outline.shape.0));
                 let problem = Problem { budget: Budget::Rank(rank), ..self.group[layer].whole(left.view()) };
-                found.residuals[layer] = svd.factorize(std::slice::from_ref(&problem))?.pop();
+                let solved = svd.factorize(std::slice::from_ref(&problem))?;
+                found.residuals[layer] = solved.first().map(Held::new).transpose()?;
             }
         }
         Ok(())
