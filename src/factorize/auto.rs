@@ -49,6 +49,7 @@ impl Default for Auto {
             cap: None,
             candidates: vec![
                 quantize(0, true),
+                quantize(0, false),
                 quantize(128, true),
                 quantize(32, false),
                 Method::Residual(finer),
