@@ -1,8 +1,10 @@
 use ndarray::Array1;
 
+use super::super::{Form, Svd};
 use super::*;
 use crate::linalg::{Faer, Kernels};
 use crate::metric::{Metric, Weighting};
+use crate::scalar::DType;
 use crate::stats::Gram;
 
 fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
@@ -200,4 +202,14 @@ fn layers_in_parts_are_what_they_are_in_memory() {
     }
     assert!(Rows::new(Stored { bytes: &bytes[0][1..], ..stored(&bytes[0]) }, || {}).is_err());
     assert!(Factorize::<f64>::factorize_parts(&super::super::Svd::default(), &[], &mut Vec::new()).is_err());
+}
+
+#[test]
+fn what_is_held_is_the_same_operator() {
+    let w = numbers(20, 30, 31).mapv(|v| v as f32);
+    for form in [Form::Pivot, Form::Factors] {
+        let problem = Problem::new("w", w.view(), Budget::Rank(4)).dtype(DType::BF16);
+        let solved = Svd { form, ..Svd::default() }.factorize(&[problem]).unwrap().remove(0);
+        assert_eq!(held::Held::new(&solved).unwrap().operator::<f32>().unwrap(), solved);
+    }
 }
