@@ -17,10 +17,9 @@
 //! spells any pair out.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, CowArray, Ix2};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
@@ -99,15 +98,6 @@ impl Metric {
     /// The same of a weight itself, in the compute type: what is no small difference needs no f64.
     pub fn norm_squared<T: Real>(&self, weight: ArrayView2<'_, T>, backend: &dyn Backend) -> f64 {
         self.quadratic::<T, T>(weight, backend)
-    }
-
-    /// The metric of some rows of a weight: errors of rows add up.
-    pub(crate) fn of_rows(&self, rows: Range<usize>) -> Metric {
-        let output = match &self.output {
-            Weighting::Diagonal(d) => Weighting::Diagonal(Arc::new(d.slice(s![rows]).to_owned())),
-            other => other.clone(),
-        };
-        Metric { output, input: self.input.clone() }
     }
 
     /// tr(B·Δ·A·Δᵀ) = ⟨(√B·Δ)ᵀ(√B·Δ), A⟩, with the products in P and the sums in f64.

@@ -1,12 +1,11 @@
 //! One job of a plan, done once and kept as a file: a run that was stopped takes it from there.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ndarray::s;
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
@@ -121,13 +120,18 @@ impl Worker<'_, '_> {
                 let mut notes = Vec::new();
                 let operators = rule.method.factorize_parts(group, &mut notes)?;
                 let each = start.elapsed().as_secs_f64() / group.len() as f64;
-                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, each));
+                let reports = group.iter().zip(&operators).map(|(part, operator)| {
+                    // The weight is read when nothing else is needed beside it.
+                    let formed = operator.to_dense();
+                    let weight = part.weight.rows(0..part.shape().0);
+                    self.report(job, &part.whole(weight.view()), operator, formed, each)
+                });
                 Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
             }),
             None => self.with_group::<T, _>(job, |group| {
                 let (operators, notes) = self.solve(index, job, group)?;
                 let each = start.elapsed().as_secs_f64() / group.len() as f64;
-                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, &InParts::of(p), o, each));
+                let reports = group.iter().zip(&operators).map(|(p, o)| self.report(job, p, o, o.to_dense(), each));
                 Ok((noted(reports.collect::<Result<_>>()?, notes), operators))
             }),
         };
@@ -262,28 +266,19 @@ impl Worker<'_, '_> {
         run(&parts)
     }
 
-    /// What a report says of a weight and its operator. Beside the difference of both, a fifth of the weight is in memory.
+    /// What a report says of a weight and its operator, of which `delta` is the dense form.
     fn report<T: Real>(
         &self,
         job: &Job,
-        problem: &InParts<'_, T>,
+        problem: &Problem<'_, T>,
         operator: &Operator<T>,
+        mut delta: Array2<T>,
         seconds: f64,
     ) -> Result<TensorReport> {
         let rule = &self.plan.recipe.rules[job.rule];
-        let (m, n) = problem.shape();
-        let height = m.div_ceil(5).max(64);
-        let panels = || (0..m).step_by(height).map(|first| first..m.min(first + height));
-        let mut delta = operator.to_dense();
-        for rows in panels() {
-            let weight = problem.weight.rows(rows.clone());
-            delta.slice_mut(s![rows, ..]).zip_mut_with(&weight, |o, &w| *o = w - *o);
-        }
-        let norm_squared = |metric: &Metric, rows: Range<usize>| {
-            metric.of_rows(rows.clone()).norm_squared(problem.weight.rows(rows).view(), self.backend)
-        };
+        delta.zip_mut_with(&problem.weight, |o, &w| *o = w - *o);
         let relative = |metric: &Metric| {
-            let norm: f64 = panels().map(|rows| norm_squared(metric, rows)).sum();
+            let norm = metric.norm_squared(problem.weight, self.backend);
             let error = metric.squared(delta.view(), self.backend).max(0.0);
             if error == 0.0 { 0.0 } else { (error / norm.max(f64::MIN_POSITIVE)).sqrt() }
         };
@@ -294,6 +289,7 @@ impl Worker<'_, '_> {
             false => None,
         };
         let kept = matches!(operator, Operator::Dense(leaf) if leaf.dtype() == problem.dtype);
+        let (m, n) = problem.shape();
         Ok(TensorReport {
             name: problem.name.into(),
             shape: (m, n),
@@ -302,7 +298,7 @@ impl Worker<'_, '_> {
             metric: rule.metric.to_string(),
             kept_dense: kept.then(|| "the budget allows it".into()),
             structure: operator.to_string(),
-            bytes_before: problem.dtype.bytes(m * n) as u64,
+            bytes_before: problem.bytes(),
             bytes_after: operator.bytes(),
             params: operator.params(),
             flops_ratio: operator.flops(1) as f64 / (2 * m * n).max(1) as f64,

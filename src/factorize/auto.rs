@@ -223,6 +223,15 @@ mod tests {
     }
 
     #[test]
+    fn rows_off_centre_get_a_zero_point() {
+        let w = numbers(64, 256, 31) + 0.9;
+        let problem = Problem::new("w", w.view(), Budget::Keep(0.52)).dtype(DType::BF16);
+        let solve = |method: &dyn Factorize<f64>| method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
+        let (found, centred) = (solve(&Auto::default()), solve(&Quantize { bits: Some(8), ..Quantize::default() }));
+        assert!(problem.error_of(&found) < 0.5 * problem.error_of(&centred), "{found}");
+    }
+
+    #[test]
     fn is_never_worse_than_a_candidate_at_its_level() {
         let w = numbers(40, 5, 31).dot(&numbers(5, 64, 37)) + numbers(40, 64, 41) * 0.3;
         let auto = Auto { candidates: Auto::default().candidates, ..Auto::default() };

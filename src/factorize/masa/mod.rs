@@ -14,8 +14,8 @@
 //! there is no more than that, and pivoted low rank of each layer alone (S = 0, which is tried too unless `atoms`
 //! asks for others) is better. Made for layers that were tied, or trained to be shared.
 //!
-//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms and residuals
-//! found, the eigenproblem of one layer at its highest (3½ times its short side squared; the layer itself is read again
+//! Cost: L²mn flops for K, and one eigenproblem for each layer and round. In memory are the atoms, the residuals
+//! found (in the file's bytes), the eigenproblem of one layer at its highest (3½ times its short side squared; the layer itself is read again
 //! afterwards; by the fast route the layer and a few times what is found of it), and a panel of rows of all layers,
 //! together a quarter of one.
 
