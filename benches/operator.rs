@@ -13,7 +13,7 @@ use ndarray::{Array2, s};
 use weightpress::Result;
 use weightpress::operator::{
     Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation,
-    Quantized, Runs, Side,
+    Quantized, Runs, Side, ZeroPoints,
 };
 use weightpress::scalar::DType;
 
@@ -65,7 +65,7 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
     let codes = |bits: u8| {
         let scales = Dense::rounded(Array2::from_elem((n, n.div_ceil(128)), 0.01), DType::F16)?;
-        Quantized::nearest(w.view(), Grid::new(bits, 128.min(n), scales, None)?).map(Operator::Quantized)
+        Quantized::nearest(w.view(), Grid::new(bits, 128.min(n), scales, ZeroPoints::None)?).map(Operator::Quantized)
     };
     Ok(vec![
         ("8 bits", codes(8)?),

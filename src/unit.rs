@@ -13,6 +13,7 @@ use crate::checkpoint::{Checkpoint, Entry, Payload, write_shard};
 use crate::error::{Error, Result};
 use crate::factorize::{Decomposition, Factorize, InParts, Method, Problem};
 use crate::linalg::Backend;
+use crate::linalg::pages;
 use crate::metric::Metric;
 use crate::operator::codec::{Encoder, Tree};
 use crate::operator::{Dense, LinearOperator, Operator};
@@ -51,6 +52,18 @@ pub(crate) struct Worker<'p, 'c> {
     pub cache: Option<&'p Path>,
     pub factored: bool,
     pub dense: bool,
+}
+
+/// Runs something large on a thread of its own: what matrix products keep for each thread, up to two last-level caches, is
+/// given back at its end, and so is what was freed.
+fn on_its_own<R: Send>(work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = pool.map_err(|e| Error::Unsupported(format!("a thread: {e}")))?;
+    // Waiting for the pool from a worker of another would begin that one's next job meanwhile.
+    let done = std::thread::scope(|scope| scope.spawn(|| pool.install(work)).join());
+    drop(pool);
+    pages::give_back();
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 impl Worker<'_, '_> {
@@ -114,11 +127,12 @@ impl Worker<'_, '_> {
         let start = Instant::now();
         let rule = &self.plan.recipe.rules[job.rule];
         let mut unit = Unit { key, rewritten: Vec::new(), trees: BTreeMap::new(), reports: Vec::new() };
+        let large = Factorize::<T>::takes_parts(&rule.method);
         let solved = match &job.kept {
             Some(why) => Err(Error::Unsupported(why.clone())),
-            None if Factorize::<T>::takes_parts(&rule.method) => self.with_parts::<T, _>(job, |group| {
+            None if large => self.with_parts::<T, _>(job, |group| {
                 let mut notes = Vec::new();
-                let operators = rule.method.factorize_parts(group, &mut notes)?;
+                let operators = on_its_own(|| rule.method.factorize_parts(group, &mut notes))?;
                 let each = start.elapsed().as_secs_f64() / group.len() as f64;
                 let reports = group.iter().zip(&operators).map(|(part, operator)| {
                     // The weight is read when nothing else is needed beside it.
@@ -155,8 +169,13 @@ impl Worker<'_, '_> {
                         unit.trees.insert(name.clone(), tree);
                     }
                     // Else what is encoded is not needed any more.
-                    if self.dense {
-                        left.push((name, outline, operator));
+                    match self.dense {
+                        true => left.push((name, outline, operator)),
+                        false if large => {
+                            drop(operator);
+                            pages::give_back();
+                        }
+                        false => {}
                     }
                 }
             }

@@ -140,31 +140,33 @@ class Checkpoint:
         return Operator(shape, interpolate, text)
 
     def quantized(self, node):
-        """scale * (code - zero point), both of a group of columns; codes are a stream of bits in each row."""
+        """scale * (code - zero point) + offset, all of a group of columns; codes are a stream of bits in each row."""
         bits, group, columns = node["bits"], node["group"], node["columns"]
 
-        scales, zeros = self.grid(node)
-        spread = [np.repeat(a, group, axis=1)[:, :columns] for a in (scales, zeros)]
-        matrix = spread[0] * (unpack(self.tensor(node["codes"]), columns, bits) - spread[1])
+        scales, zeros, offsets = (np.repeat(a, group, axis=1)[:, :columns] for a in self.grid(node))
+        matrix = scales * (unpack(self.tensor(node["codes"]), columns, bits) - zeros) + offsets
         return Operator(matrix.shape, lambda x: matrix @ x, "%d-bit %dx%d" % (bits, *matrix.shape))
 
     def grid(self, node):
-        """Scales and zero points, rows x groups."""
+        """Scales, zero points and offsets, rows x groups: of the latter two at most one is stored."""
         scales = self.tensor(node["scales"]).astype("f8")
-        if "zeros" not in node:
-            return scales, np.full(scales.shape, 1 << node["bits"] - 1)
-        return scales, unpack(self.tensor(node["zeros"]), scales.shape[1], node["bits"])
+        middle, none = np.full(scales.shape, 1 << node["bits"] - 1), np.zeros(scales.shape)
+        zeros = self.tensor(node["zeros"]) if "zeros" in node else none
+        if zeros.dtype == np.uint8:
+            return scales, unpack(zeros, scales.shape[1], node["bits"]), none
+        return scales, middle, zeros.astype("f8")
 
     def values(self, node, columns):
         """Stored values, those of one row after those of another; `columns` lists the columns of each row's."""
         if isinstance(node, str):
             return self.tensor(node).astype("f8").reshape(-1)
-        (scales, zeros), packed, bits = self.grid(node), self.tensor(node["codes"]), node["bits"]
+        (scales, zeros, offsets), packed, bits = self.grid(node), self.tensor(node["codes"]), node["bits"]
         rows, at = [], 0
         for i, own in enumerate(columns):
             end = at + (len(own) * bits + 7) // 8
             g = np.asarray(own, int) // node["group"]
-            rows.append(scales[i, g] * (unpack(packed[None, at:end], len(own), bits)[0] - zeros[i, g]))
+            codes = unpack(packed[None, at:end], len(own), bits)[0]
+            rows.append(scales[i, g] * (codes - zeros[i, g]) + offsets[i, g])
             at = end
         return np.concatenate(rows)
 

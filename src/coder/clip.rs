@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::lattice::magic;
 use crate::error::{Error, Result};
-use crate::operator::{Dense, Grid, scale_dtype};
+use crate::operator::{Dense, Grid, ZeroPoint, ZeroPoints, scale_dtype};
 use crate::scalar::{DType, Real};
 
 /// The layout of a grid.
@@ -21,14 +21,23 @@ pub struct Levels {
     pub bits: u8,
     /// Columns that share a scale.
     pub group: usize,
-    /// Whether zero lies in the middle.
-    pub symmetric: bool,
+    /// Where zero is.
+    pub zero: ZeroPoint,
 }
 
 impl Levels {
     /// The largest code.
     pub fn top(self) -> u8 {
         u8::MAX >> (8 - self.bits.clamp(1, 8))
+    }
+
+    /// The step of a grid over such a fraction of what lies between the least and the largest entry.
+    fn step(self, (least, most): (f64, f64), range: f64) -> f64 {
+        let top = f64::from(self.top());
+        match self.zero {
+            ZeroPoint::None => most.max(-least) * range / ((top + 1.0) / 2.0),
+            ZeroPoint::Integer | ZeroPoint::Float => (most - least) * range / top,
+        }
     }
 
     /// Fractions of the full range that are tried.
@@ -43,7 +52,7 @@ impl Levels {
         };
         // Both ends of a symmetric grid can hold the largest entry if one level is left unused.
         let middle = (f64::from(self.top()) + 1.0) / 2.0;
-        let most = if self.symmetric { middle / (middle - 1.0) } else { 1.02 };
+        let most = if self.zero == ZeroPoint::None { middle / (middle - 1.0) } else { 1.02 };
         (0..=count).map(move |k| most - (most - least) * f64::from(k) / f64::from(count))
     }
 }
@@ -59,14 +68,20 @@ pub fn clip<T: Real>(target: ArrayView2<'_, T>, weights: ArrayView2<'_, T>, leve
     }
     let group = levels.group.max(1);
     let groups = n.div_ceil(group);
-    let (target, half) = (target.as_standard_layout(), T::from_f64((f64::from(levels.top()) + 1.0) / 2.0));
-    let range = |part: &[T]| part.iter().fold(T::zero(), |a, v| a.max(v.abs())) / half;
+    let target = target.as_standard_layout();
+    let part_of = |part: &[T]| T::from_f64(levels.step(extent(part, levels.zero), 0.4));
     let rows = |i: usize| target.row(i).to_slice().unwrap_or_default().to_vec();
-    let first: Vec<T> = (0..m).flat_map(|i| rows(i).chunks(group).map(range).collect::<Vec<_>>()).collect();
+    let first: Vec<T> = (0..m).flat_map(|i| rows(i).chunks(group).map(part_of).collect::<Vec<_>>()).collect();
     let first = Array2::from_shape_vec((m, groups), first).unwrap_or_default();
-    let dtype = scale_dtype(first.mapv(|step| step * T::from_f64(0.4)).view());
+    let dtype = match scale_dtype(first.view()) {
+        // Zero points that are floats have the same dtype.
+        DType::F16 if levels.zero == ZeroPoint::Float && target.iter().any(|v| v.abs() > T::from_f64(6e4)) => {
+            DType::BF16
+        }
+        dtype => dtype,
+    };
     let arch = Arch::new();
-    let one = |i: usize| -> Vec<(T, u8)> {
+    let one = |i: usize| -> Vec<Place<T>> {
         let weights = weights.row(i).to_vec();
         arch.dispatch(Row {
             row: target.row(i).to_slice().unwrap_or_default(),
@@ -76,17 +91,51 @@ pub fn clip<T: Real>(target: ArrayView2<'_, T>, weights: ArrayView2<'_, T>, leve
             dtype,
         })
     };
-    let found: Vec<Vec<(T, u8)>> = match rayon::current_thread_index() {
+    let found: Vec<Vec<Place<T>>> = match rayon::current_thread_index() {
         Some(_) => (0..m).map(one).collect(),
         None => (0..m).into_par_iter().map(one).collect(),
     };
     let found = found.concat();
-    let scales = Array2::from_shape_vec((m, groups), found.iter().map(|f| f.0).collect()).unwrap_or_default();
-    let zeros = Array2::from_shape_vec((m, groups), found.iter().map(|f| f.1).collect()).unwrap_or_default();
-    Grid::new(levels.bits, group, Dense::rounded(scales, dtype)?, (!levels.symmetric).then_some(zeros))
+    let floats = |of: fn(&Place<T>) -> T| {
+        let all = Array2::from_shape_vec((m, groups), found.iter().map(of).collect()).unwrap_or_default();
+        Dense::rounded(all, dtype)
+    };
+    let zeros = match levels.zero {
+        ZeroPoint::None => ZeroPoints::None,
+        ZeroPoint::Integer => {
+            let codes = found.iter().map(|place| place.zero.wide() as u8).collect();
+            ZeroPoints::Integer(Array2::from_shape_vec((m, groups), codes).unwrap_or_default())
+        }
+        ZeroPoint::Float => ZeroPoints::Float(floats(|place| place.offset)?),
+    };
+    Grid::new(levels.bits, group, floats(|place| place.step)?, zeros)
 }
 
-/// A row, to find scale and zero point of each of its groups.
+/// The least and the largest entry of a group; zero is among them where the grid has it.
+fn extent<T: Real>(part: &[T], zero: ZeroPoint) -> (f64, f64) {
+    let first = if zero == ZeroPoint::Float { part.first().copied().unwrap_or_default() } else { T::zero() };
+    let both = part.iter().fold((first, first), |(least, most), &v| (least.min(v), most.max(v)));
+    (both.0.wide(), both.1.wide())
+}
+
+/// The weighted mean of a group; the plain one where nothing counts.
+fn mean<T: Real>(part: &[T], weights: &[T]) -> f64 {
+    let sums = part.iter().zip(weights).fold((0.0, 0.0), |(sum, count), (v, w)| {
+        let w = w.wide().max(1e-300);
+        (sum + w * v.wide(), count + w)
+    });
+    sums.0 / sums.1
+}
+
+/// Where the numbers of a group are: step·(code − zero) + offset.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Place<T> {
+    step: T,
+    zero: T,
+    offset: T,
+}
+
+/// A row, to find the place of each of its groups.
 struct Row<'a, T> {
     row: &'a [T],
     weights: &'a [T],
@@ -96,75 +145,118 @@ struct Row<'a, T> {
 }
 
 impl<T: Real> WithSimd for Row<'_, T> {
-    type Output = Vec<(T, u8)>;
+    type Output = Vec<Place<T>>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, s: S) -> Vec<(T, u8)> {
+    fn with_simd<S: Simd>(self, s: S) -> Vec<Place<T>> {
         let groups = self.row.chunks(self.group).zip(self.weights.chunks(self.group));
-        groups.map(|(part, weights)| best(s, part, weights, self.levels, self.dtype)).collect()
+        let each = groups.map(|(part, weights)| match self.levels.zero {
+            ZeroPoint::Float => best::<S, T, true>(s, part, weights, self.levels, self.dtype),
+            _ => best::<S, T, false>(s, part, weights, self.levels, self.dtype),
+        });
+        each.collect()
     }
 }
 
-/// Least-squares steps of the best scale that was tried.
+/// Least-squares steps of the best place that was tried.
 const FITS: usize = 3;
 
 #[inline(always)]
-fn best<S: Simd, T: Real>(s: S, part: &[T], weights: &[T], levels: Levels, dtype: DType) -> (T, u8) {
+fn best<S: Simd, T: Real, const FREE: bool>(s: S, part: &[T], weights: &[T], levels: Levels, dtype: DType) -> Place<T> {
     let (top, wide) = (T::from_f64(levels.top().into()), f64::from(levels.top()));
     let middle = T::from_f64((wide + 1.0) / 2.0);
-    let least = part.iter().fold(T::zero(), |a, &v| a.min(v)).wide();
-    let most = part.iter().fold(T::zero(), |a, &v| a.max(v)).wide();
-    if least == 0.0 && most == 0.0 {
-        return (T::zero(), middle.wide() as u8);
+    let (least, most) = extent(part, levels.zero);
+    let rounded = |v: f64| T::from_f64(v).round_to(dtype);
+    let usable = |step: f64| Some(rounded(step)).filter(|&step| step != T::zero() && step.is_finite());
+    // A range is narrowed towards the mean.
+    let mean = if FREE { mean(part, weights) } else { 0.0 };
+    let center = |range: f64| if FREE { mean + range * (0.5 * (least + most) - mean) } else { 0.0 };
+    // At first all numbers are one.
+    let mut found = Place { step: T::zero(), zero: middle, offset: rounded(center(0.0)) };
+    if least == most {
+        return found;
     }
-    let usable = |step: f64| {
-        let step = T::from_f64(step).round_to(dtype);
-        (step != T::zero() && step.is_finite()).then_some(step)
-    };
-    // Scale, zero point, error and the scale that fits its codes best; at first all zeros.
-    let (error, fit) = loss(s, part, weights, T::zero(), middle, top);
-    let mut found = (T::zero(), middle, error, fit);
+    let mut lost = loss::<S, T, FREE>(s, part, weights, found, top);
     for range in levels.ranges() {
-        // There is one level more on one side of a symmetric grid: it may be either.
-        let (step, zero) = match levels.symmetric {
-            true => (most.max(-least) * range / middle.wide(), middle),
-            false => {
-                let step = (most - least) * range / wide;
-                (step, T::from_f64((-least * range / step).round().clamp(0.0, wide)))
+        let step = levels.step((least, most), range);
+        let zero = T::from_f64((-least * range / step).round().clamp(0.0, wide));
+        let place = |step: f64, zero: T, offset: f64| {
+            Some(Place { step: usable(step)?, zero, offset: if FREE { rounded(offset) } else { T::zero() } })
+        };
+        let places = match levels.zero {
+            // There is one level more on one side: it may be either.
+            ZeroPoint::None if levels.bits <= 5 => [place(-step, middle, 0.0), place(step, middle, 0.0)],
+            ZeroPoint::None if most > -least => [place(-step, middle, 0.0), None],
+            ZeroPoint::None => [place(step, middle, 0.0), None],
+            ZeroPoint::Integer => [place(step, zero, 0.0), None],
+            // The middle of all codes is half a step below the middle code; or zero is on the grid.
+            ZeroPoint::Float => {
+                [place(step, middle, center(range) + 0.5 * step), place(step, middle, step * (middle - zero).wide())]
             }
         };
-        let sides: &[f64] = match levels.bits {
-            _ if !levels.symmetric => &[1.0],
-            ..=5 => &[-1.0, 1.0],
-            _ if most > -least => &[-1.0],
-            _ => &[1.0],
-        };
-        for step in sides.iter().filter_map(|side| usable(side * step)) {
-            let (error, fit) = loss(s, part, weights, step, zero, top);
-            if error < found.2 {
-                found = (step, zero, error, fit);
+        for place in places.into_iter().flatten() {
+            let now = loss::<S, T, FREE>(s, part, weights, place, top);
+            if now.error < lost.error {
+                (found, lost) = (place, now);
             }
         }
     }
     for _ in 0..FITS {
-        let Some(step) = usable(found.3.wide()).filter(|&step| step != found.0) else { break };
-        let (error, fit) = loss(s, part, weights, step, found.1, top);
-        if error >= found.2 {
+        let (step, offset) = lost.fit::<FREE>(found);
+        let Some(step) = usable(step) else { break };
+        let place = Place { step, offset: rounded(offset), ..found };
+        if place == found || !place.offset.is_finite() {
             break;
         }
-        found = (step, found.1, error, fit);
+        let now = loss::<S, T, FREE>(s, part, weights, place, top);
+        if now.error >= lost.error {
+            break;
+        }
+        (found, lost) = (place, now);
     }
-    (found.0, found.1.wide() as u8)
+    found
 }
 
-/// Σ weight·(v − its nearest)², and the scale that fits those codes best.
+/// Weighted sums over a group of values v (less the offset), numbers k = code − zero of the nearest, and errors.
+struct Sums<T> {
+    error: T,
+    /// Σ w·v·k, Σ w·k².
+    along: T,
+    squares: T,
+    /// Σ w, Σ w·k, Σ w·v: where offsets are free.
+    counts: T,
+    numbers: T,
+    values: T,
+}
+
+impl<T: Real> Sums<T> {
+    /// The step and offset that fit these numbers best.
+    #[inline(always)]
+    fn fit<const FREE: bool>(&self, at: Place<T>) -> (f64, f64) {
+        let (along, squares, step) = (self.along.wide(), self.squares.wide(), at.step.wide());
+        if !FREE {
+            return (if squares > 0.0 { along / squares } else { step }, 0.0);
+        }
+        let (counts, numbers, values) = (self.counts.wide(), self.numbers.wide(), self.values.wide());
+        let determinant = counts * squares - numbers * numbers;
+        let flat = determinant <= 1e-6 * counts * squares;
+        let step = if flat { step } else { (counts * along - numbers * values) / determinant };
+        let shift = if counts > 0.0 { (values - step * numbers) / counts } else { 0.0 };
+        (step, at.offset.wide() + shift)
+    }
+}
+
+/// What is lost where each value goes to its nearest number.
 #[inline(always)]
-fn loss<S: Simd, T: Real>(s: S, part: &[T], weights: &[T], step: T, zero: T, top: T) -> (T, T) {
+fn loss<S: Simd, T: Real, const FREE: bool>(s: S, part: &[T], weights: &[T], at: Place<T>, top: T) -> Sums<T> {
     let none = T::splat(s, T::zero());
-    let inverse = T::splat(s, if step == T::zero() { T::zero() } else { T::one() / step });
-    let (steps, zeros, tops, magic) = (T::splat(s, step), T::splat(s, zero), T::splat(s, top), T::splat(s, magic()));
+    let inverse = T::splat(s, if at.step == T::zero() { T::zero() } else { T::one() / at.step });
+    let (steps, zeros, offsets) = (T::splat(s, at.step), T::splat(s, at.zero), T::splat(s, at.offset));
+    let (tops, magic) = (T::splat(s, top), T::splat(s, magic()));
     let (mut errors, mut along, mut squares) = (none, none, none);
+    let (mut counts, mut numbers, mut values) = (none, none, none);
     let mut add = |value: T::V<S>, weight: T::V<S>| {
+        let value = if FREE { T::vsub(s, value, offsets) } else { value };
         let code = T::vmax(s, T::fma(s, value, inverse, zeros), none);
         let code = T::if_less(s, code, tops, code, tops);
         let number = T::vsub(s, T::vsub(s, T::vadd(s, code, magic), magic), zeros);
@@ -172,13 +264,19 @@ fn loss<S: Simd, T: Real>(s: S, part: &[T], weights: &[T], step: T, zero: T, top
         errors = T::fma(s, T::vmul(s, weight, error), error, errors);
         along = T::fma(s, T::vmul(s, weight, value), number, along);
         squares = T::fma(s, T::vmul(s, weight, number), number, squares);
+        if FREE {
+            counts = T::vadd(s, counts, weight);
+            numbers = T::fma(s, weight, number, numbers);
+            values = T::fma(s, weight, value, values);
+        }
     };
-    let ((values, rest), (counts, counts_rest)) = (T::vectors::<S>(part), T::vectors::<S>(weights));
-    values.iter().zip(counts).for_each(|(&value, &weight)| add(value, weight));
+    let ((vectors, rest), (weighed, weighed_rest)) = (T::vectors::<S>(part), T::vectors::<S>(weights));
+    vectors.iter().zip(weighed).for_each(|(&value, &weight)| add(value, weight));
     if !rest.is_empty() {
         // Beyond the end weights are zero.
-        add(T::load(s, rest), T::load(s, counts_rest));
+        add(T::load(s, rest), T::load(s, weighed_rest));
     }
-    let (errors, along, squares) = (T::vsum(s, errors), T::vsum(s, along), T::vsum(s, squares));
-    (errors, if squares > T::zero() { along / squares } else { step })
+    let [error, along, squares] = [errors, along, squares].map(|sum| T::vsum(s, sum));
+    let [counts, numbers, values] = [counts, numbers, values].map(|sum| T::vsum(s, sum));
+    Sums { error, along, squares, counts, numbers, values }
 }

@@ -16,7 +16,7 @@ use super::{
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
-use crate::operator::Operator;
+use crate::operator::{Operator, ZeroPoint};
 use crate::scalar::Real;
 
 /// Candidates, and the budgets that they are tried at.
@@ -35,23 +35,25 @@ pub struct Auto {
 
 impl Default for Auto {
     fn default() -> Self {
-        let quantize = |group, symmetric| Method::Quantize(Quantize { group, symmetric, ..Quantize::default() });
+        let quantize = |group, zero_point| Method::Quantize(Quantize { group, zero_point, ..Quantize::default() });
         // More than 8 bits: their nearest, and what it leaves in a few more.
         let eight = Quantize { bits: Some(8), group: 0, rule: Rounding::Nearest, ..Quantize::default() };
         let finer = Residual {
             share: 0.8,
             rounds: 0,
             first: Box::new(Method::Quantize(eight)),
-            then: Box::new(quantize(128, true)),
+            then: Box::new(quantize(128, ZeroPoint::None)),
         };
         Auto {
             levels: vec![0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8],
             cap: None,
             candidates: vec![
-                quantize(0, true),
-                quantize(0, false),
-                quantize(128, true),
-                quantize(32, false),
+                quantize(0, ZeroPoint::None),
+                quantize(0, ZeroPoint::Integer),
+                quantize(128, ZeroPoint::None),
+                quantize(32, ZeroPoint::Integer),
+                // What was integers before, as in GGUF's Q4_1, is on such a grid to rounding.
+                quantize(32, ZeroPoint::Float),
                 Method::Residual(finer),
                 Method::Svd(Svd::default()),
                 Method::Bitmask(Bitmask::default()),

@@ -90,7 +90,7 @@ impl<T: Real> Coded<T> {
     }
     /// Numbers and scales.
     pub(super) fn params(&self) -> usize {
-        self.stored() + self.grid.scales().params()
+        self.stored() + self.grid.own_params()
     }
 
     /// Writes the numbers of row i out, of which `runs` lie in the groups, one after the other.
@@ -109,7 +109,8 @@ impl<T: Real> Coded<T> {
             let (now, later) = rest.split_at_mut(run.min(rest.len()));
             let scale = self.grid.scales().values()[(i, g)];
             let shift = T::from_f64((i16::from(self.grid.zero(i, g)) - half).into());
-            now.iter_mut().for_each(|v| *v = scale * (*v - shift));
+            let offset = self.grid.offset(i, g);
+            now.iter_mut().for_each(|v| *v = scale * (*v - shift) + offset);
             rest = later;
         }
     }
@@ -120,14 +121,23 @@ mod tests {
     use ndarray::{Array2, ArrayView2};
 
     use super::*;
-    use crate::operator::{Bitmask, BlockDiagonal, Dense, Nm, NmSparse, Operator};
+    use crate::operator::{Bitmask, BlockDiagonal, Dense, Nm, NmSparse, Operator, ZeroPoint, ZeroPoints};
     use crate::scalar::DType;
 
-    fn grid<T: Real>(m: usize, n: usize, bits: u8, group: usize, zeros: bool) -> Grid<T> {
+    fn grid<T: Real>(m: usize, n: usize, bits: u8, group: usize, zero: ZeroPoint) -> Grid<T> {
         let groups = n.div_ceil(group);
         let scales = Array2::from_shape_fn((m, groups), |(i, g)| T::from_f64([0.5, -0.25, 1.0, 0.0][(i + g) % 4]));
-        let zeros =
-            zeros.then(|| Array2::from_shape_fn((m, groups), |(i, g)| ((i * 3 + g) % (1 << bits.min(7))) as u8));
+        let zeros = match zero {
+            ZeroPoint::None => ZeroPoints::None,
+            ZeroPoint::Integer => {
+                let code = |(i, g)| ((i * 3 + g) % (1 << bits.min(7))) as u8;
+                ZeroPoints::Integer(Array2::from_shape_fn((m, groups), code))
+            }
+            ZeroPoint::Float => {
+                let number = |(i, g)| T::from_f64(((i * 3 + g) % 5) as f64 / 4.0 - 0.75);
+                ZeroPoints::Float(Dense::rounded(Array2::from_shape_fn((m, groups), number), DType::F16).unwrap())
+            }
+        };
         Grid::new(bits, group, Dense::rounded(scales, DType::F16).unwrap(), zeros).unwrap()
     }
 
@@ -144,7 +154,8 @@ mod tests {
             }
             let g = (j - first(i)) / grid.group();
             let zero = T::from_f64(grid.zero(i, g).into());
-            grid.scales().values()[(i, g)] * (T::from_f64(grid.code(i, g, matrix[(i, j)]).into()) - zero)
+            let number = T::from_f64(grid.code(i, g, matrix[(i, j)]).into()) - zero;
+            grid.scales().values()[(i, g)] * number + grid.offset(i, g)
         })
     }
 
@@ -165,9 +176,12 @@ mod tests {
             let matrix = Array2::from_shape_fn((m, n), |(i, j)| T::from_f64(((i * 7 + j * 3) % 11) as f64 / 2.0 - 2.5));
             // Row 1 is empty.
             let kept = Array2::from_shape_fn((m, n), |(i, j)| i != 1 && (i + j * j) % 3 != 0);
-            for (bits, group, zeros) in [(2, 7, true), (3, 32, false), (4, 64, true), (5, 128, false), (8, n, true)] {
+            let (none, integer, float) = (ZeroPoint::None, ZeroPoint::Integer, ZeroPoint::Float);
+            let all =
+                [(2, 7, integer), (3, 32, none), (4, 64, integer), (4, 7, float), (5, 128, none), (8, n, integer)];
+            for (bits, group, zero) in all.into_iter().chain([(6, 32, float)]) {
                 let what = format!("{m}x{n}, {bits} bits, groups of {group}");
-                let on = grid::<T>(m, n, bits, group, zeros);
+                let on = grid::<T>(m, n, bits, group, zero);
                 let plain = Bitmask::gather(matrix.view(), kept.view(), DType::BF16).unwrap();
                 let coded = plain.quantized(on.clone()).unwrap();
                 let expected = naive(matrix.view(), kept.view(), &on, &|_| 0);
@@ -175,7 +189,7 @@ mod tests {
                 let codes = coded.coded().unwrap().codes().to_vec();
                 assert_eq!(Bitmask::decode_codes((m, n), &mask, on.clone(), codes.clone()).unwrap(), coded);
                 assert!(Bitmask::decode_codes((m, n), &mask, on.clone(), [&codes[..], &[0]].concat()).is_err());
-                let other = grid::<T>(m, n + group, bits, group, zeros);
+                let other = grid::<T>(m, n + group, bits, group, zero);
                 assert!(plain.quantized(other).is_err());
                 check(&Operator::Bitmask(coded), &expected, &what);
 
@@ -205,8 +219,10 @@ mod tests {
                 column += columns;
             }
             let kept = Array2::from_shape_fn((m, n), |(i, j)| block[i].contains(&j));
-            for (bits, group, zeros) in [(3, 16, true), (4, 200, false)] {
-                let on = grid::<T>(m, plain.widest(), bits, group, zeros);
+            for (bits, group, zero) in
+                [(3, 16, ZeroPoint::Integer), (4, 200, ZeroPoint::None), (5, 3, ZeroPoint::Float)]
+            {
+                let on = grid::<T>(m, plain.widest(), bits, group, zero);
                 let coded = plain.quantized(on.clone()).unwrap();
                 let codes = coded.codes().unwrap().codes().to_vec();
                 assert_eq!(BlockDiagonal::decode_codes(extents.clone(), on.clone(), codes).unwrap(), coded);

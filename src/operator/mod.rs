@@ -42,7 +42,7 @@ pub use self::mixture::Mixture;
 pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
 pub(crate) use self::quantized::scale_dtype;
-pub use self::quantized::{Grid, Quantized};
+pub use self::quantized::{Grid, Quantized, ZeroPoint, ZeroPoints};
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {

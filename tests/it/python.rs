@@ -135,10 +135,11 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     }
     for method in [
         "type = 'quantize', group = 10",
-        "type = 'quantize', bits = 3, group = 0, symmetric = false",
+        "type = 'quantize', bits = 3, group = 0, zero-point = 'integer'",
+        "type = 'quantize', bits = 4, group = 10, zero-point = 'float'",
         "type = 'quantize', inner = { type = 'svd' }",
         "type = 'quantize', group = 10, inner = { type = 'two-four' }",
-        "type = 'quantize', bits = 3, symmetric = false, group = 10, inner = { type = 'bitmask' }",
+        "type = 'quantize', bits = 3, zero-point = 'float', group = 10, inner = { type = 'bitmask' }",
         "type = 'quantize', group = 4, inner = { type = 'monarch', output-blocks = 2, groups = 'strided' }",
         "type = 'quantize', inner = { type = 'cospadi' }",
         "type = 'residual', first = { type = 'quantize', bits = 2 }, then = { type = 'svd' }",

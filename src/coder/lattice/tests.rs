@@ -3,6 +3,7 @@ use ndarray::Array2;
 use super::*;
 use crate::coder::{Levels, clip};
 use crate::linalg::{Faer, Kernels};
+use crate::operator::ZeroPoint;
 use crate::testing::{gram, numbers};
 
 /// A target of m×n with scale and zero point of each entry.
@@ -17,7 +18,7 @@ fn case(m: usize, n: usize, levels: Levels) -> [Array2<f64>; 3] {
 
 #[test]
 fn the_walk_is_gptq() {
-    let levels = Levels { bits: 3, group: 16, symmetric: false };
+    let levels = Levels { bits: 3, group: 16, zero: ZeroPoint::Integer };
     let (m, n) = (20, 150);
     let ([w, steps, zeros], h) = (case(m, n, levels), gram(n));
     let factor = Factor::<f64>::new(h.view(), 0.01, &Faer).unwrap();
@@ -44,8 +45,9 @@ fn the_walk_is_gptq() {
 
 #[test]
 fn sweeps_and_scales_descend_and_stay_on_the_grid() {
-    for (bits, group, symmetric) in [(2, 16, true), (3, 70, false), (4, 7, true), (8, 32, false)] {
-        let levels = Levels { bits, group, symmetric };
+    let (none, integer) = (ZeroPoint::None, ZeroPoint::Integer);
+    for (bits, group, zero) in [(2, 16, none), (3, 70, integer), (4, 7, none), (8, 32, integer)] {
+        let levels = Levels { bits, group, zero };
         let (m, n) = (270, 70);
         let ([w, steps, zeros], h) = (case(m, n, levels), gram(n));
         let mut lattice = Lattice::new(w.view(), steps.view(), zeros.view(), levels.top()).unwrap();
@@ -89,7 +91,7 @@ fn sweeps_and_scales_descend_and_stay_on_the_grid() {
 
 #[test]
 fn a_scale_of_zero_keeps_its_place_empty() {
-    let levels = Levels { bits: 4, group: 8, symmetric: true };
+    let levels = Levels { bits: 4, group: 8, zero: ZeroPoint::None };
     let ([w, mut steps, zeros], h) = (case(9, 40, levels), gram(40));
     steps.indexed_iter_mut().for_each(|((i, j), step)| *step = if (i + j) % 3 == 0 { 0.0 } else { *step });
     let mut lattice = Lattice::new(w.view(), steps.view(), zeros.view(), levels.top()).unwrap();
@@ -101,8 +103,9 @@ fn a_scale_of_zero_keeps_its_place_empty() {
 
 #[test]
 fn clipping_is_never_worse_than_the_full_range() {
-    for (bits, symmetric) in (2..=8).flat_map(|bits| [(bits, true), (bits, false)]) {
-        let levels = Levels { bits, group: 24, symmetric };
+    let kinds = [ZeroPoint::None, ZeroPoint::Integer, ZeroPoint::Float];
+    for (bits, zero) in (2..=8).flat_map(|bits| kinds.map(|zero| (bits, zero))) {
+        let levels = Levels { bits, group: 24, zero };
         // Heavy tails: cubes.
         let (m, n) = (12, 50);
         let target = numbers(m, n, 31).mapv(|v| v * v * v);
@@ -116,9 +119,9 @@ fn clipping_is_never_worse_than_the_full_range() {
                 let of = |j: usize| target[(i, j)];
                 let (least, most) = columns.clone().fold((0.0f64, 0.0f64), |a, j| (a.0.min(of(j)), a.1.max(of(j))));
                 let top = f64::from(levels.top());
-                let (step, zero) = match symmetric {
-                    true => (most.max(-least) / ((top - 1.0) / 2.0), (top + 1.0) / 2.0),
-                    false => ((most - least) / top, (-least / ((most - least) / top)).round()),
+                let (step, zero) = match zero {
+                    ZeroPoint::None => (most.max(-least) / ((top - 1.0) / 2.0), (top + 1.0) / 2.0),
+                    _ => ((most - least) / top, (-least / ((most - least) / top)).round()),
                 };
                 let plain = |v: f64| step * ((v / step + zero).round().clamp(0.0, top) - zero);
                 let loss = |f: &dyn Fn(usize) -> f64| -> f64 {

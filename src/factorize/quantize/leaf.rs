@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::factorize::sparse::unusual;
 use crate::linalg::Backend;
 use crate::metric::Weighting;
-use crate::operator::{Dense, Grid, Quantized};
+use crate::operator::{Dense, Grid, Quantized, ZeroPoint};
 use crate::scalar::Real;
 
 /// How numbers get onto grids.
@@ -65,14 +65,20 @@ impl How<'_> {
             Some(_) => clip(start, held(weights).view(), levels)?,
             None => clip(start, weights, levels)?,
         };
-        let (steps, zeros) = expand(&grid, (m, n));
+        let (steps, zeros, offsets) = expand(&grid, (m, n));
         let steps = held(steps.view());
+        // What is left to find is on a grid around zero.
+        let offsets = offsets.map(|offsets| held(offsets.view()));
+        let around = |a: ArrayView2<'_, T>| offsets.as_ref().map_or_else(|| a.to_owned(), |offsets| &a - offsets);
+        let (start, target) = (around(start), around(target));
+        let (start, target) = (start.view(), target.view());
+        let placed = |values: Array2<T>| if let Some(offsets) = &offsets { values + offsets } else { values };
         let nearest = || Lattice::new(start, steps.view(), zeros.view(), levels.top());
         let Some(gram) = (match (self.rule, input) {
             (Rounding::Gram, Weighting::Gram(gram)) => Some(gram.matrix()),
             _ => None,
         }) else {
-            return Ok((nearest()?.values(), grid));
+            return Ok((placed(nearest()?.values()), grid));
         };
         let begun = || -> Result<Lattice<T>> {
             let mut lattice = Lattice::new(target, steps.view(), zeros.view(), levels.top())?;
@@ -97,8 +103,7 @@ impl How<'_> {
             scales[(i, j / levels.group)] = step;
         }
         let scales = Dense::rounded(scales, grid.scales().dtype())?;
-        let grid = Grid::new(levels.bits, levels.group, scales, grid.zeros().map(|zeros| zeros.to_owned()))?;
-        Ok((lattice.values(), grid))
+        Ok((placed(lattice.values()), grid.scaled(scales)?))
     }
 
     fn descend<T: Real>(&self, lattice: &mut Lattice<T>, form: ArrayView2<'_, T>, grid: &Grid<T>) -> Result<()> {
@@ -156,10 +161,12 @@ pub(super) fn damped<T: Real>(gram: ArrayView2<'_, f64>, damping: f64) -> Array2
     form
 }
 
-/// Scale and zero point of each entry.
-pub(super) fn expand<T: Real>(grid: &Grid<T>, dim: (usize, usize)) -> (Array2<T>, Array2<T>) {
+/// Scale, zero point and, if there are any, offset of each entry.
+fn expand<T: Real>(grid: &Grid<T>, dim: (usize, usize)) -> (Array2<T>, Array2<T>, Option<Array2<T>>) {
     let scales = grid.scales().values();
     let steps = Array2::from_shape_fn(dim, |(i, j)| scales[(i, j / grid.group())]);
     let zeros = Array2::from_shape_fn(dim, |(i, j)| T::from_f64(grid.zero(i, j / grid.group()).into()));
-    (steps, zeros)
+    let floats = grid.zeros().kind() == ZeroPoint::Float;
+    let offsets = floats.then(|| Array2::from_shape_fn(dim, |(i, j)| grid.offset(i, j / grid.group())));
+    (steps, zeros, offsets)
 }

@@ -1,6 +1,6 @@
 //! Quantisation: numbers of 2 to 8 bits for a weight, or for the factors that another method writes.
 //!
-//! > ŵᵢⱼ = s·(q − z),  q in 0 … 2ᵇ−1, s and z of a group of consecutive columns of a row
+//! > ŵᵢⱼ = s·(q − z) + c,  q in 0 … 2ᵇ−1, s and z or c of a group of consecutive columns of a row
 //!
 //! Scales come from a search over clipped ranges, each column's errors counted by its mean square input. Rule
 //! `nearest` then rounds to the nearest number, exact where inputs do not interact. Rule `gram` walks as GPTQ
@@ -26,7 +26,7 @@ use crate::budget::Budget;
 use crate::coder::Levels;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
-use crate::operator::{Dense, Grid, Operator};
+use crate::operator::{Dense, Grid, Operator, ZeroPoint};
 use crate::scalar::{DType, Real};
 
 mod fit;
@@ -57,8 +57,8 @@ pub struct Quantize {
     pub bits: Option<u8>,
     /// Consecutive columns that share a scale; 0: a whole row.
     pub group: usize,
-    /// Whether zero lies in the middle of the codes; else each group stores its place.
-    pub symmetric: bool,
+    /// Whether each group stores where its zero is.
+    pub zero_point: ZeroPoint,
     /// How codes are chosen.
     pub rule: Rounding,
     /// Passes of coordinate descent after GPTQ's walk.
@@ -77,7 +77,7 @@ impl Default for Quantize {
         Quantize {
             bits: None,
             group: 128,
-            symmetric: true,
+            zero_point: ZeroPoint::None,
             rule: Rounding::Gram,
             sweeps: 4,
             damping: 0.01,
@@ -105,7 +105,7 @@ impl Quantize {
     }
 
     fn how<'a, T: Real>(&self, bits: u8, problem: &Problem<'a, T>) -> How<'a> {
-        let levels = Levels { bits, group: self.group, symmetric: self.symmetric };
+        let levels = Levels { bits, group: self.group, zero: self.zero_point };
         let (rule, sweeps, damping) = (self.rule, self.sweeps, self.damping);
         How { levels, rule, sweeps, damping, backend: problem.backend }
     }
@@ -122,7 +122,7 @@ impl Quantize {
                 shape,
                 bits,
                 if self.group == 0 { shape.1 } else { self.group.min(shape.1) },
-                self.symmetric,
+                self.zero_point,
             ),
         }
     }

@@ -7,7 +7,9 @@ use ndarray::{Array2, ArrayView2, s};
 use super::fit::Fit;
 use crate::error::Result;
 use crate::metric::Weighting;
-use crate::operator::{BlockDiagonal, Dense, Grid, LinearOperator, Mixture, Operator, scale_dtype};
+use crate::operator::{
+    BlockDiagonal, Dense, Grid, LinearOperator, Mixture, Operator, ZeroPoint, ZeroPoints, scale_dtype,
+};
 use crate::scalar::Real;
 use crate::stats::Gram;
 
@@ -23,6 +25,7 @@ impl<T: Real> Fit<'_, T> {
         let levels = self.how.levels(leaf.widest());
         let (m, groups) = (target.nrows(), leaf.widest().div_ceil(levels.group));
         let (mut scales, mut zeros) = (Array2::zeros((m, groups)), Array2::zeros((m, groups)));
+        let mut offsets = Array2::zeros((m, groups));
         let (mut values, mut row, mut column) = (Vec::new(), 0, 0);
         let weighed = match input {
             Weighting::Gram(_) => Some(input.times(target.mapv(|v| v.wide()).view(), self.how.backend)),
@@ -55,13 +58,20 @@ impl<T: Real> Fit<'_, T> {
             let (grid, rows) = (found.grid(), row - rows..row);
             let used = grid.scales().shape().1;
             scales.slice_mut(s![rows.clone(), ..used]).assign(&grid.scales().values());
-            if let Some(from) = grid.zeros() {
-                zeros.slice_mut(s![rows, ..used]).assign(&from);
+            match grid.zeros() {
+                ZeroPoints::None => {}
+                ZeroPoints::Integer(from) => zeros.slice_mut(s![rows, ..used]).assign(from),
+                ZeroPoints::Float(from) => offsets.slice_mut(s![rows, ..used]).assign(&from.values()),
             }
             values.extend(found.to_dense());
         }
-        let scales = Dense::rounded(scales.clone(), scale_dtype(scales.view()))?;
-        let grid = Grid::new(levels.bits, levels.group, scales, (!levels.symmetric).then_some(zeros))?;
+        let dtype = scale_dtype(scales.view());
+        let zeros = match levels.zero {
+            ZeroPoint::None => ZeroPoints::None,
+            ZeroPoint::Integer => ZeroPoints::Integer(zeros),
+            ZeroPoint::Float => ZeroPoints::Float(Dense::rounded(offsets, dtype)?),
+        };
+        let grid = Grid::new(levels.bits, levels.group, Dense::rounded(scales, dtype)?, zeros)?;
         BlockDiagonal::new(values, leaf.extents().to_vec())?.quantized(grid)
     }
 

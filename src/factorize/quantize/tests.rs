@@ -37,21 +37,40 @@ fn low_rank(form: super::super::Form) -> Option<Box<Method>> {
 fn gram_aware_is_better_than_nearest_and_more_bits_are_better_than_fewer() {
     let w = numbers(40, 96, 31);
     let problem = problem(w.view(), Budget::Keep(0.9));
-    for (group, symmetric) in [(0, true), (32, true), (32, false)] {
+    let kinds = [ZeroPoint::None, ZeroPoint::Integer, ZeroPoint::Float];
+    for (group, zero_point) in [(0, kinds[0]), (32, kinds[0]), (32, kinds[1]), (32, kinds[2])] {
         let mut last = f64::INFINITY;
         for bits in 2..=8 {
-            let aware = Quantize { bits: Some(bits), group, symmetric, ..Quantize::default() };
+            let aware = Quantize { bits: Some(bits), group, zero_point, ..Quantize::default() };
             let nearest = Quantize { rule: Rounding::Nearest, ..aware.clone() };
             let ((found, aware), (_, nearest)) = (one(&aware, &problem), one(&nearest, &problem));
             assert!(aware < 0.9 * nearest, "{bits} bits, group {group}: {aware} of {nearest}");
             assert!(aware < last, "{bits} bits, group {group}: {aware} after {last}");
             assert_eq!(
                 found.bytes(),
-                Grid::<f64>::bytes_of((40, 96), bits, if group == 0 { 96 } else { 32 }, symmetric)
+                Grid::<f64>::bytes_of((40, 96), bits, if group == 0 { 96 } else { 32 }, zero_point)
             );
             last = aware;
         }
     }
+}
+
+#[test]
+fn what_was_integers_before_is_found_again() {
+    // As GGUF's Q4_1 has it: scale and least number of each 32, sixteen levels from end to end.
+    let (m, n) = (24, 96);
+    let half = |v: f64| v.round_to(DType::F16);
+    let w = Array2::from_shape_fn((m, n), |(i, j)| {
+        let (g, code) = (j / 32, if j % 32 < 2 { 15 * (j % 32) } else { (i * 7 + j * 5 + i * j) % 16 });
+        half(0.02 + (i * 3 + g) as f64 / 900.0) * code as f64 - half(0.13 + (i + 5 * g) as f64 / 700.0)
+    });
+    let problem = problem(w.view(), Budget::Keep(0.4));
+    let off = |zero_point| {
+        let method = Quantize { bits: Some(4), group: 32, zero_point, ..Quantize::default() };
+        (one(&method, &problem).1 / problem.metric.norm_squared(w.view(), problem.backend)).sqrt()
+    };
+    let (float, integer) = (off(ZeroPoint::Float), off(ZeroPoint::Integer));
+    assert!(float < 1e-3 && integer > 10.0 * float, "{float} {integer}");
 }
 
 #[test]
@@ -166,10 +185,11 @@ fn every_structure_takes_a_grid() {
     ];
     for text in methods {
         let inner: Method = toml::from_str(text).unwrap();
-        for (bits, symmetric, keep) in [(8, true, 0.5), (4, true, 0.33), (5, false, 0.4)] {
+        let (none, integer, float) = (ZeroPoint::None, ZeroPoint::Integer, ZeroPoint::Float);
+        for (bits, zero_point, keep) in [(8, none, 0.5), (4, none, 0.33), (5, integer, 0.4), (4, float, 0.4)] {
             let problem = problem(w.view(), Budget::Keep(keep));
             let inner = Some(Box::new(inner.clone()));
-            let method = Quantize { bits: Some(bits), group: 24, symmetric, inner, ..Quantize::default() };
+            let method = Quantize { bits: Some(bits), group: 24, zero_point, inner, ..Quantize::default() };
             let (found, error) = one(&method, &problem);
             assert!(found.bytes() as f64 <= keep * problem.bytes() as f64, "{text}: {} bytes", found.bytes());
             // What is on a grid stays as it is, at the bytes that were foreseen.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::operator::permutation::LONGEST;
 use crate::operator::{
     Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm, NmSparse,
-    Operator, Permutation, Quantized, Runs,
+    Operator, Permutation, Quantized, Runs, ZeroPoints,
 };
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
@@ -152,8 +152,9 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
     fn grid(&self, bits: u8, group: usize, scales: &str, zeros: Option<&str>) -> Result<Grid<T>> {
         let scales = self.dense(scales)?;
         let zeros = match zeros {
-            Some(name) => Some(Grid::<T>::unpack_zeros(bits, scales.shape(), self.bytes(name)?.1)?),
-            None => None,
+            None => ZeroPoints::None,
+            Some(name) if self.source.tensor(name)?.dtype.is_float() => ZeroPoints::Float(self.dense(name)?),
+            Some(name) => ZeroPoints::Integer(Grid::<T>::unpack_zeros(bits, scales.shape(), self.bytes(name)?.1)?),
         };
         Grid::new(bits, group, scales, zeros)
     }

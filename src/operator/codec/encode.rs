@@ -9,7 +9,7 @@ use super::{Codes, Coefficients, Extents, NamedTensor, Node, Run, Values};
 use crate::error::Result;
 use crate::operator::coded::Coded;
 use crate::operator::{
-    BlockDiagonal, Dense, Grid, IndexSet, LinearOperator, Operator, Order, Permutation, Quantized, Runs,
+    BlockDiagonal, Dense, Grid, IndexSet, LinearOperator, Operator, Order, Permutation, Quantized, Runs, ZeroPoints,
 };
 use crate::scalar::{DType, Real, narrow};
 
@@ -128,8 +128,11 @@ impl Encoder {
     /// Scales and zero points.
     fn grid<T: Real>(&mut self, name: &str, next: &mut usize, grid: &Grid<T>) -> Result<(String, Option<String>)> {
         let (scales, m) = (self.dense(name, next, grid.scales())?, grid.scales().shape().0.max(1));
-        let zeros = grid.packed_zeros();
-        Ok((scales, zeros.map(|zeros| self.push(name, next, DType::U8, vec![m, zeros.len() / m], zeros))))
+        let zeros = match (grid.zeros(), grid.packed_zeros()) {
+            (ZeroPoints::Float(zeros), _) => Some(self.dense(name, next, zeros)?),
+            (_, packed) => packed.map(|zeros| self.push(name, next, DType::U8, vec![m, zeros.len() / m], zeros)),
+        };
+        Ok((scales, zeros))
     }
 
     fn codes<T: Real>(&mut self, name: &str, next: &mut usize, coded: &Coded<T>) -> Result<Values> {

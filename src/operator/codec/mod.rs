@@ -161,7 +161,8 @@ pub enum Node {
         codes: String,
         /// The scales, rows × groups.
         scales: String,
-        /// The packed zero points, rows × ⌈groups·bits/8⌉ U8; without them 2^(bits−1) everywhere.
+        /// The packed zero points, rows × ⌈groups·bits/8⌉ U8, or as floats, rows × groups, the numbers of the
+        /// middle code; without them 2^(bits−1) everywhere.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         zeros: Option<String>,
     },
@@ -206,7 +207,7 @@ pub struct Codes {
     pub codes: String,
     /// The scales, rows × groups.
     pub scales: String,
-    /// The packed zero points, rows × ⌈groups·bits/8⌉ U8; without them 2^(bits−1) everywhere.
+    /// The zero points, as in [`Node::Quantized`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zeros: Option<String>,
 }

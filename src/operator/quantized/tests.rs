@@ -1,22 +1,31 @@
 use ndarray::{Array2, array};
 
 use super::*;
-use crate::operator::Operator;
+use crate::operator::{Dense, Operator};
+use crate::scalar::DType;
 use crate::testing::numbers;
 
-fn grid(m: usize, n: usize, bits: u8, group: usize, symmetric: bool) -> Grid<f64> {
+fn grid(m: usize, n: usize, bits: u8, group: usize, zero: ZeroPoint) -> Grid<f64> {
     let groups = n.div_ceil(group);
     let scales = Array2::from_shape_fn((m, groups), |(i, g)| 0.25 + ((i * 5 + g * 3) % 7) as f64 / 16.0);
     let zeros = Array2::from_shape_fn((m, groups), |(i, g)| ((i * 11 + g * 7) % (1 << bits)) as u8);
-    Grid::new(bits, group, Dense::rounded(scales, DType::F16).unwrap(), (!symmetric).then_some(zeros)).unwrap()
+    let scales = Dense::rounded(scales, DType::F16).unwrap();
+    let offsets = || Dense::rounded(zeros.mapv(|z| f64::from(z) / 64.0 - 0.7), DType::F16).unwrap();
+    let zeros = match zero {
+        ZeroPoint::None => ZeroPoints::None,
+        ZeroPoint::Float => ZeroPoints::Float(offsets()),
+        ZeroPoint::Integer => ZeroPoints::Integer(zeros),
+    };
+    Grid::new(bits, group, scales, zeros).unwrap()
 }
 
 #[test]
 fn multiplies_as_its_dense_form_at_all_widths_and_groups() {
     for (m, n, group) in [(3, 1, 1), (2, 31, 64), (5, 64, 32), (4, 130, 32), (3, 257, 128), (2, 300, 7), (130, 96, 16)]
     {
-        for (bits, symmetric) in Grid::<f64>::BITS.flat_map(|bits| [(bits, true), (bits, false)]) {
-            let grid = grid(m, n, bits, group, symmetric);
+        let kinds = [ZeroPoint::None, ZeroPoint::Integer, ZeroPoint::Float];
+        for (bits, zero) in Grid::<f64>::BITS.flat_map(|bits| kinds.map(|zero| (bits, zero))) {
+            let grid = grid(m, n, bits, group, zero);
             let wide = Quantized::nearest((numbers(m, n, 31) * 4.0).view(), grid.clone()).unwrap();
             let dense = wide.to_dense();
             // What is on the grid stays what it is.
@@ -24,7 +33,14 @@ fn multiplies_as_its_dense_form_at_all_widths_and_groups() {
             let single = {
                 let grid = wide.grid();
                 let scales = Dense::rounded(grid.scales().values().mapv(|v| v as f32), DType::F16).unwrap();
-                let grid = Grid::new(bits, group, scales, grid.zeros().map(|zeros| zeros.to_owned())).unwrap();
+                let zeros = match grid.zeros() {
+                    ZeroPoints::None => ZeroPoints::None,
+                    ZeroPoints::Integer(zeros) => ZeroPoints::Integer(zeros.clone()),
+                    ZeroPoints::Float(zeros) => {
+                        ZeroPoints::Float(Dense::rounded(zeros.values().mapv(|v| v as f32), DType::F16).unwrap())
+                    }
+                };
+                let grid = Grid::new(bits, group, scales, zeros).unwrap();
                 Quantized::new(n, grid, wide.codes().to_vec()).unwrap()
             };
             assert_eq!(single.to_dense().mapv(f64::from), dense);
@@ -41,10 +57,12 @@ fn multiplies_as_its_dense_form_at_all_widths_and_groups() {
             let y = numbers(m, 2, 19);
             let turned = &wide.product_transposed(y.view()) - &dense.t().dot(&y);
             assert!(turned.iter().all(|v| v.abs() < 1e-9));
-            let stored = wide.codes().len() as u64
-                + wide.grid().scales().bytes()
-                + wide.grid().packed_zeros().map_or(0, |zeros| zeros.len() as u64);
-            assert_eq!((stored, stored), (wide.bytes(), Grid::<f64>::bytes_of((m, n), bits, group, symmetric)));
+            let zeros = match wide.grid().zeros() {
+                ZeroPoints::Float(zeros) => zeros.bytes(),
+                _ => wide.grid().packed_zeros().map_or(0, |zeros| zeros.len() as u64),
+            };
+            let stored = wide.codes().len() as u64 + wide.grid().scales().bytes() + zeros;
+            assert_eq!((stored, stored), (wide.bytes(), Grid::<f64>::bytes_of((m, n), bits, group, zero)));
         }
     }
 }
@@ -52,7 +70,7 @@ fn multiplies_as_its_dense_form_at_all_widths_and_groups() {
 #[test]
 fn a_row_by_hand() {
     // 3 bits, groups of 2: codes 0…7, the zero of a symmetric grid at 4.
-    let grid = Grid::new(3, 2, Dense::new(array![[0.5, 2.0]]), None).unwrap();
+    let grid = Grid::new(3, 2, Dense::new(array![[0.5, 2.0]]), ZeroPoints::None).unwrap();
     let row = Quantized::nearest(array![[-9.0, 1.2, 6.0, -1.1]].view(), grid).unwrap();
     assert_eq!(row.to_dense(), array![[-2.0, 1.0, 6.0, -2.0]]);
     // Codes 0, 6, 7, 3 in three bits each, the lowest first.
@@ -64,12 +82,12 @@ fn a_row_by_hand() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let scales = || Dense::new(array![[1.0, 1.0]]);
-    assert!(Grid::new(1, 2, scales(), None).is_err());
-    assert!(Grid::new(9, 2, scales(), None).is_err());
-    assert!(Grid::new(4, 0, scales(), None).is_err());
-    assert!(Grid::new(2, 2, scales(), Some(array![[1, 4]])).is_err());
-    assert!(Grid::new(2, 2, scales(), Some(array![[1], [1]])).is_err());
-    let grid = || Grid::new(3, 2, scales(), None).unwrap();
+    assert!(Grid::new(1, 2, scales(), ZeroPoints::None).is_err());
+    assert!(Grid::new(9, 2, scales(), ZeroPoints::None).is_err());
+    assert!(Grid::new(4, 0, scales(), ZeroPoints::None).is_err());
+    assert!(Grid::new(2, 2, scales(), ZeroPoints::Integer(array![[1, 4]])).is_err());
+    assert!(Grid::new(2, 2, scales(), ZeroPoints::Integer(array![[1], [1]])).is_err());
+    let grid = || Grid::new(3, 2, scales(), ZeroPoints::None).unwrap();
     assert!(Quantized::new(5, grid(), vec![0; 2]).is_err());
     assert!(Quantized::new(3, grid(), vec![0; 3]).is_err());
     assert!(Quantized::new(3, grid(), vec![0, 0b10]).is_err());
@@ -80,11 +98,13 @@ fn what_does_not_fit_is_refused() {
 
 #[test]
 fn inputs_of_another_length_are_refused() {
-    let grid =
-        || Grid::new(4, 64, Dense::rounded(Array2::from_elem((40, 2), 0.25f32), DType::F16).unwrap(), None).unwrap();
+    let grid = || {
+        Grid::new(4, 64, Dense::rounded(Array2::from_elem((40, 2), 0.25f32), DType::F16).unwrap(), ZeroPoints::None)
+            .unwrap()
+    };
     // A panel of rows, and fewer.
     let whole = Quantized::new(100, grid(), vec![0x52; 40 * 50]).unwrap();
-    let few = Grid::new(4, 64, Dense::new(array![[0.25f32, 0.5]]), None).unwrap();
+    let few = Grid::new(4, 64, Dense::new(array![[0.25f32, 0.5]]), ZeroPoints::None).unwrap();
     let few = Quantized::new(100, few, vec![0x52; 50]).unwrap();
     for (w, n, b) in [(&whole, 99, 1), (&whole, 101, 9), (&few, 99, 1), (&few, 101, 1), (&few, 101, 9)] {
         let x = Array2::<f32>::ones((n, b));
@@ -104,7 +124,7 @@ fn inputs_of_any_size_count() {
 fn any_size(m: usize) {
     let n: usize = 1100;
     let scales = Dense::rounded(Array2::from_elem((m, n.div_ceil(64)), 0.25f32), DType::F16).unwrap();
-    let grid = Grid::new(5, 64, scales, None).unwrap();
+    let grid = Grid::new(5, 64, scales, ZeroPoints::None).unwrap();
     let w = Quantized::nearest((numbers(m, n, 31) * 4.0).mapv(|v| v as f32).view(), grid).unwrap();
     let dense = w.to_dense().mapv(f64::from);
     for b in [1, 2, 3] {
