@@ -13,7 +13,7 @@ use ndarray::{Array2, s};
 use weightpress::Result;
 use weightpress::operator::{
     Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation,
-    Quantized, Runs, Side, ZeroPoints,
+    Quantized, Runs, Side, ZeroPoint, ZeroPoints,
 };
 use weightpress::scalar::DType;
 
@@ -63,15 +63,23 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     // Half the bytes: a bit for each entry, and 15 of 32 values.
     let kept = Array2::from_shape_fn((n, n), |(i, j)| (i * 31 + j * 17 + i * j) % 32 < 15);
     let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
-    let codes = |bits: u8| {
-        let scales = Dense::rounded(Array2::from_elem((n, n.div_ceil(128)), 0.01), DType::F16)?;
-        Quantized::nearest(w.view(), Grid::new(bits, 128.min(n), scales, ZeroPoints::None)?).map(Operator::Quantized)
+    let codes = |bits: u8, group: usize, zero: ZeroPoint| {
+        let each = |value: f32| Dense::rounded(Array2::from_elem((n, n.div_ceil(group)), value), DType::F16);
+        let zeros = match zero {
+            ZeroPoint::None => ZeroPoints::None,
+            ZeroPoint::Integer => ZeroPoints::Integer(Array2::from_elem((n, n.div_ceil(group)), 1)),
+            ZeroPoint::Float => ZeroPoints::Float(each(0.02)?),
+        };
+        Quantized::nearest(w.view(), Grid::new(bits, group.min(n), each(0.01)?, zeros)?).map(Operator::Quantized)
     };
+    let plain = |bits| codes(bits, 128, ZeroPoint::None);
     Ok(vec![
-        ("8 bits", codes(8)?),
-        ("4 bits", codes(4)?),
-        ("3 bits", codes(3)?),
-        ("2 bits", codes(2)?),
+        ("8 bits", plain(8)?),
+        ("4 bits", plain(4)?),
+        ("3 bits", plain(3)?),
+        ("2 bits", plain(2)?),
+        ("4 bits, groups of 32", codes(4, 32, ZeroPoint::Integer)?),
+        ("4 bits, groups of 32, float zero points", codes(4, 32, ZeroPoint::Float)?),
         ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),
         ("2:4, bf16", sparse(DType::BF16)?),
