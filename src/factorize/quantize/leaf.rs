@@ -1,6 +1,6 @@
 //! One matrix onto a grid.
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, Axis, CowArray, Ix2};
 
 use super::Rounding;
 use crate::coder::{Factor, Lattice, Levels, clip};
@@ -69,8 +69,7 @@ impl How<'_> {
         let steps = held(steps.view());
         // What is left to find is on a grid around zero.
         let offsets = offsets.map(|offsets| held(offsets.view()));
-        let around = |a: ArrayView2<'_, T>| offsets.as_ref().map_or_else(|| a.to_owned(), |offsets| &a - offsets);
-        let (start, target) = (around(start), around(target));
+        let (start, target) = (around(start, offsets.as_ref()), around(target, offsets.as_ref()));
         let (start, target) = (start.view(), target.view());
         let placed = |values: Array2<T>| if let Some(offsets) = &offsets { values + offsets } else { values };
         let nearest = || Lattice::new(start, steps.view(), zeros.view(), levels.top());
@@ -159,6 +158,11 @@ pub(super) fn damped<T: Real>(gram: ArrayView2<'_, f64>, damping: f64) -> Array2
     let mut form = gram.mapv(T::from_f64);
     form.diag_mut().iter_mut().zip(gram.diag()).for_each(|(d, &full)| *d = T::from_f64(full + ridge));
     form
+}
+
+/// Numbers less their offsets, if there are any.
+fn around<'a, T: Real>(numbers: ArrayView2<'a, T>, offsets: Option<&Array2<T>>) -> CowArray<'a, T, Ix2> {
+    offsets.map_or_else(|| numbers.into(), |offsets| (&numbers - offsets).into())
 }
 
 /// Scale, zero point and, if there are any, offset of each entry.
