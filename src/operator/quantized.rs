@@ -64,7 +64,8 @@ impl<T: Real> Quantized<T> {
         if !codes.chunks(width).all(clean) {
             return Err(Error::shape(format!("{columns} codes in each row"), "bits set beyond them"));
         }
-        let codes = PackedCodes::new::<T>(grid.bits(), grid.group(), (m, columns), codes);
+        let (scales, zeros) = (grid.scales().values().to_slice().unwrap_or_default(), grid.codes_of_zero());
+        let codes = PackedCodes::new(grid.bits(), grid.group(), (m, columns), codes, scales, zeros);
         Ok(Quantized { grid, codes })
     }
 
@@ -96,10 +97,7 @@ impl<T: Real> Quantized<T> {
             codes: &self.codes,
             groups: self.grid.scales().shape().1,
             scales: self.grid.scales().values().to_slice().unwrap_or_default(),
-            zeros: match self.grid.zeros() {
-                ZeroPoints::Integer(zeros) => zeros.as_slice(),
-                ZeroPoints::None | ZeroPoints::Float(_) => None,
-            },
+            zeros: self.grid.codes_of_zero(),
         }
     }
 

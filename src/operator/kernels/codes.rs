@@ -281,7 +281,7 @@ mod tests {
                 pack(bits, &(0..n).map(|j| number(i, j) as u8).collect::<Vec<_>>(), &mut codes);
             }
             for zeros in [None, Some(&zeros[..])] {
-                let codes = PackedCodes::new::<f32>(bits, group, (m, n), codes.clone());
+                let codes = PackedCodes::new(bits, group, (m, n), codes.clone(), &scales, zeros);
                 let rows = CodedRows { group, codes: &codes, groups, scales: &scales, zeros };
                 let value = |i: usize, j: usize| {
                     let g = i * groups + j / group;

@@ -83,6 +83,10 @@ impl<T: Real> Grid<T> {
         {
             return Err(Error::shape(format!("zero points of {bits} bits"), zero));
         }
+        let zeros = match zeros {
+            ZeroPoints::Integer(zeros) => ZeroPoints::Integer(zeros.as_standard_layout().into_owned()),
+            zeros => zeros,
+        };
         Ok(Grid { bits, group, scales, zeros })
     }
 
@@ -139,6 +143,14 @@ impl<T: Real> Grid<T> {
     /// Bytes of a row of n codes.
     pub fn row_bytes(n: usize, bits: u8) -> u64 {
         width(n, bits) as u64
+    }
+
+    /// Integer zero points, row by row.
+    pub(super) fn codes_of_zero(&self) -> Option<&[u8]> {
+        match &self.zeros {
+            ZeroPoints::Integer(zeros) => zeros.as_slice(),
+            ZeroPoints::None | ZeroPoints::Float(_) => None,
+        }
     }
 
     /// Numbers that are stored beside the codes.

@@ -18,7 +18,7 @@ mod panel;
 pub(super) use self::bytes::write;
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
-use self::panel::{Lanes, Unpacking, as_bytes, kind, turn_scales, turn_zeros, turned, unpack};
+use self::panel::{Lanes, Unpacking, as_bytes, kind, turned, unpack};
 use super::CodedRows;
 use super::packed::{LINE, PANEL};
 use crate::scalar::Real;
@@ -76,26 +76,16 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let same = Layout::new::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(*layout);
     assert!(same && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
     let mut codes = vec![[Lanes::default(); BANDS]; layout.run / EACH];
-    let mut scales = vec![[Lanes::default(); BANDS]; rows.groups];
-    let mut zeros = vec![[Lanes::default(); BANDS]; if rows.zeros.is_some() { rows.groups } else { 0 }];
     let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
-        // Rows that are missing have the last one's scales.
-        let groups = |r: usize| {
-            let i = (first + r).min(range.end - 1);
-            i * rows.groups..(i + 1) * rows.groups
-        };
-        if let Some(all) = rows.zeros {
-            turn_zeros(&std::array::from_fn(|r| &all[groups(r)]), &mut zeros);
-        }
+        let (scales, zeros) = rows.codes.grids(first / PANEL, rows.groups);
+        let panel = Panel { packed, scales, zeros };
         totals.fill([Lanes::default(); BANDS]);
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
-            turn_scales(&std::array::from_fn(|r| bytemuck::cast_slice(&rows.scales[groups(r)])), &mut scales);
-            let panel = Panel { packed, scales: &scales, zeros: &zeros };
             match kind(layout.bits) {
                 8 => panel.multiply::<8, 1>(x, &mut codes, &mut totals),
                 4 => panel.multiply::<4, 2>(x, &mut codes, &mut totals),
@@ -113,9 +103,9 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
 struct Panel<'a> {
     packed: &'a [u8],
     /// Of all groups.
-    scales: &'a [[Lanes<f32>; BANDS]],
+    scales: &'a [[f32; PANEL]],
     /// Empty if there are none.
-    zeros: &'a [[Lanes<i32>; BANDS]],
+    zeros: &'a [[u8; PANEL]],
 }
 
 /// A run of columns of some rows, as codes of another width have it perhaps.
@@ -123,8 +113,8 @@ struct Run<'a> {
     number: usize,
     codes: &'a [u8],
     unpacking: Unpacking,
-    scales: &'a [Lanes<f32>; BANDS],
-    zeros: Option<&'a [Lanes<i32>; BANDS]>,
+    scales: &'a [f32; PANEL],
+    zeros: Option<&'a [u8; PANEL]>,
 }
 
 impl Panel<'_> {
@@ -156,10 +146,10 @@ impl Panel<'_> {
     }
 }
 
+/// A band of numbers.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn vector(lanes: &Lanes<i32>) -> __m512i {
-    bytemuck::cast(lanes.0)
+fn band<N: Copy>(of: &[N; PANEL], band: usize) -> [N; LANES] {
+    of.as_chunks().0[band]
 }
 
 #[inline]
@@ -201,7 +191,10 @@ impl Run<'_> {
                 for band in 0..BANDS {
                     let start = _mm512_set1_epi32(starts[limb][v]);
                     sums[0][limb][v][band] = match self.zeros {
-                        Some(zeros) => _mm512_mullo_epi32(start, vector(&zeros[band])),
+                        Some(zeros) => {
+                            let zeros = _mm512_cvtepu8_epi32(bytemuck::cast(self::band(zeros, band)));
+                            _mm512_mullo_epi32(start, zeros)
+                        }
                         None => start,
                     };
                 }
@@ -237,7 +230,8 @@ impl Run<'_> {
                     }
                 }
                 let [high, middle, low] = each;
-                let scale = _mm512_mul_ps(floats(&self.scales[band]), _mm512_set1_ps(units[v]));
+                let scale = bytemuck::cast(self::band(self.scales, band));
+                let scale = _mm512_mul_ps(scale, _mm512_set1_ps(units[v]));
                 let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
                 let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
                 let total = &mut totals[v][band];

@@ -38,17 +38,36 @@ pub(crate) struct PackedCodes {
     bytes: Vec<u8>,
     /// Whether rows are side by side.
     panels: bool,
+    /// Scales and zero points of the rows of each panel for each group, if rows are side by side.
+    scales: Vec<[f32; PANEL]>,
+    zeros: Vec<[u8; PANEL]>,
 }
 
 impl PackedCodes {
-    /// From m rows of ⌈n·bits/8⌉ bytes without any bits beyond the last code, for products with inputs of type T.
-    pub(crate) fn new<T: Real>(bits: u8, group: usize, (m, n): (usize, usize), rows: Vec<u8>) -> Self {
+    /// From m rows of ⌈n·bits/8⌉ bytes without any bits beyond the last code, for products with inputs of type T, and
+    /// the scales and zero points of each row's groups.
+    pub(crate) fn new<T: Real>(
+        bits: u8,
+        group: usize,
+        (m, n): (usize, usize),
+        rows: Vec<u8>,
+        scales: &[T],
+        zeros: Option<&[u8]>,
+    ) -> Self {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
         #[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows };
-        PackedCodes { bits, shape: (m, n), bytes, panels }
+        let groups = n.div_ceil(group);
+        let (scales, zeros) = match panels {
+            true => (
+                beside(m, groups, |at| scales[at].wide() as f32),
+                zeros.map(|zeros| beside(m, groups, |at| zeros[at])).unwrap_or_default(),
+            ),
+            false => (Vec::new(), Vec::new()),
+        };
+        PackedCodes { bits, shape: (m, n), bytes, panels, scales, zeros }
     }
 
     pub(crate) fn bits(&self) -> u8 {
@@ -119,6 +138,13 @@ impl PackedCodes {
         self.panels.then(|| self.bytes.chunks_exact(self.panel_bytes()))
     }
 
+    /// Scales and, if there are any, zero points of a panel's rows, for each of so many groups.
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    pub(super) fn grids(&self, panel: usize, groups: usize) -> (&[[f32; PANEL]], &[[u8; PANEL]]) {
+        let range = panel * groups..(panel + 1) * groups;
+        (&self.scales[range.clone()], self.zeros.get(range).unwrap_or_default())
+    }
+
     fn chunk_bits(&self) -> usize {
         chunk(self.bits) * usize::from(self.bits)
     }
@@ -128,6 +154,13 @@ impl PackedCodes {
     fn panel_bytes(&self) -> usize {
         self.chunks() * PANEL * self.chunk_bits() / 8
     }
+}
+
+/// What each row has for each of its groups, for the rows of each panel; those that are missing have what the last one has.
+fn beside<N>(m: usize, groups: usize, of: impl Fn(usize) -> N) -> Vec<[N; PANEL]> {
+    let panel = |first| (0..groups).map(move |g| (first, g));
+    let all = (0..m).step_by(PANEL).flat_map(panel);
+    all.map(|(first, g)| std::array::from_fn(|r| of((first + r).min(m - 1) * groups + g))).collect()
 }
 
 /// The same of chunks of 32 bits, by vectors of rows; false, and nothing done, where there are none.
@@ -220,7 +253,8 @@ mod tests {
                 super::super::pack(bits, &codes, &mut rows);
             }
             let bytes = side_by_side(bits, (m, n), &rows);
-            let panels = PackedCodes { bits, shape: (m, n), bytes, panels: true };
+            let panels =
+                PackedCodes { bits, shape: (m, n), bytes, panels: true, scales: Vec::new(), zeros: Vec::new() };
             assert_eq!(panels.panels().unwrap().len(), m.div_ceil(PANEL));
             assert_eq!(panels.bytes.len(), panels.panel_bytes() * m.div_ceil(PANEL));
             assert_eq!((&panels.rows(0..m)[..], panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::bytes::Spread;
-use super::{BANDS, LANES, PANEL};
+use super::{BANDS, LANES};
 
 /// A vector in memory.
 #[derive(Debug, Clone, Copy, Default)]
@@ -130,37 +130,6 @@ pub(super) fn unpack<const KIND: u8, const PARTS: usize>(
             for (to, loaded) in to.iter_mut().zip(loaded) {
                 *to = Lanes(pulp::bytemuck::cast(unpacking.lane::<KIND>(loaded, part)));
             }
-        }
-    }
-}
-
-/// Scales of each group for the rows of a panel.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-pub(super) fn turn_scales(rows: &[&[f32]; PANEL], to: &mut [[Lanes<f32>; BANDS]]) {
-    for (at, to) in to.chunks_mut(LANES).enumerate() {
-        for band in 0..BANDS {
-            let mut sixteen = [_mm512_setzero_si512(); LANES];
-            for (sixteen, row) in sixteen.iter_mut().zip(&rows[band * LANES..]) {
-                let mut scales = [0.0f32; LANES];
-                let row = &row[at * LANES..];
-                match row.first_chunk() {
-                    Some(whole) => scales = *whole,
-                    None => scales[..row.len()].copy_from_slice(row),
-                }
-                *sixteen = pulp::bytemuck::cast(scales);
-            }
-            for (to, scales) in to.iter_mut().zip(turned(sixteen)) {
-                to[band] = Lanes(pulp::bytemuck::cast(scales));
-            }
-        }
-    }
-}
-
-/// Zero points of each group for the rows of a panel.
-pub(super) fn turn_zeros(rows: &[&[u8]; PANEL], to: &mut [[Lanes<i32>; BANDS]]) {
-    for (g, to) in to.iter_mut().enumerate() {
-        for (i, row) in rows.iter().enumerate() {
-            to[i / LANES].0[i % LANES] = row[g].into();
         }
     }
 }
