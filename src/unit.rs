@@ -54,16 +54,23 @@ pub(crate) struct Worker<'p, 'c> {
     pub dense: bool,
 }
 
+fn no_thread(why: &dyn std::error::Error) -> Error {
+    Error::Unsupported(format!("one more thread: {why}; allow the process more, or ask for fewer at a time"))
+}
+
 /// Runs something large on a thread of its own: what matrix products keep for each thread, up to two last-level caches, is
 /// given back at its end, and so is what was freed.
 fn on_its_own<R: Send>(work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
-    let pool = pool.map_err(|e| Error::Unsupported(format!("a thread: {e}")))?;
+    let pool = pool.map_err(|e| no_thread(&e))?;
     // Waiting for the pool from a worker of another would begin that one's next job meanwhile.
-    let done = std::thread::scope(|scope| scope.spawn(|| pool.install(work)).join());
+    let done = std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new().spawn_scoped(scope, || pool.install(work));
+        spawned.map(|thread| thread.join()).map_err(|e| no_thread(&e))
+    });
     drop(pool);
     pages::give_back();
-    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    done?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 impl Worker<'_, '_> {

@@ -73,13 +73,12 @@ pub fn clip<T: Real>(target: ArrayView2<'_, T>, weights: ArrayView2<'_, T>, leve
     let rows = |i: usize| target.row(i).to_slice().unwrap_or_default().to_vec();
     let first: Vec<T> = (0..m).flat_map(|i| rows(i).chunks(group).map(part_of).collect::<Vec<_>>()).collect();
     let first = Array2::from_shape_vec((m, groups), first).unwrap_or_default();
-    let dtype = match scale_dtype(first.view()) {
-        // Zero points that are floats have the same dtype.
-        DType::F16 if levels.zero == ZeroPoint::Float && target.iter().any(|v| v.abs() > T::from_f64(6e4)) => {
-            DType::BF16
-        }
-        dtype => dtype,
+    // Zero points that are floats have the same dtype.
+    let largest = match levels.zero {
+        ZeroPoint::Float => target.iter().fold(0.0, |most: f64, v| most.max(v.wide().abs())),
+        ZeroPoint::None | ZeroPoint::Integer => 0.0,
     };
+    let dtype = scale_dtype(first.view(), largest);
     let arch = Arch::new();
     let one = |i: usize| -> Vec<Place<T>> {
         let weights = weights.row(i).to_vec();

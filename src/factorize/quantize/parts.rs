@@ -65,7 +65,8 @@ impl<T: Real> Fit<'_, T> {
             }
             values.extend(found.to_dense());
         }
-        let dtype = scale_dtype(scales.view());
+        let largest = offsets.iter().fold(0.0, |most: f64, v: &T| most.max(v.wide().abs()));
+        let dtype = scale_dtype(scales.view(), largest);
         let zeros = match levels.zero {
             ZeroPoint::None => ZeroPoints::None,
             ZeroPoint::Integer => ZeroPoints::Integer(zeros),

@@ -74,6 +74,17 @@ fn what_was_integers_before_is_found_again() {
 }
 
 #[test]
+fn zero_points_beyond_the_range_of_f16_are_in_bf16() {
+    let w = numbers(24, 48, 31) + 2e5;
+    let inner = toml::from_str("type = 'monarch'").unwrap();
+    for inner in [None, Some(Box::new(inner))] {
+        let method = Quantize { bits: Some(4), group: 24, zero_point: ZeroPoint::Float, inner, ..Quantize::default() };
+        let (found, error) = one(&method, &problem(w.view(), Budget::Keep(0.45)));
+        assert!(error.is_finite() && found.to_dense().iter().all(|v| v.is_finite()), "{found}");
+    }
+}
+
+#[test]
 fn the_budget_decides_the_width() {
     let w = numbers(40, 128, 31);
     for (keep, bits) in [(0.99, 8), (0.5, 7), (0.27, 4), (0.2, 3), (0.14, 2)] {

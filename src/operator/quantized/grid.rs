@@ -220,8 +220,9 @@ fn top(bits: u8) -> u8 {
     u8::MAX >> (8 - bits)
 }
 
-/// The dtype that holds such scales best in 16 bits: F16 unless one would be subnormal or too large.
-pub(crate) fn scale_dtype<T: Real>(scales: ArrayView2<'_, T>) -> DType {
+/// The dtype that holds such scales best in 16 bits, and numbers up to `largest` beside them: F16 unless a scale would be
+/// subnormal or anything too large.
+pub(crate) fn scale_dtype<T: Real>(scales: ArrayView2<'_, T>, largest: f64) -> DType {
     let fits = |v: &T| *v == T::zero() || (6.2e-5..6.5e4).contains(&v.wide().abs());
-    if scales.iter().all(fits) { DType::F16 } else { DType::BF16 }
+    if largest < 6.5e4 && scales.iter().all(fits) { DType::F16 } else { DType::BF16 }
 }
