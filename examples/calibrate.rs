@@ -1,13 +1,15 @@
-//! Calibration statistics of a language model's linear layers (Llama architecture) over a text.
+//! Calibration statistics of the linear layers of a language model (Llama architecture) or an encoder of sentences (BERT
+//! architecture) over a text.
 //!
 //! ```text
 //! cargo run --release --example calibrate -- MODEL --text calibration.txt --out gram.safetensors
 //! cargo run --release --example calibrate -- MODEL --text calibration.txt --fisher fisher.safetensors
 //! ```
 //!
-//! Windows are spread evenly over the whole text. The file is what `compress --stats` reads: one mean of x·xᵀ for
+//! Windows are spread evenly over the whole text; an encoder sees its first paragraphs of 60 to 400 characters. The file is what `compress --stats` reads: one mean of x·xᵀ for
 //! each input site, shared by the weights that see the same input. `--fisher FILE` writes the squares of the loss's
-//! gradients, summed over rows and columns, which the metrics `fisher` and `gram-fisher` need.
+//! gradients, summed over rows and columns, which the metrics `fisher` and `gram-fisher` need. An encoder has no loss: there
+//! the gradients are those of its embeddings along random directions, which say how far an error turns them.
 //!
 //! Exit codes: 0 done, 2 the input was refused, 1 something failed on the way.
 
@@ -23,13 +25,14 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::run::Observer;
 use weightpress::stats::{Kind, Stats};
 
+use support::bert::{Bert, paragraphs};
 use support::exit;
-use support::llama::Llama;
+use support::llama::{Llama, model_type};
 use support::progress::Bar;
 use support::text::{Tokens, windows};
 
 #[derive(Parser)]
-#[command(about = "Calibration statistics of a language model over a text")]
+#[command(about = "Calibration statistics of a language model or an encoder over a text")]
 struct Arguments {
     /// Folder with config.json and weights
     model: PathBuf,
@@ -54,6 +57,12 @@ struct Arguments {
     /// Tokens that see each other
     #[arg(long, value_name = "N", default_value_t = 512)]
     window: usize,
+    /// Paragraphs, for encoders
+    #[arg(long, value_name = "N", default_value_t = 300)]
+    paragraphs: usize,
+    /// Directions for each paragraph's gradients, for encoders
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    probes: usize,
 }
 
 fn main() -> ExitCode {
@@ -62,6 +71,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
+    if model_type(&checkpoint)?.as_deref() == Some("bert") {
+        return encoder(&checkpoint, arguments);
+    }
     let model = Llama::load(&checkpoint)?;
     let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, &arguments.text)?;
     if let Some(out) = &arguments.out {
@@ -70,7 +82,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         bar.stage("Gram", model.layers.len() as u64);
         let stats = model.calibrate(&windows, &|i| bar.advance(1, &format!("layer {i}")))?;
         drop(bar);
-        write(&checkpoint, stats, out, &windows, start)?;
+        write(&checkpoint, stats, out, windows.iter().map(|window| window.len()), start)?;
     }
     if let Some(out) = &arguments.fisher {
         let windows = windows(&tokens.ids, &arguments.text, arguments.fisher_tokens, arguments.fisher_window)?;
@@ -78,23 +90,48 @@ fn run(arguments: &Arguments) -> Result<()> {
         bar.stage("Fisher", windows.len() as u64);
         let stats = model.fisher(&windows, &|_| bar.advance(1, ""))?;
         drop(bar);
-        write(&checkpoint, stats, out, &windows, start)?;
+        write(&checkpoint, stats, out, windows.iter().map(|window| window.len()), start)?;
     }
     Ok(())
 }
 
-fn write(checkpoint: &Checkpoint, mut stats: Stats, out: &Path, windows: &[&[usize]], start: Instant) -> Result<()> {
+fn encoder(checkpoint: &Checkpoint, arguments: &Arguments) -> Result<()> {
+    let model = Bert::load(checkpoint)?;
+    let sentences = paragraphs(checkpoint.root(), &arguments.text, arguments.paragraphs)?;
+    if let Some(out) = &arguments.out {
+        let (start, bar) = (Instant::now(), Bar::default());
+        bar.stage("Gram", model.layers.len() as u64);
+        let stats = model.calibrate(&sentences, &|i| bar.advance(1, &format!("layer {i}")))?;
+        drop(bar);
+        write(checkpoint, stats, out, sentences.iter().map(Vec::len), start)?;
+    }
+    if let Some(out) = &arguments.fisher {
+        let (start, bar) = (Instant::now(), Bar::default());
+        bar.stage("Fisher", (sentences.len() * arguments.probes) as u64);
+        let stats = model.fisher(&sentences, arguments.probes, &|_| bar.advance(1, ""))?;
+        drop(bar);
+        write(checkpoint, stats, out, sentences.iter().map(Vec::len), start)?;
+    }
+    Ok(())
+}
+
+fn write(
+    checkpoint: &Checkpoint,
+    mut stats: Stats,
+    out: &Path,
+    texts: impl ExactSizeIterator<Item = usize>,
+    start: Instant,
+) -> Result<()> {
     // Whoever uses the statistics with another checkpoint is told.
     for tensor in checkpoint.tensors() {
         if stats.has(&tensor.name, Kind::Gram) || stats.has(&tensor.name, Kind::FisherRow) {
             stats.set_origin(&tensor.name, checkpoint.get(&tensor.name)?);
         }
     }
-    let length = windows.first().map_or(0, |window| window.len());
-    stats.save(out, Some((windows.len() * length) as u64))?;
+    let (count, tokens) = (texts.len(), texts.sum::<usize>());
+    stats.save(out, Some(tokens as u64))?;
     exit::answer(&format!(
-        "{} windows of {length} tokens in {:.1} s, written to {}",
-        windows.len(),
+        "{count} texts of {tokens} tokens in {:.1} s, written to {}",
         start.elapsed().as_secs_f64(),
         out.display()
     ))

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
 use serde::Serialize;
 use weightpress::checkpoint::Checkpoint;
@@ -26,7 +26,7 @@ use weightpress::run::Observer;
 
 use support::bert::{Bert, Moved, paragraphs};
 use support::exit;
-use support::llama::{Cache, Llama, text_of};
+use support::llama::{Cache, Llama, model_type};
 use support::progress::Bar;
 use support::text::Tokens;
 
@@ -112,13 +112,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         exit::answer(&text)?;
     }
     Ok(())
-}
-
-/// What config.json says of the architecture, if it says anything.
-fn model_type(checkpoint: &Checkpoint) -> Result<Option<String>> {
-    let (path, text) = text_of(checkpoint, "config.json")?;
-    let config: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
-    Ok(config["model_type"].as_str().map(str::to_owned))
 }
 
 /// What one encoder scored.

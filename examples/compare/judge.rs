@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use ndarray::Array2;
 use regex::Regex;
 use weightpress::checkpoint::Checkpoint;
@@ -12,7 +12,7 @@ use weightpress::operator::LinearOperator;
 use weightpress::stats::{Kind, Stats};
 
 use crate::support::bert::{Bert, Moved, paragraphs};
-use crate::support::llama::{Llama, text_of};
+use crate::support::llama::{Llama, model_type};
 use crate::support::text::Tokens;
 
 /// Tokens that see each other.
@@ -31,10 +31,7 @@ pub enum Judge {
 impl Judge {
     /// By a text, as the model's architecture has it.
     pub fn of_text(checkpoint: &Checkpoint, text: &Path, tokens: usize, count: usize) -> Result<Self> {
-        let (path, config) = text_of(checkpoint, "config.json")?;
-        let config: serde_json::Value =
-            serde_json::from_str(&config).with_context(|| format!("in {}", path.display()))?;
-        if config["model_type"].as_str() == Some("bert") {
+        if model_type(checkpoint)?.as_deref() == Some("bert") {
             let sentences = paragraphs(checkpoint.root(), text, count)?;
             let before = Bert::load(checkpoint)?.embed_all(&sentences, &|_| ())?;
             return Ok(Judge::Encoder { sentences, before });

@@ -33,9 +33,24 @@ struct Config {
     position_embedding_type: Option<String>,
 }
 
+/// The linear layers of a block, in the order in which they are applied.
+pub const LINEAR: [&str; 6] = [
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+];
+
+/// The name of a weight of layer `i`.
+pub fn weight_name(i: usize, part: &str) -> String {
+    format!("encoder.layer.{i}.{part}.weight")
+}
+
 /// A linear layer with its bias.
-struct Linear {
-    weight: Operator<f32>,
+pub struct Linear {
+    pub weight: Operator<f32>,
     bias: Array1<f32>,
 }
 
@@ -47,21 +62,68 @@ impl Linear {
     }
 }
 
-struct Norm {
-    gain: Array1<f32>,
+pub struct Norm {
+    pub gain: Array1<f32>,
     bias: Array1<f32>,
 }
 
+impl Norm {
+    fn apply(&self, x: &Array2<f32>, eps: f32) -> Array2<f32> {
+        let mut y = x.clone();
+        layer_norm(&mut y, &self.gain, &self.bias, eps);
+        y
+    }
+}
+
 /// One block, in the order in which its parts are applied.
-struct Layer {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    attention_norm: Norm,
-    up: Linear,
-    down: Linear,
-    norm: Norm,
+pub struct Layer {
+    pub query: Linear,
+    pub key: Linear,
+    pub value: Linear,
+    pub output: Linear,
+    pub attention_norm: Norm,
+    pub up: Linear,
+    pub down: Linear,
+    pub norm: Norm,
+}
+
+/// What a block computes on its way, features × tokens.
+pub struct Trace {
+    pub start: Array2<f32>,
+    pub q: Array2<f32>,
+    pub k: Array2<f32>,
+    pub v: Array2<f32>,
+    pub mixed: Array2<f32>,
+    /// Before the norm behind attention, and after.
+    pub attended: Array2<f32>,
+    pub middle: Array2<f32>,
+    /// Before GELU, and after.
+    pub up: Array2<f32>,
+    pub gelu: Array2<f32>,
+    /// Before the last norm.
+    pub end: Array2<f32>,
+}
+
+impl Layer {
+    /// The linear layers, as [`LINEAR`] names them.
+    pub fn linear_mut(&mut self) -> [&mut Operator<f32>; 6] {
+        let Layer { query, key, value, output, up, down, .. } = self;
+        [query, key, value, output, up, down].map(|linear| &mut linear.weight)
+    }
+
+    /// From the block's input to its output.
+    pub fn pass(&self, start: Array2<f32>, heads: Heads, eps: f32) -> Result<(Trace, Array2<f32>)> {
+        let (q, k, v) = (self.query.apply(&start)?, self.key.apply(&start)?, self.value.apply(&start)?);
+        let mixed = attention(&q, k.t(), v.t(), heads, false);
+        let attended = &start + &self.output.apply(&mixed)?;
+        let middle = self.attention_norm.apply(&attended, eps);
+        let up = self.up.apply(&middle)?;
+        let mut after = up.clone();
+        gelu(&mut after);
+        let end = &middle + &self.down.apply(&after)?;
+        let y = self.norm.apply(&end, eps);
+        Ok((Trace { start, q, k, v, mixed, attended, middle, up, gelu: after, end }, y))
+    }
 }
 
 /// An encoder ready to run.
@@ -71,7 +133,7 @@ pub struct Bert {
     /// Position and token type 0 together.
     positions: Array2<f32>,
     norm: Norm,
-    layers: Vec<Layer>,
+    pub layers: Vec<Layer>,
 }
 
 impl Bert {
@@ -107,16 +169,17 @@ impl Bert {
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let name = |part: &str| format!("encoder.layer.{i}.{part}");
-            let up = linear(name("intermediate.dense"), None, hidden)?;
+            let [query, key, value, output, up, down] = LINEAR.map(name);
+            let up = linear(up, None, hidden)?;
             let ffn = up.weight.shape().0;
             layers.push(Layer {
-                query: linear(name("attention.self.query"), Some(hidden), hidden)?,
-                key: linear(name("attention.self.key"), Some(hidden), hidden)?,
-                value: linear(name("attention.self.value"), Some(hidden), hidden)?,
-                output: linear(name("attention.output.dense"), Some(hidden), hidden)?,
+                query: linear(query, Some(hidden), hidden)?,
+                key: linear(key, Some(hidden), hidden)?,
+                value: linear(value, Some(hidden), hidden)?,
+                output: linear(output, Some(hidden), hidden)?,
                 attention_norm: norm(name("attention.output.LayerNorm"))?,
                 up,
-                down: linear(name("output.dense"), Some(hidden), ffn)?,
+                down: linear(down, Some(hidden), ffn)?,
                 norm: norm(name("output.LayerNorm"))?,
             });
         }
@@ -137,28 +200,38 @@ impl Bert {
         Ok(Bert { words, positions, norm: norm("embeddings.LayerNorm".into())?, layers, config })
     }
 
-    /// The mean of the last hidden states, of length 1.
-    pub fn embed(&self, tokens: &[usize]) -> Result<Array1<f32>> {
-        let Config { vocab_size, max_position_embeddings: longest, layer_norm_eps: eps, .. } = self.config;
+    pub fn heads(&self) -> Heads {
+        let heads = self.config.num_attention_heads;
+        Heads { queries: heads, keys: heads, width: self.config.hidden_size / heads }
+    }
+
+    /// Numbers of an embedding.
+    pub fn features(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    pub fn eps(&self) -> f32 {
+        self.config.layer_norm_eps
+    }
+
+    /// The input of the first block, features × tokens.
+    pub fn start(&self, tokens: &[usize]) -> Result<Array2<f32>> {
+        let Config { vocab_size, max_position_embeddings: longest, .. } = self.config;
         ensure!(!tokens.is_empty() && tokens.len() <= longest, "{} tokens, expected 1 to {longest}", tokens.len());
         let unknown = tokens.iter().find(|&&token| token >= vocab_size);
         ensure!(
             unknown.is_none(),
             "token {unknown:?} of a vocabulary of {vocab_size}: the tokenizer is another model's"
         );
-        let heads = self.config.num_attention_heads;
-        let heads = Heads { queries: heads, keys: heads, width: self.config.hidden_size / heads };
         let sum = self.words.select(Axis(0), tokens) + self.positions.slice(ndarray::s![..tokens.len(), ..]);
-        let mut x = sum.t().as_standard_layout().into_owned();
-        layer_norm(&mut x, &self.norm.gain, &self.norm.bias, eps);
+        Ok(self.norm.apply(&sum.t().as_standard_layout().into_owned(), self.eps()))
+    }
+
+    /// The mean of the last hidden states, of length 1.
+    pub fn embed(&self, tokens: &[usize]) -> Result<Array1<f32>> {
+        let mut x = self.start(tokens)?;
         for layer in &self.layers {
-            let (q, k, v) = (layer.query.apply(&x)?, layer.key.apply(&x)?, layer.value.apply(&x)?);
-            x += &layer.output.apply(&attention(&q, k.t(), v.t(), heads, false))?;
-            layer_norm(&mut x, &layer.attention_norm.gain, &layer.attention_norm.bias, eps);
-            let mut h = layer.up.apply(&x)?;
-            gelu(&mut h);
-            x += &layer.down.apply(&h)?;
-            layer_norm(&mut x, &layer.norm.gain, &layer.norm.bias, eps);
+            x = layer.pass(x, self.heads(), self.eps())?.1;
         }
         let mean = x.mean_axis(Axis(1)).context("no tokens")?;
         Ok(&mean / mean.dot(&mean).sqrt())

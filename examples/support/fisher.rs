@@ -39,36 +39,11 @@ impl Llama {
     /// Sums over rows and columns of the squared gradients, mean over the windows: a window's first tokens see
     /// its last ones as targets, and the loss is their mean −ln p. Windows run in parallel.
     pub fn fisher(&self, windows: &[&[usize]], done: &(dyn Fn(usize) + Sync)) -> Result<Stats> {
-        // A fixed number of parts, summed in order: the same at any number of threads.
-        const PARTS: usize = 4;
-        type Sums = Vec<(Array1<f64>, Array1<f64>)>;
-        let count = LINEAR.len() * self.layers.len();
-        let parts = windows.par_chunks(windows.len().div_ceil(PARTS).max(1)).map(|windows| -> Result<Sums> {
-            let mut sums: Sums = vec![Default::default(); count];
-            for (i, window) in windows.iter().enumerate() {
-                self.gradients(window, &mut |layer, part, gradient| {
-                    let (rows, columns) = squares(&gradient);
-                    let sum = &mut sums[layer * LINEAR.len() + part];
-                    *sum = if i == 0 { (rows, columns) } else { (&sum.0 + &rows, &sum.1 + &columns) };
-                })?;
-                done(i);
-            }
-            Ok(sums)
-        });
-        let mut parts = parts.collect::<Result<Vec<_>>>()?.into_iter();
-        let mut whole = parts.next().context("the calibration text is empty")?;
-        for part in parts {
-            for (sum, more) in whole.iter_mut().zip(part) {
-                *sum = (&sum.0 + &more.0, &sum.1 + &more.1);
-            }
-        }
-        let mut stats = Stats::empty();
-        for (at, (rows, columns)) in whole.into_iter().enumerate() {
-            let name = weight_name(at / LINEAR.len(), LINEAR[at % LINEAR.len()]);
-            stats.insert_fisher_row(&name, rows / windows.len() as f64)?;
-            stats.insert_fisher_col(&name, columns / windows.len() as f64)?;
-        }
-        Ok(stats)
+        let names = (0..self.layers.len()).flat_map(|i| LINEAR.map(|part| weight_name(i, part))).collect::<Vec<_>>();
+        squared_gradients(&names, windows.len(), done, |i, add| {
+            self.gradients(windows[i], &mut |layer, part, gradient| add(layer * LINEAR.len() + part, &gradient))
+                .map(drop)
+        })
     }
 
     /// The mean −ln p of a window's tokens but the first, and its gradient by every linear weight, the last
@@ -139,7 +114,7 @@ impl Trace {
         at += &through(4, &layer.gate, &d_gate, &self.mlp_input)?;
         let d = d + norm_back(&self.middle, &layer.post_norm, eps, at);
         let at = through(3, &layer.o, &d, &self.mixed)?;
-        let (mut d_q, mut d_k, d_v) = attention_back(&self.q, &self.k, &self.v, &at, heads);
+        let (mut d_q, mut d_k, d_v) = attention_back([&self.q, &self.k, &self.v], &at, heads, true);
         turns.rotate_back(&mut d_q);
         turns.rotate_back(&mut d_k);
         let mut at = through(2, &layer.v, &d_v, &self.attention_input)?;
@@ -159,13 +134,12 @@ fn norm_back(x: &Array2<f32>, gain: &Array1<f32>, eps: f32, mut d: Array2<f32>) 
     d - x * &pull
 }
 
-/// Gradients at the queries, keys and values of causal attention (all features × tokens).
-fn attention_back(
-    q: &Array2<f32>,
-    k: &Array2<f32>,
-    v: &Array2<f32>,
+/// Gradients at the queries, keys and values of attention (all features × tokens).
+pub fn attention_back(
+    [q, k, v]: [&Array2<f32>; 3],
     d: &Array2<f32>,
     heads: Heads,
+    causal: bool,
 ) -> (Array2<f32>, Array2<f32>, Array2<f32>) {
     let (mut d_q, mut d_k, mut d_v) = (Array2::zeros(q.dim()), Array2::zeros(k.dim()), Array2::zeros(v.dim()));
     for head in 0..heads.queries {
@@ -173,7 +147,8 @@ fn attention_back(
         let (q, k, v, d) = (q.slice(own), k.slice(shared), v.slice(shared), d.slice(own));
         // Probabilities, keys × queries.
         let mut p: Array2<f32> = Faer.matmul(k.t(), q);
-        let sums = softmax(&mut p, 0, heads.scale());
+        let seen = if causal { 0 } else { p.nrows() };
+        let sums = softmax(&mut p, seen, heads.scale());
         scale_columns(&mut p, &sums.iter().map(|sum| 1.0 / sum).collect::<Vec<_>>());
         let add = |to: &mut Array2<f32>, rows, product: Array2<f32>| {
             let mut rows = to.slice_mut(s![rows, ..]);
@@ -189,6 +164,45 @@ fn attention_back(
         add(&mut d_k, heads.shared(head), Faer.matmul(q, d_s.t()));
     }
     (d_q, d_k, d_v)
+}
+
+/// Sums over rows and columns of the squared gradients of some weights, mean over `count` losses. `gradients`
+/// hands over those of the loss of a number, each with the position of its weight in `names`. Losses run in parallel.
+pub fn squared_gradients(
+    names: &[String],
+    count: usize,
+    done: &(dyn Fn(usize) + Sync),
+    gradients: impl Fn(usize, &mut dyn FnMut(usize, &Array2<f32>)) -> Result<()> + Sync,
+) -> Result<Stats> {
+    // A fixed number of parts, summed in order: the same at any number of threads.
+    const PARTS: usize = 4;
+    type Sums = Vec<(Array1<f64>, Array1<f64>)>;
+    let losses: Vec<usize> = (0..count).collect();
+    let parts = losses.par_chunks(count.div_ceil(PARTS).max(1)).map(|losses| -> Result<Sums> {
+        let mut sums: Sums = vec![Default::default(); names.len()];
+        for &i in losses {
+            gradients(i, &mut |at, gradient| {
+                let (rows, columns) = squares(gradient);
+                let sum = &mut sums[at];
+                *sum = if i == losses[0] { (rows, columns) } else { (&sum.0 + &rows, &sum.1 + &columns) };
+            })?;
+            done(i);
+        }
+        Ok(sums)
+    });
+    let mut parts = parts.collect::<Result<Vec<_>>>()?.into_iter();
+    let mut whole = parts.next().context("the calibration text is empty")?;
+    for part in parts {
+        for (sum, more) in whole.iter_mut().zip(part) {
+            *sum = (&sum.0 + &more.0, &sum.1 + &more.1);
+        }
+    }
+    let mut stats = Stats::empty();
+    for (name, (rows, columns)) in names.iter().zip(whole) {
+        stats.insert_fisher_row(name, rows / count as f64)?;
+        stats.insert_fisher_col(name, columns / count as f64)?;
+    }
+    Ok(stats)
 }
 
 /// Sums of squares of the rows and of the columns.

@@ -45,11 +45,7 @@ impl Config {
     /// Refuses what this forward pass would get wrong in silence.
     fn check(&self) -> Result<()> {
         let known = self.model_type.as_deref().is_none_or(|name| name == "llama");
-        ensure!(
-            known,
-            "model type `{}`: expected llama or, to evaluate, bert",
-            self.model_type.as_deref().unwrap_or_default()
-        );
+        ensure!(known, "model type `{}`: expected llama or bert", self.model_type.as_deref().unwrap_or_default());
         let scaled = self.rope_scaling.as_ref().is_some_and(|scaling| !scaling.is_null());
         ensure!(!scaled, "scaled rotary positions (`rope_scaling`) are not supported");
         let act = self.hidden_act.as_deref().unwrap_or("silu");
@@ -328,6 +324,13 @@ pub fn text_of(checkpoint: &Checkpoint, name: &str) -> Result<(PathBuf, String)>
     let path = checkpoint.root().join(name);
     let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     Ok((path, text))
+}
+
+/// What config.json says of the architecture, if it says anything.
+pub fn model_type(checkpoint: &Checkpoint) -> Result<Option<String>> {
+    let (path, text) = text_of(checkpoint, "config.json")?;
+    let config: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    Ok(config["model_type"].as_str().map(str::to_owned))
 }
 
 /// A vector of a checkpoint.

@@ -4,7 +4,7 @@
 // Each example uses a part of it.
 #![allow(dead_code)]
 
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, Axis};
 use pulp::Arch;
 
 /// eˣ to about one unit in the last place; 0 and infinity are approached, not reached.
@@ -111,6 +111,22 @@ pub fn layer_norm(x: &mut Array2<f32>, gain: &Array1<f32>, bias: &Array1<f32>, e
     });
 }
 
+/// The gradient at [`layer_norm`]'s input x, from that at its output: with x̂ = (x − mean)·s and h = gain·d it is
+/// s·(h − mean(h) − x̂·mean(h·x̂)) of each token.
+pub fn layer_norm_back(x: &Array2<f32>, gain: &Array1<f32>, eps: f32, mut d: Array2<f32>) -> Array2<f32> {
+    let features = x.nrows() as f32;
+    d *= &gain.view().insert_axis(Axis(1));
+    let mut unit = x - &(x.sum_axis(Axis(0)) / features);
+    let scale = unit.fold_axis(Axis(0), 0.0f32, |sum, v| sum + v * v).mapv(|sum| 1.0 / (sum / features + eps).sqrt());
+    unit *= &scale;
+    let (mean, along) = (d.sum_axis(Axis(0)) / features, (&d * &unit).sum_axis(Axis(0)) / features);
+    unit *= &along;
+    d -= &unit;
+    d -= &mean;
+    d *= &scale;
+    d
+}
+
 /// gate ← SiLU(gate)·up.
 pub fn swiglu(gate: &mut Array2<f32>, up: &Array2<f32>) {
     Arch::new().dispatch(|| {
@@ -139,6 +155,19 @@ pub fn gelu(x: &mut Array2<f32>) {
     Arch::new().dispatch(|| {
         for row in rows_mut(x) {
             row.iter_mut().for_each(|v| *v *= 0.5 * (1.0 + erf(*v * std::f32::consts::FRAC_1_SQRT_2)));
+        }
+    });
+}
+
+/// The gradient at [`gelu`]'s input x from that at its output, in place: times Φ(x) + x·φ(x).
+pub fn gelu_back(d: &mut Array2<f32>, x: &Array2<f32>) {
+    use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+    Arch::new().dispatch(|| {
+        for (d, x) in rows_mut(d).zip(rows(x)) {
+            for (d, x) in d.iter_mut().zip(x) {
+                let density = 0.5 * FRAC_1_SQRT_2 * FRAC_2_SQRT_PI * exp(-0.5 * x * x);
+                *d *= 0.5 * (1.0 + erf(x * FRAC_1_SQRT_2)) + x * density;
+            }
         }
     });
 }

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod bert;
+pub mod encoder;
 pub mod exit;
 pub mod fisher;
 pub mod llama;

@@ -7,7 +7,7 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::ndarray::{Array1, Array2, ArrayView1, Axis, s};
 
 use super::run::matrix;
-use super::support::bert::Bert;
+use super::support::bert::{Bert, LINEAR, weight_name};
 
 const HIDDEN: usize = 8;
 const FFN: usize = 12;
@@ -84,8 +84,8 @@ fn erf(x: f64) -> f64 {
     sum * 2.0 / std::f64::consts::PI.sqrt()
 }
 
-/// One token a row.
-fn naive(weights: &Weights, tokens: &[usize]) -> Array1<f64> {
+/// One token a row. `see` is shown what each linear layer sees.
+fn naive(weights: &Weights, tokens: &[usize], see: &mut dyn FnMut(&str, &Array2<f64>)) -> Array1<f64> {
     let get = |name: &str| weights[name].mapv(f64::from);
     let row = |name: String| get(&name).row(0).to_owned();
     let norm = |x: Array2<f64>, name: &str| {
@@ -98,8 +98,10 @@ fn naive(weights: &Weights, tokens: &[usize]) -> Array1<f64> {
         let rows: Vec<f64> = x.rows().into_iter().flat_map(one).collect();
         Array2::from_shape_vec(x.dim(), rows).unwrap()
     };
-    let linear =
-        |x: &Array2<f64>, name: String| x.dot(&get(&format!("{name}.weight")).t()) + row(format!("{name}.bias"));
+    let mut linear = |x: &Array2<f64>, name: String| {
+        see(&format!("{name}.weight"), x);
+        x.dot(&get(&format!("{name}.weight")).t()) + row(format!("{name}.bias"))
+    };
     let words = get("embeddings.word_embeddings.weight").select(Axis(0), tokens);
     let positions = get("embeddings.position_embeddings.weight").slice(s![..tokens.len(), ..]).to_owned();
     let kind = get("embeddings.token_type_embeddings.weight").row(0).to_owned();
@@ -134,13 +136,103 @@ fn embeddings_are_those_of_the_definition() {
     write(folder.path(), &weights);
     let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
     for tokens in [&[3][..], &[1, 7, 2, 2, 10], &[5, 0, 9, 4, 4, 4, 8, 1, 6, 3, 2, 10, 7, 0, 1, 5]] {
-        let (found, expected) = (model.embed(tokens).unwrap(), naive(&weights, tokens));
+        let (found, expected) = (model.embed(tokens).unwrap(), naive(&weights, tokens, &mut |_, _| ()));
         let gap = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
         assert!(gap < 1e-5, "{gap}");
     }
     assert!(
         model.embed(&[]).is_err() && model.embed(&[VOCABULARY]).is_err() && model.embed(&[0; LONGEST + 1]).is_err()
     );
+}
+
+/// Sentences of some lengths.
+fn sentences() -> Vec<Vec<usize>> {
+    (1..12).map(|length| (0..length).map(|at| (3 * at + length) % VOCABULARY).collect()).collect()
+}
+
+#[test]
+fn gram_matrices_are_those_of_the_inputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = weights();
+    write(folder.path(), &weights);
+    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let stats = model.calibrate(&sentences(), &|_| ()).unwrap();
+    let mut sums: HashMap<String, (Array2<f64>, usize)> = HashMap::new();
+    for tokens in sentences() {
+        naive(&weights, &tokens, &mut |name, x| {
+            let zero = || (Array2::zeros((x.ncols(), x.ncols())), 0);
+            let (sum, count) = sums.entry(name.to_owned()).or_insert_with(zero);
+            *sum += &x.t().dot(x);
+            *count += x.nrows();
+        });
+    }
+    assert_eq!(sums.len(), 6 * LAYERS);
+    for (name, (sum, count)) in sums {
+        let (found, expected) = (stats.gram(&name).unwrap(), sum / count as f64);
+        let gap = (&found.matrix() - &expected).iter().fold(0.0, |most: f64, v| most.max(v.abs()));
+        assert!(gap < 1e-5, "{name}: {gap}");
+    }
+}
+
+#[test]
+fn gradients_equal_differences_of_the_definition() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut weights = weights();
+    write(folder.path(), &weights);
+    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let (tokens, along) = ([5, 0, 9, 4, 4, 8, 1], Array1::from_shape_fn(HIDDEN, |i| ((i * 5) % 7) as f32 - 2.5));
+    let mut all = Vec::new();
+    let value = model.gradients(&tokens, &along, &mut |layer, part, d| all.push((layer, part, d))).unwrap();
+    let wide = along.mapv(f64::from);
+    assert!((naive(&weights, &tokens, &mut |_, _| ()).dot(&wide) - f64::from(value)).abs() < 1e-4);
+    assert_eq!(all.len(), 6 * LAYERS);
+    for (layer, part, gradient) in all {
+        let name = weight_name(layer, LINEAR[part]);
+        let before = weights[&name].clone();
+        // Entries one by one: the weights are f32, so that steps are large and their errors of third order.
+        let mut difference = Array2::<f64>::zeros(before.dim());
+        for (at, d) in difference.indexed_iter_mut() {
+            let mut moved_by = |step: f32| {
+                let entry = &mut weights.get_mut(&name).unwrap()[at];
+                *entry = before[at] + step;
+                let moved = f64::from(*entry) - f64::from(before[at]);
+                (naive(&weights, &tokens, &mut |_, _| ()).dot(&wide), moved)
+            };
+            let (up, down) = (moved_by(1e-3), moved_by(-1e-3));
+            *d = (up.0 - down.0) / (up.1 - down.1);
+            weights.insert(name.clone(), before.clone());
+        }
+        let norm = |x: &Array2<f64>| x.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let gap = norm(&(&difference - &gradient.mapv(f64::from))) / norm(&difference);
+        assert!(gap < 1e-3, "{name}: {gap}");
+    }
+}
+
+#[test]
+fn fisher_sums_estimate_how_far_embeddings_turn() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut weights = weights();
+    write(folder.path(), &weights);
+    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let stats = model.fisher(&sentences(), 200, &|_| ()).unwrap();
+    let embeddings = |weights: &Weights| sentences().iter().map(|s| naive(weights, s, &mut |_, _| ())).collect();
+    let before: Vec<Array1<f64>> = embeddings(&weights);
+    // One row after the other: E‖δe‖² for independent changes of variance ε² is ε²·Σ of squared derivatives.
+    let name = weight_name(1, LINEAR[4]);
+    let (rows, columns) = (stats.fisher_row(&name).unwrap(), stats.fisher_col(&name).unwrap());
+    assert!((rows.sum() / columns.sum() - 1.0).abs() < 1e-9);
+    for i in 0..FFN {
+        let mut sum = 0.0;
+        for j in 0..HIDDEN {
+            let step = 1e-3f32;
+            weights.get_mut(&name).unwrap()[(i, j)] += step;
+            let after: Vec<Array1<f64>> = embeddings(&weights);
+            weights.get_mut(&name).unwrap()[(i, j)] -= step;
+            let moved = before.iter().zip(&after).map(|(a, b)| (a - b).mapv(|d| d * d).sum()).sum::<f64>();
+            sum += moved / before.len() as f64 / f64::from(step).powi(2);
+        }
+        assert!((rows[i] / sum - 1.0).abs() < 0.25, "row {i}: {} {sum}", rows[i]);
+    }
 }
 
 #[test]
