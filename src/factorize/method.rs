@@ -3,7 +3,7 @@
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{
-    Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, InParts, Masa, Monarch, Outline,
+    Armor, Auto, Bitmask, Cosine, Cospadi, Decomposition, Factorize, Forecast, InParts, Masa, Mixed, Monarch, Outline,
     Problem, Quantize, Residual, Svd, TwoFour,
 };
 use crate::budget::Budget;
@@ -92,6 +92,8 @@ methods! {
     "masa" Masa,
     /// Small integers for the numbers of a weight or of another method's factors.
     "quantize" Quantize,
+    /// A width of its own for each row of a weight.
+    "mixed" Mixed,
     /// One method on the weight, another on what it leaves.
     "residual" Residual,
     /// The best of several methods for each weight.

@@ -30,6 +30,7 @@ mod n_m;
 mod permutation;
 mod quantized;
 mod sparse;
+mod stacked;
 
 pub use self::basis::Basis;
 pub use self::bitmask::Bitmask;
@@ -43,6 +44,7 @@ pub use self::n_m::{Nm, NmSparse};
 pub use self::permutation::{Order, Permutation, Runs};
 pub(crate) use self::quantized::scale_dtype;
 pub use self::quantized::{Grid, Quantized, ZeroPoint, ZeroPoints};
+pub use self::stacked::Stacked;
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {
@@ -118,6 +120,8 @@ pub enum Operator<T: Real> {
     Mixture(Mixture<T>),
     /// Small integers on a grid.
     Quantized(Quantized<T>),
+    /// Rows of several operators.
+    Stacked(Stacked<T>),
     /// A product, the first factor leftmost; inner dimensions agree.
     Product(Vec<Operator<T>>),
     /// A sum of operators of one shape.
@@ -170,6 +174,7 @@ impl<T: Real> Operator<T> {
             Operator::Bitmask(node) => node,
             Operator::Mixture(node) => node,
             Operator::Quantized(node) => node,
+            Operator::Stacked(node) => node,
             Operator::Shared(node) => node.node(),
             Operator::Product(_) | Operator::Sum(_) => self,
         }
@@ -190,6 +195,10 @@ impl<T: Real> Operator<T> {
                 Operator::Product(parts) | Operator::Sum(parts) => parts.iter().map(|part| visit(part, seen)).sum(),
                 Operator::Mixture(leaf) => {
                     leaf.coefficients().bytes() + leaf.atoms().iter().map(|atom| visit(atom, seen)).sum::<u64>()
+                }
+                Operator::Stacked(leaf) => {
+                    let own = leaf.bytes() - leaf.parts().iter().map(LinearOperator::bytes).sum::<u64>();
+                    own + leaf.parts().iter().map(|part| visit(part, seen)).sum::<u64>()
                 }
                 Operator::Shared(inner) if seen.contains(&Arc::as_ptr(inner)) => 0,
                 Operator::Shared(inner) => {
@@ -313,6 +322,10 @@ impl<T: Real> fmt::Display for Operator<T> {
             Operator::Bitmask(_) => write!(f, "bitmask {m}x{n}"),
             Operator::Mixture(leaf) => write!(f, "mixture {m}x{n} of {}", leaf.atoms().len()),
             Operator::Quantized(leaf) => write!(f, "{}-bit {m}x{n}", leaf.grid().bits()),
+            Operator::Stacked(leaf) => {
+                write!(f, "rows of ")?;
+                joined(f, leaf.parts(), "and")
+            }
             Operator::Product(factors) => joined(f, factors, "·"),
             Operator::Sum(terms) => joined(f, terms, "+"),
             Operator::Shared(inner) => write!(f, "shared {inner}"),

@@ -91,6 +91,13 @@ impl<T: Real> Quantized<T> {
         self.codes.rows(0..self.shape().0)
     }
 
+    /// Some of its rows, by themselves.
+    pub(crate) fn select(&self, rows: &[usize]) -> Result<Self> {
+        let (codes, width) = (self.codes(), width(self.shape().1, self.grid.bits()));
+        let bytes = rows.iter().flat_map(|&row| &codes[row * width..(row + 1) * width]).copied().collect();
+        Self::new(self.shape().1, self.grid.select(rows)?, bytes)
+    }
+
     fn rows(&self) -> CodedRows<'_, T> {
         CodedRows {
             group: self.grid.group(),

@@ -18,7 +18,7 @@ use super::leaf::How;
 use crate::error::Result;
 use crate::linalg::Backend;
 use crate::metric::Weighting;
-use crate::operator::{Bitmask, Dense, Interpolative, LinearOperator, NmSparse, Operator, Side};
+use crate::operator::{Bitmask, Dense, Interpolative, LinearOperator, NmSparse, Operator, Side, Stacked};
 use crate::scalar::Real;
 use crate::stats::Gram;
 
@@ -74,6 +74,11 @@ impl<T: Real> Fit<'_, T> {
             }
             Operator::BlockDiagonal(leaf) => Operator::BlockDiagonal(self.blocks(leaf, target, input)?),
             Operator::Mixture(leaf) => Operator::Mixture(self.mixture(leaf, target, input)?),
+            Operator::Stacked(leaf) => {
+                let own = leaf.parts().iter().zip(leaf.rows());
+                let parts = own.map(|(part, rows)| self.fit(part, target.select(Axis(0), rows).view(), input));
+                Operator::Stacked(Stacked::new(&leaf.places(), parts.collect::<Result<_>>()?)?)
+            }
             Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.clone(),
         })
     }
@@ -189,6 +194,7 @@ fn absorbed<T: Real>(
 pub(super) fn settled<T: Real>(operator: &Operator<T>) -> bool {
     match operator {
         Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => true,
+        Operator::Stacked(leaf) => leaf.parts().iter().all(settled),
         Operator::NmSparse(leaf) => leaf.grid().is_some(),
         Operator::Bitmask(leaf) => leaf.grid().is_some(),
         Operator::BlockDiagonal(leaf) => leaf.grid().is_some(),

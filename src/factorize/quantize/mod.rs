@@ -26,7 +26,7 @@ use crate::budget::Budget;
 use crate::coder::Levels;
 use crate::error::{Error, Result};
 use crate::metric::MetricSpec;
-use crate::operator::{Dense, Grid, Operator, ZeroPoint};
+use crate::operator::{Dense, Grid, Operator, Quantized, ZeroPoint};
 use crate::scalar::{DType, Real};
 
 mod fit;
@@ -111,7 +111,7 @@ impl Quantize {
     }
 
     /// The widths that a weight may have.
-    fn widths(&self) -> Vec<u8> {
+    pub(super) fn widths(&self) -> Vec<u8> {
         self.bits.map_or(WIDTHS.to_vec(), |bits| vec![bits])
     }
 
@@ -132,8 +132,17 @@ impl Quantize {
         if bits == WHOLE {
             return Ok(Operator::Dense(Dense::rounded(problem.weight.to_owned(), problem.dtype)?));
         }
-        let rounded = self.how(bits, problem).round(problem.weight, &problem.metric.input, notes)?;
-        Ok(Operator::Quantized(rounded))
+        Ok(Operator::Quantized(self.codes(problem, bits, notes)?))
+    }
+
+    /// A weight in so many bits, at most 8.
+    pub(super) fn codes<T: Real>(
+        &self,
+        problem: &Problem<'_, T>,
+        bits: u8,
+        notes: &mut Vec<String>,
+    ) -> Result<Quantized<T>> {
+        self.how(bits, problem).round(problem.weight, &problem.metric.input, notes)
     }
 
     /// The most bits that fit a budget in bytes; `None` if the weight itself does.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Quantize;
 use super::fit::settled;
 use crate::error::Result;
-use crate::operator::{Grid, LinearOperator, Operator};
+use crate::operator::{Grid, LinearOperator, Operator, Stacked};
 use crate::scalar::{DType, Real};
 
 impl Quantize {
@@ -49,6 +49,10 @@ impl Quantize {
             Operator::Mixture(leaf) => {
                 let atoms = leaf.atoms().iter().map(|atom| self.priced(atom, bits, seen)).sum::<Result<u64>>()?;
                 leaf.coefficients().bytes() + atoms
+            }
+            Operator::Stacked(leaf) => {
+                let parts = leaf.parts().iter().map(|part| self.priced(part, bits, seen)).sum::<Result<u64>>()?;
+                Stacked::<T>::place_bytes(leaf.shape().0, leaf.parts().len()) + parts
             }
             Operator::Basis(_) | Operator::Permutation(_) | Operator::Quantized(_) => operator.bytes(),
         })

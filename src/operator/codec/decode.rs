@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::operator::permutation::LONGEST;
 use crate::operator::{
     Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm, NmSparse,
-    Operator, Permutation, Quantized, Runs, ZeroPoints,
+    Operator, Permutation, Quantized, Runs, Stacked, ZeroPoints,
 };
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
@@ -111,6 +111,11 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
                 };
                 Operator::Quantized(read().map_err(|e| e.of_tensor(codes))?)
             }
+            Node::Stacked { places, parts } => {
+                let parts = self.all(parts, depth)?;
+                let read = || Stacked::decode(self.list_of_bytes(places)?, parts);
+                Operator::Stacked(read().map_err(|e| e.of_tensor(places))?)
+            }
             Node::Product { factors } => Operator::product_of(self.all(factors, depth)?)?,
             Node::Sum { terms } => Operator::sum_of(self.all(terms, depth)?)?,
             Node::Shared { id, node } => match self.shared.get(id) {
@@ -161,17 +166,20 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
 
     /// The grid and the packed codes of what a node stores.
     fn codes(&self, codes: &Codes) -> Result<(Grid<T>, Vec<u8>)> {
-        let read = || {
-            let stored = self.source.tensor(&codes.codes)?;
-            match (stored.dtype, stored.shape) {
-                (DType::U8, &[_]) => {}
-                (DType::U8, shape) => return Err(Error::shape("a list of bytes", shape)),
-                (dtype, _) => return Err(Error::UnsupportedDType { dtype }),
-            }
-            let grid = self.grid(codes.bits, codes.group, &codes.scales, codes.zeros.as_deref())?;
-            Ok((grid, stored.bytes.to_vec()))
+        let read = || -> Result<_> {
+            let bytes = self.list_of_bytes(&codes.codes)?.to_vec();
+            Ok((self.grid(codes.bits, codes.group, &codes.scales, codes.zeros.as_deref())?, bytes))
         };
         read().map_err(|e| e.of_tensor(&codes.codes))
+    }
+
+    fn list_of_bytes(&self, name: &str) -> Result<&'s [u8]> {
+        let stored = self.source.tensor(name)?;
+        match (stored.dtype, stored.shape) {
+            (DType::U8, &[_]) => Ok(stored.bytes),
+            (DType::U8, shape) => Err(Error::shape("a list of bytes", shape)),
+            (dtype, _) => Err(Error::UnsupportedDType { dtype }),
+        }
     }
 
     fn indices(&self, name: &str, len: usize) -> Result<IndexSet> {

@@ -85,6 +85,13 @@ impl Encoder {
                 atoms: self.all(name, next, leaf.atoms())?,
             },
             Operator::Quantized(leaf) => self.quantized(name, next, leaf)?,
+            Operator::Stacked(leaf) => {
+                let bytes = leaf.encode_places();
+                Node::Stacked {
+                    places: self.push(name, next, DType::U8, vec![bytes.len()], bytes),
+                    parts: self.all(name, next, leaf.parts())?,
+                }
+            }
             Operator::Product(factors) => Node::Product { factors: self.all(name, next, factors)? },
             Operator::Sum(terms) => Node::Sum { terms: self.all(name, next, terms)? },
             Operator::Shared(inner) => {

@@ -166,6 +166,13 @@ pub enum Node {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         zeros: Option<String>,
     },
+    /// [`Operator::Stacked`].
+    Stacked {
+        /// The part of each row, a stream of ⌈log₂ parts⌉ bits for each: U8.
+        places: String,
+        /// The parts.
+        parts: Vec<Node>,
+    },
     /// [`Operator::Product`], leftmost first.
     Product {
         /// The factors.

@@ -1,6 +1,6 @@
 //! The numbers that quantised entries may be: scales, and where their zero is.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
 use super::super::kernels::{each_code, pack, width};
@@ -96,6 +96,17 @@ impl<T: Real> Grid<T> {
     /// [`Error::Shape`] if they are of another.
     pub(crate) fn scaled(&self, scales: Dense<T>) -> Result<Self> {
         Grid::new(self.bits, self.group, scales, self.zeros.clone())
+    }
+
+    /// The scales and zero points of some rows.
+    pub(super) fn select(&self, rows: &[usize]) -> Result<Self> {
+        let dense = |of: &Dense<T>| Dense::rounded(of.values().select(Axis(0), rows), of.dtype());
+        let zeros = match &self.zeros {
+            ZeroPoints::None => ZeroPoints::None,
+            ZeroPoints::Integer(zeros) => ZeroPoints::Integer(zeros.select(Axis(0), rows)),
+            ZeroPoints::Float(zeros) => ZeroPoints::Float(dense(zeros)?),
+        };
+        Grid::new(self.bits, self.group, dense(&self.scales)?, zeros)
     }
 
     /// b.
