@@ -100,6 +100,18 @@ class Checkpoint:
                     x = part.apply(x)
                 return x
             return Operator((parts[0].shape[0], parts[-1].shape[1]), product, " . ".join(p.text for p in parts))
+        if op == "stacked":
+            parts = [self.build(part) for part in node["parts"]]
+            heights = [part.shape[0] for part in parts]
+            bits = max(len(parts) - 1, 1).bit_length()
+            places = unpack(self.tensor(node["places"])[None], sum(heights), bits)[0]
+
+            def stack(x):  # row i is the next row of part places[i]
+                y = np.empty((len(places), x.shape[1]))
+                for at, part in enumerate(parts):
+                    y[places == at] = part.apply(x)
+                return y
+            return Operator((len(places), parts[0].shape[1]), stack, "rows of " + " and ".join(p.text for p in parts))
         if op == "mixture":
             atoms, c = [self.build(part) for part in node["atoms"]], self.tensor(node["coefficients"]).astype("f8")[0]
             text = "mixture %dx%d of %d" % (*atoms[0].shape, len(atoms))

@@ -11,7 +11,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Bitmask, Decomposition, Factorize, Forecast, Method, Outline, Point, Problem, Quantize, Residual, Rounding, Svd,
+    Bitmask, Decomposition, Factorize, Forecast, Method, Mixed, Outline, Point, Problem, Quantize, Residual, Rounding,
+    Svd,
 };
 use crate::budget::Budget;
 use crate::error::{Error, Result};
@@ -50,7 +51,7 @@ impl Default for Auto {
             candidates: vec![
                 quantize(0, ZeroPoint::None),
                 quantize(0, ZeroPoint::Integer),
-                quantize(128, ZeroPoint::None),
+                Method::Mixed(Mixed::default()),
                 quantize(32, ZeroPoint::Integer),
                 // What was integers before, as in GGUF's Q4_1, is on such a grid to rounding.
                 quantize(32, ZeroPoint::Float),
@@ -93,12 +94,17 @@ impl Auto {
             Found { point: Point { bytes: Operator::total_bytes(&operators), error }, operators }
         };
         let curve = if Factorize::<T>::has_curve(method) { method.decompose(group)? } else { None };
-        if let Some(curve) = &curve
-            && !curve.solved.is_empty()
-        {
-            return Ok(curve.solved.iter().flatten().map(|operators| found(operators.clone())).collect());
-        }
         let mut offers: Vec<Found<T>> = Vec::new();
+        if let Some(curve) = curve.as_ref().filter(|curve| !curve.solved.is_empty()) {
+            // Its own steps, with the errors that it measured. (The first is nothing, the last the group as it is.)
+            for point in curve.curve.get(1..curve.curve.len().max(2) - 1).unwrap_or_default() {
+                let tried: Vec<_> =
+                    group.iter().map(|p| Problem { budget: Budget::Bytes(point.bytes), ..p.clone() }).collect();
+                let operators = method.assemble(&tried, curve)?;
+                let bytes = Operator::total_bytes(&operators);
+                offers.push(Found { point: Point { bytes, error: point.error }, operators });
+            }
+        }
         for &level in &self.levels {
             let tried: Vec<_> = group.iter().map(|p| Problem { budget: Budget::Keep(level), ..p.clone() }).collect();
             let solved = match &curve {
@@ -106,6 +112,8 @@ impl Auto {
                 None => method.factorize(&tried),
             };
             match solved {
+                // A step that is known already is not measured again.
+                Ok(operators) if offers.iter().any(|o| o.operators == operators) => continue,
                 Ok(operators) => offers.push(found(operators)),
                 Err(Error::Budget { .. }) => continue,
                 Err(why) => return Err(why),

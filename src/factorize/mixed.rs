@@ -16,6 +16,7 @@
 //! Cost: seven times that of `quantize`. Fails where the metric does not tell outputs apart (`frobenius`, rows of
 //! one size): then it is `quantize`.
 
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
 use super::sparse::{outline, single};
@@ -38,9 +39,10 @@ pub struct Mixed {
 /// A weight at every width, and what each row of it costs and loses.
 struct Rows<T: Real> {
     widths: Vec<Quantized<T>>,
-    /// Row by row, by width.
+    /// Rows × widths, relative to the squared norm of the weight.
+    errors: Array2<T>,
+    /// The same as offers, row by row.
     curves: Vec<Vec<Point>>,
-    norm_squared: f64,
 }
 
 impl Mixed {
@@ -53,85 +55,105 @@ impl Mixed {
         Ok(())
     }
 
-    /// The group's weight at every width.
-    fn rows<T: Real>(&self, problem: &Problem<'_, T>, notes: &mut Vec<String>) -> Result<Rows<T>> {
-        self.check()?;
-        let (m, output) = (problem.shape().0, &problem.metric.output);
-        let weighs = |row: usize| match output {
-            Weighting::Diagonal(d) => d[row],
-            _ => 1.0,
-        };
+    /// A weight at every width.
+    fn rows<T: Real>(&self, problem: &Problem<'_, T>, norm_squared: f64, notes: &mut Vec<String>) -> Result<Rows<T>> {
+        let output = &problem.metric.output;
         if matches!(output, Weighting::Gram(_)) {
             return Err(Error::Unsupported("mixed needs a metric that weighs outputs one by one".into()));
         }
-        let norm_squared = problem.metric.norm_squared(problem.weight, problem.backend);
-        let (mut widths, mut curves) = (Vec::new(), vec![Vec::new(); m]);
-        for bits in self.quantize.widths() {
+        let widths = self.quantize.widths();
+        let mut errors = Array2::zeros((problem.shape().0, widths.len()));
+        let mut solved = Vec::new();
+        for (&bits, mut errors) in widths.iter().zip(errors.columns_mut()) {
             notes.clear();
             let found = self.quantize.codes(problem, bits, notes)?;
             let gap = (&problem.weight - &found.to_dense()).mapv(|v| v.wide());
             let weighed = problem.metric.input.times(gap.view(), problem.backend);
-            let bytes = found.bytes() / m.max(1) as u64;
-            for (i, curve) in curves.iter_mut().enumerate() {
-                let error = weighs(i) * gap.row(i).dot(&weighed.row(i));
-                curve.push(Point { bytes, error: error.max(0.0) });
+            for (i, relative) in errors.iter_mut().enumerate() {
+                let weight = if let Weighting::Diagonal(d) = output { d[i] } else { 1.0 };
+                let error = weight * gap.row(i).dot(&weighed.row(i));
+                *relative = T::from_f64(error.max(0.0) / norm_squared.max(f64::MIN_POSITIVE));
             }
-            widths.push(found);
+            solved.push(found);
         }
-        Ok(Rows { widths, curves, norm_squared })
+        Rows::new(solved, errors)
     }
 }
 
 impl<T: Real> Rows<T> {
-    /// Bytes and error if all rows have one width.
-    fn point(&self, width: usize) -> Point {
-        let each = self.curves.iter().map(|curve| curve[width]);
-        each.fold(Point { bytes: 0, error: 0.0 }, |sum, p| Point {
-            bytes: sum.bytes + p.bytes,
-            error: sum.error + p.error,
-        })
+    fn new(widths: Vec<Quantized<T>>, errors: Array2<T>) -> Result<Self> {
+        let m = errors.nrows();
+        if widths.is_empty() || errors.ncols() != widths.len() || widths.iter().any(|width| width.shape().0 != m) {
+            return Err(Error::shape(format!("errors of {} widths", widths.len()), errors.dim()));
+        }
+        let bytes: Vec<u64> = widths.iter().map(|width| width.bytes() / m.max(1) as u64).collect();
+        let point = |(&bytes, error): (&u64, &T)| Point { bytes, error: error.wide() };
+        let curves = errors.rows().into_iter().map(|row| bytes.iter().zip(row).map(point).collect()).collect();
+        Ok(Rows { widths, errors, curves })
     }
 
-    /// The best rows within so many bytes.
-    fn within(&self, limit: u64) -> Result<(Point, Operator<T>)> {
-        // What the places of rows would cost if all widths were used; a lone width needs none.
-        let places = Stacked::<T>::place_bytes(self.curves.len(), self.widths.len());
+    /// Bytes and error if all rows have one width.
+    fn point(&self, width: usize) -> Point {
+        total(self.curves.iter().map(|curve| curve[width]))
+    }
+
+    /// The best widths of rows within so many bytes.
+    fn within(&self, limit: u64) -> Result<Choice> {
         let offers: Vec<Offer<'_>> = self.curves.iter().map(|curve| Offer { curve, floor: 0 }).collect();
-        let alone = (0..self.widths.len()).rev().find(|&width| self.point(width).bytes <= limit);
-        let mixed = match allocate(&offers, limit.saturating_sub(places)) {
-            Ok(choice) => Some(choice),
-            Err(Error::Budget { .. }) if alone.is_some() => None,
-            Err(why) => return Err(why),
-        };
-        let error = |choice: &[usize]| choice.iter().zip(&self.curves).map(|(&at, curve)| curve[at].error).sum::<f64>();
-        match (mixed, alone) {
-            (Some(choice), Some(width)) if error(&choice) < self.point(width).error => self.of(&choice),
-            (Some(choice), None) => self.of(&choice),
-            (_, Some(width)) => Ok((self.point(width), Operator::Quantized(self.widths[width].clone()))),
-            (None, None) => {
-                Err(Error::Budget { asked: format!("{limit} bytes"), least: format!("{} bytes", self.point(0).bytes) })
+        let (m, count) = (self.curves.len(), self.widths.len());
+        let mut choices: Vec<Choice> = Vec::new();
+        // One width for all needs no places. Of several it is not known how many will be used.
+        let alone = (0..count).rev().find(|&width| self.point(width).bytes <= limit);
+        choices.extend(alone.map(|width| self.choice(vec![width; m])));
+        for used in [2, 4, count] {
+            match allocate(&offers, limit.saturating_sub(Stacked::<T>::place_bytes(m, used))) {
+                Ok(widths) => choices.push(self.choice(widths)),
+                Err(Error::Budget { .. }) => {}
+                Err(why) => return Err(why),
             }
         }
+        let within = choices.into_iter().filter(|choice| choice.point.bytes <= limit);
+        let best = within.min_by(|a, b| a.point.error.total_cmp(&b.point.error));
+        let least = || format!("{} bytes", self.point(0).bytes);
+        best.ok_or_else(|| Error::Budget { asked: format!("{limit} bytes"), least: least() })
+    }
+
+    fn choice(&self, widths: Vec<usize>) -> Choice {
+        let all = widths.iter().zip(&self.curves).map(|(&at, curve)| curve[at]);
+        let mut point = total(all);
+        let used = (0..self.widths.len()).filter(|at| widths.contains(at)).count();
+        if used > 1 {
+            point.bytes += Stacked::<T>::place_bytes(widths.len(), used);
+        }
+        Choice { point, widths }
     }
 
     /// Rows of the widths chosen.
-    fn of(&self, choice: &[usize]) -> Result<(Point, Operator<T>)> {
-        let (mut parts, mut places) = (Vec::new(), vec![0u8; choice.len()]);
+    fn operator(&self, choice: &Choice) -> Result<Operator<T>> {
+        let (mut parts, mut places) = (Vec::new(), vec![0u8; choice.widths.len()]);
         for (width, whole) in self.widths.iter().enumerate() {
-            let own: Vec<usize> = (0..choice.len()).filter(|&row| choice[row] == width).collect();
-            if own.is_empty() {
-                continue;
+            let own: Vec<usize> = (0..places.len()).filter(|&row| choice.widths[row] == width).collect();
+            if own.len() == places.len() {
+                return Ok(Operator::Quantized(whole.clone()));
             }
-            own.iter().for_each(|&row| places[row] = parts.len() as u8);
-            parts.push(Operator::Quantized(whole.select(&own)?));
+            if !own.is_empty() {
+                own.iter().for_each(|&row| places[row] = parts.len() as u8);
+                parts.push(Operator::Quantized(whole.select(&own)?));
+            }
         }
-        let operator = match parts.len() {
-            1 => parts.remove(0),
-            _ => Operator::Stacked(Stacked::new(&places, parts)?),
-        };
-        let error = choice.iter().zip(&self.curves).map(|(&at, curve)| curve[at].error).sum();
-        Ok((Point { bytes: operator.bytes(), error }, operator))
+        Ok(Operator::Stacked(Stacked::new(&places, parts)?))
     }
+}
+
+/// Widths of rows, by their position.
+struct Choice {
+    point: Point,
+    widths: Vec<usize>,
+}
+
+fn total(points: impl Iterator<Item = Point>) -> Point {
+    let zero = Point { bytes: 0, error: 0.0 };
+    points.fold(zero, |sum, p| Point { bytes: sum.bytes + p.bytes, error: sum.error + p.error })
 }
 
 impl<T: Real> Factorize<T> for Mixed {
@@ -151,31 +173,38 @@ impl<T: Real> Factorize<T> for Mixed {
         if limit >= problem.bytes() {
             return problem.dense();
         }
-        Ok(vec![self.rows(problem, notes)?.within(limit)?.1])
+        let norm_squared = problem.metric.norm_squared(problem.weight, problem.backend);
+        let rows = self.rows(problem, norm_squared, notes)?;
+        Ok(vec![rows.operator(&rows.within(limit)?)?])
     }
 
     fn decompose(&self, group: &[Problem<'_, T>]) -> Result<Option<Decomposition<T>>> {
+        self.check()?;
         let (problem, mut notes) = (single("mixed", group)?, Vec::new());
-        let rows = self.rows(problem, &mut notes)?;
-        let norm_squared = rows.norm_squared;
-        let (mut curve, mut solved) = (vec![Point { bytes: 0, error: norm_squared }], vec![None]);
-        let last = rows.widths.len() - 1;
-        for width in 0..last {
-            let (from, to) = (rows.point(width).bytes, rows.point(width + 1).bytes);
+        let norm_squared = problem.metric.norm_squared(problem.weight, problem.backend);
+        let rows = self.rows(problem, norm_squared, &mut notes)?;
+        // The widths themselves, with what they were solved to, and mixtures, which are put together when they are
+        // chosen.
+        let mut all = vec![(Point { bytes: 0, error: norm_squared }, None)];
+        let mut add = |Point { bytes, error }: Point, solved: Option<Vec<Operator<T>>>| {
+            if bytes < problem.bytes() || solved.is_some() {
+                all.push((Point { bytes, error: error * norm_squared }, solved));
+            }
+        };
+        for (at, width) in rows.widths.iter().enumerate() {
+            let here = rows.point(at);
+            add(here, Some(vec![Operator::Quantized(width.clone())]));
+            let Some(next) = rows.widths.get(at + 1).map(|_| rows.point(at + 1)) else { continue };
             // Below 5 bits a step of a quarter of a bit is what neighbouring widths of others would be.
-            let steps = if rows.widths[width].grid().bits() < 5 { 4 } else { 2 };
-            let limits = (0..steps).map(|step| from + (to - from) * step / steps);
-            for limit in limits.chain((width + 1 == last).then_some(to)) {
-                let (point, operator) = rows.within(limit)?;
-                // More bytes that buy nothing are no choice.
-                if point.bytes < problem.bytes() && curve.last().is_none_or(|before| point.error < before.error) {
-                    curve.push(point);
-                    solved.push(Some(vec![operator]));
-                }
+            let steps = if width.grid().bits() < 5 { 4 } else { 2 };
+            for step in 1..=steps {
+                add(rows.within(here.bytes + (next.bytes - here.bytes) * step / steps)?.point, None);
             }
         }
-        curve.push(Point { bytes: problem.bytes(), error: 0.0 });
-        Ok(Some(Decomposition { norm_squared, curve, notes, solved, ..Decomposition::default() }))
+        all.sort_by(|a, b| a.0.bytes.cmp(&b.0.bytes).then(b.0.error.total_cmp(&a.0.error)));
+        all.push((Point { bytes: problem.bytes(), error: 0.0 }, None));
+        let (curve, solved) = all.into_iter().unzip();
+        Ok(Some(Decomposition { norm_squared, curve, state: vec![rows.errors], notes, solved }))
     }
 
     fn has_curve(&self) -> bool {
@@ -184,12 +213,19 @@ impl<T: Real> Factorize<T> for Mixed {
 
     fn assemble(&self, group: &[Problem<'_, T>], found: &Decomposition<T>) -> Result<Vec<Operator<T>>> {
         let problem = single("mixed", group)?;
-        let choice = found.choose(&problem.budget, problem.bytes())?;
-        // Choice 0, nothing, is a weight of zeros: any width holds that.
-        match found.solved.get(choice.max(1)) {
-            Some(Some(operators)) => Ok(operators.clone()),
-            _ => problem.dense(),
+        let limit = match problem.budget.byte_limit(problem.bytes()) {
+            Some(limit) => limit,
+            None => found.curve[found.choose(&problem.budget, problem.bytes())?].bytes,
+        };
+        if limit >= problem.bytes() {
+            return problem.dense();
         }
+        let widths = found.solved.iter().flatten().flatten().filter_map(|operator| match operator {
+            Operator::Quantized(width) => Some(width.clone()),
+            _ => None,
+        });
+        let rows = Rows::new(widths.collect(), found.state.first().cloned().unwrap_or_default())?;
+        Ok(vec![rows.operator(&rows.within(limit)?)?])
     }
 
     fn forecast(&self, group: &[Outline], metric: &MetricSpec, budget: &Budget) -> Result<Forecast> {
@@ -259,25 +295,27 @@ mod tests {
         let w = numbers(3, 16, 3);
         let method = Mixed::default();
         let (problem, mut notes) = (problem(&w, 0.4), Vec::new());
-        let rows = method.rows(&problem, &mut notes).unwrap();
+        let norm_squared = problem.metric.norm_squared(w.view(), problem.backend);
+        let rows = method.rows(&problem, norm_squared, &mut notes).unwrap();
         // What is said of rows is so of the whole.
         for width in 0..7 {
             let whole = Operator::Quantized(rows.widths[width].clone());
             let Point { bytes, error } = rows.point(width);
             assert_eq!(bytes, whole.bytes());
-            assert!((error / problem.error_of(&whole) - 1.0).abs() < 1e-9);
+            assert!((error * norm_squared / problem.error_of(&whole) - 1.0).abs() < 1e-9);
         }
         let steepest = rows.curves.iter().flatten().map(|p| p.error).fold(0.0, f64::max);
         for limit in rows.point(0).bytes + 2..rows.point(6).bytes {
-            let (found, operator) = rows.within(limit).unwrap();
+            let choice = rows.within(limit).unwrap();
+            let (found, operator) = (choice.point, rows.operator(&choice).unwrap());
             assert!(found.bytes <= limit && found.bytes == operator.bytes());
-            assert!((found.error - problem.error_of(&operator)).abs() <= 1e-9 * rows.norm_squared);
+            assert!((found.error - problem.error_of(&operator) / norm_squared).abs() <= 1e-9);
             let mut best = f64::INFINITY;
             for choice in 0..343 {
-                let chosen = [choice % 7, choice / 7 % 7, choice / 49].map(|at| at);
-                let cost: u64 = chosen.iter().zip(&rows.curves).map(|(&at, curve)| curve[at].bytes).sum();
-                if cost + 2 <= limit {
-                    best = best.min(chosen.iter().zip(&rows.curves).map(|(&at, curve)| curve[at].error).sum());
+                let chosen =
+                    total([choice % 7, choice / 7 % 7, choice / 49].iter().zip(&rows.curves).map(|(&at, c)| c[at]));
+                if chosen.bytes + 2 <= limit {
+                    best = best.min(chosen.error);
                 }
             }
             // (One step of one row is what the allocator may miss.)
@@ -286,26 +324,25 @@ mod tests {
     }
 
     #[test]
-    fn a_curve_that_falls_and_says_what_it_holds() {
+    fn the_curve_is_what_its_cuts_are() {
         let w = numbers(40, 64, 3);
         let method = Mixed { quantize: Quantize { group: 32, ..Quantize::default() } };
         let problem = problem(&w, 0.33);
-        let group = std::slice::from_ref(&problem);
-        let found = method.decompose(group).unwrap().unwrap();
-        assert!(found.curve.len() > 12, "{:?}", found.curve);
-        for (pair, solved) in found.curve.windows(2).zip(&found.solved[1..]) {
-            assert!(pair[1].bytes > pair[0].bytes && pair[1].error < pair[0].error, "{pair:?}");
-            let Some(operators) = solved else { continue };
-            assert_eq!(Operator::total_bytes(operators), pair[1].bytes);
-            assert!((problem.error_of(&operators[0]) - pair[1].error).abs() <= 1e-9 * found.norm_squared);
+        let found = method.decompose(std::slice::from_ref(&problem)).unwrap().unwrap();
+        assert!(found.curve.len() > 20, "{:?}", found.curve);
+        let last = found.curve.len() - 1;
+        for point in &found.curve[1..last] {
+            let exact = Problem { budget: Budget::Bytes(point.bytes), ..problem.clone() };
+            let group = std::slice::from_ref(&exact);
+            let cut = method.assemble(group, &found).unwrap();
+            // The same as solved for that budget alone.
+            assert_eq!(cut, method.factorize(group).unwrap());
+            assert!(cut[0].bytes() <= point.bytes);
+            assert!(problem.error_of(&cut[0]) <= point.error + 1e-9 * found.norm_squared);
         }
-        let cut = method.assemble(group, &found).unwrap().remove(0);
-        assert!(cut.bytes() as f64 <= 0.33 * problem.bytes() as f64);
-        // Cut where it has a step, and solved for that budget alone: the same.
-        let at = found.curve[8];
-        let exact = Problem { budget: Budget::Bytes(at.bytes), ..problem.clone() };
-        let alone = method.factorize(std::slice::from_ref(&exact)).unwrap().remove(0);
-        assert!(problem.error_of(&alone) <= at.error * (1.0 + 1e-9));
+        let close = Problem { budget: Budget::Error(0.02), ..problem.clone() };
+        let cut = method.factorize(std::slice::from_ref(&close)).unwrap();
+        assert!(problem.error_of(&cut[0]) <= 0.02f64.powi(2) * found.norm_squared && cut[0].bytes() < problem.bytes());
     }
 
     #[test]

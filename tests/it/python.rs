@@ -137,6 +137,7 @@ fn runs(folder: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
         "type = 'quantize', group = 10",
         "type = 'quantize', bits = 3, group = 0, zero-point = 'integer'",
         "type = 'quantize', bits = 4, group = 10, zero-point = 'float'",
+        "type = 'mixed', quantize = { group = 10 }",
         "type = 'quantize', inner = { type = 'svd' }",
         "type = 'quantize', group = 10, inner = { type = 'two-four' }",
         "type = 'quantize', bits = 3, zero-point = 'float', group = 10, inner = { type = 'bitmask' }",
