@@ -9,11 +9,11 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, s};
 use weightpress::Result;
 use weightpress::operator::{
     Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation,
-    Quantized, Runs, Side, ZeroPoint, ZeroPoints,
+    Quantized, Runs, Side, Stacked, ZeroPoint, ZeroPoints,
 };
 use weightpress::scalar::DType;
 
@@ -73,6 +73,18 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         Quantized::nearest(w.view(), Grid::new(bits, group.min(n), each(0.01)?, zeros)?).map(Operator::Quantized)
     };
     let plain = |bits| codes(bits, 128, ZeroPoint::None);
+    // Rows of 2 to 6 bits, 4 in the mean, in no order.
+    let mixed = || {
+        const WIDTHS: [u8; 20] = [4, 3, 5, 4, 2, 4, 3, 5, 4, 4, 6, 4, 3, 5, 4, 4, 3, 5, 4, 4];
+        let places: Vec<u8> = (0..n).map(|i| WIDTHS[i * 7919 % 104_729 % WIDTHS.len()] - 2).collect();
+        let part = |place: u8| {
+            let rows: Vec<usize> = (0..n).filter(|&i| places[i] == place).collect();
+            let scales = Dense::rounded(Array2::from_elem((rows.len(), n.div_ceil(128)), 0.01), DType::F16)?;
+            let grid = Grid::new(place + 2, 128.min(n), scales, ZeroPoints::None)?;
+            Quantized::nearest(w.select(Axis(0), &rows).view(), grid).map(Operator::Quantized)
+        };
+        Stacked::new(&places, (0..5).map(part).collect::<Result<_>>()?).map(Operator::Stacked)
+    };
     Ok(vec![
         ("8 bits", plain(8)?),
         ("4 bits", plain(4)?),
@@ -80,6 +92,7 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         ("2 bits", plain(2)?),
         ("4 bits, groups of 32", codes(4, 32, ZeroPoint::Integer)?),
         ("4 bits, groups of 32, float zero points", codes(4, 32, ZeroPoint::Float)?),
+        ("rows of 2 to 6 bits", mixed()?),
         ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),
         ("2:4, bf16", sparse(DType::BF16)?),
