@@ -5,7 +5,7 @@
 
 use pulp::Arch;
 
-use super::kernels::{CodedRow, pack, width};
+use super::kernels::{Beside, CodedRow, pack, width};
 use super::{Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
@@ -103,7 +103,8 @@ impl<T: Real> Coded<T> {
             return;
         }
         let codes = &self.codes[from.1..end.1];
-        CodedRow { bits, group: count, columns: count, codes, scales: &[T::one()], zeros: None }.write(arch, to);
+        let beside = Beside { scales: &[T::one()], zeros: None, offsets: None };
+        CodedRow { bits, group: count, columns: count, codes, beside }.write(arch, to);
         let (half, mut rest) = (1i16 << (bits - 1), &mut to[..]);
         for (g, run) in runs.enumerate().filter(|(_, run)| *run > 0) {
             let (now, later) = rest.split_at_mut(run.min(rest.len()));

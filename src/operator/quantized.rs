@@ -10,7 +10,7 @@
 
 use std::borrow::Cow;
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
 
 use super::LinearOperator;
@@ -64,8 +64,7 @@ impl<T: Real> Quantized<T> {
         if !codes.chunks(width).all(clean) {
             return Err(Error::shape(format!("{columns} codes in each row"), "bits set beyond them"));
         }
-        let (scales, zeros) = (grid.scales().values().to_slice().unwrap_or_default(), grid.codes_of_zero());
-        let codes = PackedCodes::new(grid.bits(), grid.group(), (m, columns), codes, scales, zeros);
+        let codes = PackedCodes::new(grid.bits(), grid.group(), (m, columns), codes, grid.beside());
         Ok(Quantized { grid, codes })
     }
 
@@ -103,14 +102,8 @@ impl<T: Real> Quantized<T> {
             group: self.grid.group(),
             codes: &self.codes,
             groups: self.grid.scales().shape().1,
-            scales: self.grid.scales().values().to_slice().unwrap_or_default(),
-            zeros: self.grid.codes_of_zero(),
+            beside: self.grid.beside(),
         }
-    }
-
-    /// The numbers of the middle codes, m × groups, where they are not zero.
-    fn offsets(&self) -> Option<ArrayView2<'_, T>> {
-        if let ZeroPoints::Float(offsets) = self.grid.zeros() { Some(offsets.values()) } else { None }
     }
 }
 
@@ -122,14 +115,8 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
         let rows = self.rows();
         if let Some(inputs) = rows.inputs(x) {
-            let offsets = self.offsets().map(|offsets| (offsets, sums(x, self.grid.group())));
             return some_rows(m, b, TOGETHER, m * n, |first, y| {
-                let count = y.len() / b;
-                rows.products(first..first + count, arch, &inputs, y);
-                if let (Some((offsets, sums)), Ok(y)) = (&offsets, ArrayViewMut2::from_shape((count, b), y)) {
-                    let offsets = offsets.slice(s![first..first + count, ..]);
-                    matmul_into(T::one(), offsets, sums.view(), T::one(), y);
-                }
+                rows.products(first..first + y.len() / b, arch, &inputs, y);
             });
         }
         let mut y = Array2::zeros((m, b));
@@ -174,23 +161,8 @@ impl<T: Real> Quantized<T> {
     /// Some rows from one on, written out.
     fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
         self.rows().write(first..first + count, arch, fitted(panel, (count, self.shape().1)));
-        if let Some(offsets) = self.offsets() {
-            for (mut row, offsets) in panel.rows_mut().into_iter().zip(offsets.rows().into_iter().skip(first)) {
-                let groups = row.axis_chunks_iter_mut(Axis(0), self.grid.group());
-                groups.zip(offsets).for_each(|(mut group, &offset)| group += offset);
-            }
-        }
         panel.view()
     }
-}
-
-/// The sums of each group of rows, groups × columns.
-fn sums<T: Real>(x: ArrayView2<'_, T>, group: usize) -> Array2<T> {
-    let mut sums = Array2::zeros((x.nrows().div_ceil(group), x.ncols()));
-    for (mut sum, rows) in sums.rows_mut().into_iter().zip(x.axis_chunks_iter(Axis(0), group)) {
-        rows.rows().into_iter().for_each(|row| sum += &row);
-    }
-    sums
 }
 
 #[cfg(test)]

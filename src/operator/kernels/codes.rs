@@ -17,7 +17,7 @@ mod packed;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
-pub(crate) use self::packed::{PackedCodes, width};
+pub(crate) use self::packed::{Beside, PackedCodes, width};
 use crate::scalar::Real;
 
 /// Up to so many vectors meet rows that are not written out, where there is no kernel for any number of them.
@@ -63,9 +63,7 @@ pub(crate) struct CodedRow<'a, T> {
     pub columns: usize,
     /// The codes of this row first; others may follow.
     pub codes: &'a [u8],
-    pub scales: &'a [T],
-    /// Zero points; half of all levels if there are none.
-    pub zeros: Option<&'a [u8]>,
+    pub beside: Beside<'a, T>,
 }
 
 /// Rows of one kind, one after the other.
@@ -75,8 +73,7 @@ pub(crate) struct CodedRows<'a, T> {
     pub codes: &'a PackedCodes,
     /// Scales of a row.
     pub groups: usize,
-    pub scales: &'a [T],
-    pub zeros: Option<&'a [u8]>,
+    pub beside: Beside<'a, T>,
 }
 
 impl<'a, T: Real> CodedRows<'a, T> {
@@ -93,8 +90,11 @@ impl<'a, T: Real> CodedRows<'a, T> {
                 group: rows.group,
                 columns: rows.codes.shape().1,
                 codes: &codes[(i - first) * rows.codes.width()..],
-                scales: &rows.scales[groups.clone()],
-                zeros: rows.zeros.map(|zeros| &zeros[groups]),
+                beside: Beside {
+                    scales: &rows.beside.scales[groups.clone()],
+                    zeros: rows.beside.zeros.map(|zeros| &zeros[groups.clone()]),
+                    offsets: rows.beside.offsets.map(|offsets| &offsets[groups]),
+                },
             }
         })
     }
@@ -111,11 +111,11 @@ impl<'a, T: Real> CodedRows<'a, T> {
     /// If they are not as long as a row.
     pub(crate) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
         assert_eq!(x.nrows(), self.codes.shape().1, "rows of x");
-        let asymmetric = self.zeros.is_some();
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         if self.codes.panels().is_some() {
-            return integer::Inputs::new(x, self.codes.bits(), self.group, asymmetric).map(Kind::Fixed).map(Inputs);
+            return integer::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
         }
+        let asymmetric = self.beside.zeros.is_some() || self.beside.offsets.is_some();
         let plain = |x| Plain::new(x, self.group, asymmetric);
         (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(x.columns().into_iter().map(plain).collect())))
     }
@@ -149,7 +149,7 @@ enum Kind<T> {
 #[derive(Debug)]
 struct Plain<T> {
     values: Vec<T>,
-    /// Its sum over each group, for zero points.
+    /// Its sum over each group, for zero points and offsets.
     sums: Vec<T>,
 }
 
@@ -172,6 +172,14 @@ impl<T: Real> CodedRow<'_, T> {
 
     /// Writes the row out.
     pub(crate) fn write(&self, arch: Arch, to: &mut [T]) {
+        self.scaled(arch, to);
+        for (part, &offset) in to.chunks_mut(self.group).zip(self.beside.offsets.unwrap_or_default()) {
+            part.iter_mut().for_each(|v| *v += offset);
+        }
+    }
+
+    /// The row without its offsets.
+    fn scaled(&self, arch: Arch, to: &mut [T]) {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         if integer::write(self, to) {
             return;
@@ -179,8 +187,8 @@ impl<T: Real> CodedRow<'_, T> {
         self.unpack(arch, to);
         // Compiled for the machine at hand.
         arch.dispatch(|| {
-            for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.scales).enumerate() {
-                let shift = self.zeros.map_or(0, |zeros| i16::from(zeros[g]) - i16::from(self.half()));
+            for (g, (part, &scale)) in to.chunks_mut(self.group).zip(self.beside.scales).enumerate() {
+                let shift = self.beside.zeros.map_or(0, |zeros| i16::from(zeros[g]) - i16::from(self.half()));
                 let shift = T::from_f64(shift.into());
                 part.iter_mut().for_each(|v| *v = scale * (*v - shift));
             }
@@ -227,21 +235,20 @@ impl<T: Real> CodedRow<'_, T> {
         let mut numbers = vec![T::zero(); self.columns];
         self.unpack(arch, &mut numbers);
         for (y, x) in y.iter_mut().zip(x) {
-            let groups = numbers.chunks(self.group).zip(x.values.chunks(self.group)).zip(self.scales);
+            let groups = numbers.chunks(self.group).zip(x.values.chunks(self.group)).zip(self.beside.scales);
             *y = groups.fold(*y, |total, ((numbers, inputs), &scale)| total + scale * inner(numbers, inputs));
         }
     }
 
-    /// What zero points beside the middle add to an inner product.
+    /// What zero points beside the middle and offsets add to an inner product.
     fn shift(&self, x: &Plain<T>) -> T {
-        let each = self
-            .zeros
-            .unwrap_or_default()
-            .iter()
-            .zip(self.scales)
-            .zip(&x.sums)
-            .map(|((&zero, &scale), &sum)| scale * sum * T::from_f64(f64::from(self.half()) - f64::from(zero)));
-        each.fold(T::zero(), |a, b| a + b)
+        let Beside { scales, zeros, offsets } = self.beside;
+        let middle = f64::from(self.half());
+        let zeros = zeros.unwrap_or_default().iter().zip(scales);
+        let zeros = zeros.map(|(&zero, &scale)| scale * T::from_f64(middle - f64::from(zero)));
+        let each = zeros.zip(&x.sums).map(|(number, &sum)| number * sum);
+        let offsets = offsets.unwrap_or_default().iter().zip(&x.sums).map(|(&offset, &sum)| offset * sum);
+        each.chain(offsets).fold(T::zero(), |a, b| a + b)
     }
 }
 
@@ -280,13 +287,20 @@ mod tests {
             for i in 0..m {
                 pack(bits, &(0..n).map(|j| number(i, j) as u8).collect::<Vec<_>>(), &mut codes);
             }
-            for zeros in [None, Some(&zeros[..])] {
-                let codes = PackedCodes::new(bits, group, (m, n), codes.clone(), &scales, zeros);
-                let rows = CodedRows { group, codes: &codes, groups, scales: &scales, zeros };
+            // In 16 bits and not.
+            let offsets = [1.0, 1.0 + 1e-7]
+                .map(|most: f32| (0..m * groups).map(|g| most - (g % 3) as f32 / 4.0).collect::<Vec<f32>>());
+            for (zeros, offsets) in
+                [(None, None), (Some(&zeros[..]), None), (None, Some(&offsets[0][..])), (None, Some(&offsets[1][..]))]
+            {
+                let beside = Beside { scales: &scales, zeros, offsets };
+                let codes = PackedCodes::new(bits, group, (m, n), codes.clone(), beside);
+                let rows = CodedRows { group, codes: &codes, groups, beside };
                 let value = |i: usize, j: usize| {
                     let g = i * groups + j / group;
                     let zero = zeros.map_or(levels_of / 2, |zeros| zeros[g].into());
-                    f64::from(scales[g]) * (number(i, j) as f64 - zero as f64)
+                    let offset = offsets.map_or(0.0, |offsets| offsets[g]);
+                    f64::from(scales[g]) * (number(i, j) as f64 - zero as f64) + f64::from(offset)
                 };
                 let inputs = |count: usize| Array2::from_shape_fn((n, count), |(j, v)| x[v][j]);
                 let close = |got: &[f32], what: &str| {
@@ -311,7 +325,7 @@ mod tests {
                         rows.products(m.min(32)..m, fastest, &x, rest);
                         close(&y, "whatever is fastest");
                     }
-                    let plain = |x| Plain::new(x, group, zeros.is_some());
+                    let plain = |x| Plain::new(x, group, zeros.is_some() || offsets.is_some());
                     let x: Vec<Plain<f32>> = x.columns().into_iter().map(plain).collect();
                     for arch in architectures() {
                         let codes = rows.codes.rows(0..m);
@@ -327,7 +341,7 @@ mod tests {
                 }
                 let mut all = vec![f32::NAN; m * n];
                 rows.write(0..m, fastest, &mut all);
-                let exact = |at: usize| f64::from(all[at]) == value(at / n, at % n);
+                let exact = |at: usize| all[at] == value(at / n, at % n) as f32;
                 assert!((0..m * n).all(exact), "{bits} bits, groups of {group}");
             }
         }

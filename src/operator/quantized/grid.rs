@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
-use super::super::kernels::{each_code, pack, width};
+use super::super::kernels::{Beside, each_code, pack, width};
 use super::super::permutation::LONGEST;
 use super::super::{Dense, LinearOperator};
 use crate::error::{Error, Result};
@@ -156,12 +156,14 @@ impl<T: Real> Grid<T> {
         width(n, bits) as u64
     }
 
-    /// Integer zero points, row by row.
-    pub(super) fn codes_of_zero(&self) -> Option<&[u8]> {
-        match &self.zeros {
-            ZeroPoints::Integer(zeros) => zeros.as_slice(),
-            ZeroPoints::None | ZeroPoints::Float(_) => None,
-        }
+    /// All of it but the width, row by row.
+    pub(super) fn beside(&self) -> Beside<'_, T> {
+        let (zeros, offsets) = match &self.zeros {
+            ZeroPoints::None => (None, None),
+            ZeroPoints::Integer(zeros) => (zeros.as_slice(), None),
+            ZeroPoints::Float(offsets) => (None, offsets.values().to_slice()),
+        };
+        Beside { scales: self.scales.values().to_slice().unwrap_or_default(), zeros, offsets }
     }
 
     /// Numbers that are stored beside the codes.

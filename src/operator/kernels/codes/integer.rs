@@ -9,6 +9,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use half::f16;
 use pulp::bytemuck;
 
 mod bytes;
@@ -20,7 +21,7 @@ pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
 use self::panel::{Lanes, Unpacking, as_bytes, kind, turned, unpack};
 use super::CodedRows;
-use super::packed::{LINE, PANEL};
+use super::packed::{Floats, Grids, LINE, PANEL};
 use crate::scalar::Real;
 use crate::simd::prefetch;
 
@@ -79,8 +80,7 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
-        let (scales, zeros) = rows.codes.grids(first / PANEL, rows.groups);
-        let panel = Panel { packed, scales, zeros };
+        let panel = Panel { packed, grids: rows.codes.grids(), first: first / PANEL * rows.groups };
         totals.fill([Lanes::default(); BANDS]);
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
@@ -102,10 +102,9 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
 /// Some rows.
 struct Panel<'a> {
     packed: &'a [u8],
-    /// Of all groups.
-    scales: &'a [[f32; PANEL]],
-    /// Empty if there are none.
-    zeros: &'a [[u8; PANEL]],
+    grids: &'a Grids,
+    /// Where its groups begin in them.
+    first: usize,
 }
 
 /// A run of columns of some rows, as codes of another width have it perhaps.
@@ -113,8 +112,9 @@ struct Run<'a> {
     number: usize,
     codes: &'a [u8],
     unpacking: Unpacking,
-    scales: &'a [f32; PANEL],
-    zeros: Option<&'a [u8; PANEL]>,
+    grids: &'a Grids,
+    /// Its group in them.
+    group: usize,
 }
 
 impl Panel<'_> {
@@ -130,10 +130,10 @@ impl Panel<'_> {
         let chunks = |lanes: usize| lanes / PARTS * unpacking.chunk();
         let stride = chunks(layout.run / EACH);
         for number in 0..layout.runs() {
-            let group = number * layout.run / layout.group;
-            let (lanes, zeros) = (layout.lanes(number), self.zeros.get(group));
+            let group = self.first + number * layout.run / layout.group;
+            let lanes = layout.lanes(number);
             let codes = &self.packed[number * stride..][..chunks(lanes)];
-            let mut run = Run { number, codes, unpacking, scales: &self.scales[group], zeros };
+            let mut run = Run { number, codes, unpacking, grids: self.grids, group };
             if KIND == 8 || x.vectors <= TOGETHER {
                 x.tiles().for_each(|tile| run.tiles::<KIND, PARTS>(x, tile, totals));
             } else {
@@ -146,10 +146,17 @@ impl Panel<'_> {
     }
 }
 
-/// A band of numbers.
+/// A group's numbers of a band; `None` if there are none at all.
 #[inline]
-fn band<N: Copy>(of: &[N; PANEL], band: usize) -> [N; LANES] {
-    of.as_chunks().0[band]
+#[target_feature(enable = "avx512f")]
+fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
+    match of {
+        Floats::Half(all) => {
+            let band: [f16; LANES] = all.get(group)?.as_chunks().0[band];
+            Some(_mm512_cvtph_ps(bytemuck::cast(band.map(f16::to_bits))))
+        }
+        Floats::Wide(all) => Some(bytemuck::cast::<[f32; LANES], _>(all.get(group)?.as_chunks().0[band])),
+    }
 }
 
 #[inline]
@@ -184,19 +191,12 @@ impl Run<'_> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
-        let Some((starts, units)) = x.start::<V>(self.number, first) else { return };
+        let Some((starts, units, whole)) = x.start::<V>(self.number, first) else { return };
         let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; LIMBS]; U];
         for limb in 0..LIMBS {
             for v in 0..V {
                 for band in 0..BANDS {
-                    let start = _mm512_set1_epi32(starts[limb][v]);
-                    sums[0][limb][v][band] = match self.zeros {
-                        Some(zeros) => {
-                            let zeros = _mm512_cvtepu8_epi32(bytemuck::cast(self::band(zeros, band)));
-                            _mm512_mullo_epi32(start, zeros)
-                        }
-                        None => start,
-                    };
+                    sums[0][limb][v][band] = _mm512_set1_epi32(starts[limb][v]);
                 }
             }
         }
@@ -220,8 +220,18 @@ impl Run<'_> {
                 }
             }
         }
-        for v in 0..V {
-            for band in 0..BANDS {
+        let middle = _mm512_set1_epi32(1 << (x.layout.bits - 1));
+        for band in 0..BANDS {
+            let Some(scales) = numbers(&self.grids.scales, self.group, band) else { return };
+            // What codes count from the middle: zero points, or the numbers of the middle codes.
+            let shift = match self.grids.zeros.get(self.group) {
+                Some(zeros) => {
+                    let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
+                    Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
+                }
+                None => numbers(&self.grids.offsets, self.group, band),
+            };
+            for v in 0..V {
                 let mut each = [_mm512_setzero_si512(); LIMBS];
                 for limb in 0..LIMBS {
                     each[limb] = sums[0][limb][v][band];
@@ -230,12 +240,15 @@ impl Run<'_> {
                     }
                 }
                 let [high, middle, low] = each;
-                let scale = bytemuck::cast(self::band(self.scales, band));
-                let scale = _mm512_mul_ps(scale, _mm512_set1_ps(units[v]));
+                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(units[v]));
                 let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
                 let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
                 let total = &mut totals[v][band];
-                *total = Lanes(bytemuck::cast(_mm512_fmadd_ps(sum, scale, floats(total))));
+                let mut more = _mm512_fmadd_ps(sum, scale, floats(total));
+                if let Some(shift) = shift {
+                    more = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), more);
+                }
+                *total = Lanes(bytemuck::cast(more));
             }
         }
     }

@@ -55,7 +55,7 @@ pub(super) fn unpack(simd: V3, bits: u8, codes: &[u8], to: &mut [f32]) {
 
 /// Adds the inner products of a row with some vectors, at most [`TOGETHER`], to `y`.
 pub(super) fn dots<T: Real>(simd: V3, row: &CodedRow<'_, T>, x: [&[f32]; TOGETHER], y: &mut [f32]) {
-    let (codes, columns, group, scales) = (row.codes, row.columns, row.group, cast_slice(row.scales));
+    let (codes, columns, group, scales) = (row.codes, row.columns, row.group, cast_slice(row.beside.scales));
     match y.len() {
         1 => by_bits!(simd, row.bits, One { simd, codes, columns, group, scales, x: x[0], y }),
         _ => by_bits!(simd, row.bits, Together { simd, codes, columns, group, scales, x, y }),

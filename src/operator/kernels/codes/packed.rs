@@ -8,6 +8,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use half::f16;
+
 use crate::scalar::Real;
 
 /// Bytes of a row that are gathered together.
@@ -38,21 +40,62 @@ pub(crate) struct PackedCodes {
     bytes: Vec<u8>,
     /// Whether rows are side by side.
     panels: bool,
-    /// Scales and zero points of the rows of each panel for each group, if rows are side by side.
-    scales: Vec<[f32; PANEL]>,
-    zeros: Vec<[u8; PANEL]>,
+    /// Of the rows of each panel for each group, if rows are side by side.
+    grids: Grids,
+}
+
+/// What makes numbers of the codes of a matrix, row by row, group by group.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Beside<'a, T> {
+    pub scales: &'a [T],
+    /// Zero points; half of all levels if there are none.
+    pub zeros: Option<&'a [u8]>,
+    /// The numbers of the middle codes; zero if there are none.
+    pub offsets: Option<&'a [T]>,
+}
+
+/// The same for the rows of panels.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Grids {
+    pub scales: Floats,
+    /// Empty if there are none, as are offsets.
+    pub zeros: Vec<[u8; PANEL]>,
+    pub offsets: Floats,
+}
+
+/// Numbers of the rows of panels, in 16 bits where that is exact.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Floats {
+    Half(Vec<[f16; PANEL]>),
+    Wide(Vec<[f32; PANEL]>),
+}
+
+impl Default for Floats {
+    fn default() -> Self {
+        Floats::Wide(Vec::new())
+    }
+}
+
+impl Floats {
+    fn new<T: Real>(m: usize, groups: usize, of: &[T]) -> Self {
+        let half = |v: &T| f16::from_f64(v.wide());
+        if of.iter().all(|v| half(v).to_f64() == v.wide()) {
+            Floats::Half(beside(m, groups, |at| half(&of[at])))
+        } else {
+            Floats::Wide(beside(m, groups, |at| of[at].wide() as f32))
+        }
+    }
 }
 
 impl PackedCodes {
     /// From m rows of ⌈n·bits/8⌉ bytes without any bits beyond the last code, for products with inputs of type T, and
-    /// the scales and zero points of each row's groups.
+    /// what each row's groups have.
     pub(crate) fn new<T: Real>(
         bits: u8,
         group: usize,
         (m, n): (usize, usize),
         rows: Vec<u8>,
-        scales: &[T],
-        zeros: Option<&[u8]>,
+        of: Beside<'_, T>,
     ) -> Self {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
@@ -60,14 +103,15 @@ impl PackedCodes {
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows };
         let groups = n.div_ceil(group);
-        let (scales, zeros) = match panels {
-            true => (
-                beside(m, groups, |at| scales[at].wide() as f32),
-                zeros.map(|zeros| beside(m, groups, |at| zeros[at])).unwrap_or_default(),
-            ),
-            false => (Vec::new(), Vec::new()),
+        let grids = match panels {
+            true => Grids {
+                scales: Floats::new(m, groups, of.scales),
+                zeros: of.zeros.map(|zeros| beside(m, groups, |at| zeros[at])).unwrap_or_default(),
+                offsets: of.offsets.map(|offsets| Floats::new(m, groups, offsets)).unwrap_or_default(),
+            },
+            false => Grids::default(),
         };
-        PackedCodes { bits, shape: (m, n), bytes, panels, scales, zeros }
+        PackedCodes { bits, shape: (m, n), bytes, panels, grids }
     }
 
     pub(crate) fn bits(&self) -> u8 {
@@ -138,11 +182,10 @@ impl PackedCodes {
         self.panels.then(|| self.bytes.chunks_exact(self.panel_bytes()))
     }
 
-    /// Scales and, if there are any, zero points of a panel's rows, for each of so many groups.
+    /// What the rows of panels have for each group, panel by panel.
     #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-    pub(super) fn grids(&self, panel: usize, groups: usize) -> (&[[f32; PANEL]], &[[u8; PANEL]]) {
-        let range = panel * groups..(panel + 1) * groups;
-        (&self.scales[range.clone()], self.zeros.get(range).unwrap_or_default())
+    pub(super) fn grids(&self) -> &Grids {
+        &self.grids
     }
 
     fn chunk_bits(&self) -> usize {
@@ -253,8 +296,7 @@ mod tests {
                 super::super::pack(bits, &codes, &mut rows);
             }
             let bytes = side_by_side(bits, (m, n), &rows);
-            let panels =
-                PackedCodes { bits, shape: (m, n), bytes, panels: true, scales: Vec::new(), zeros: Vec::new() };
+            let panels = PackedCodes { bits, shape: (m, n), bytes, panels: true, grids: Grids::default() };
             assert_eq!(panels.panels().unwrap().len(), m.div_ceil(PANEL));
             assert_eq!(panels.bytes.len(), panels.panel_bytes() * m.div_ceil(PANEL));
             assert_eq!((&panels.rows(0..m)[..], panels.len()), (&rows[..], rows.len()), "{bits} bits, {m}x{n}");

@@ -65,15 +65,15 @@ pub(super) fn width(bits: u8) -> usize {
     usize::from(bits) * STEP / 8
 }
 
-/// Writes a row out, scale·(code − zero), where groups are whole vectors; whether that was done.
+/// Writes a row out, scale·(code − zero) without offsets, where groups are whole vectors; whether that was done.
 pub(in super::super) fn write<T: Real>(row: &CodedRow<'_, T>, to: &mut [T]) -> bool {
     let fits = row.group.is_multiple_of(LANES) || row.group >= row.columns;
     if T::DTYPE != DType::F32 || !fits || !available() {
         return false;
     }
-    let (scales, to) = (bytemuck::cast_slice(row.scales), bytemuck::cast_slice_mut(&mut to[..row.columns]));
+    let (scales, to) = (bytemuck::cast_slice(row.beside.scales), bytemuck::cast_slice_mut(&mut to[..row.columns]));
     let middle = 1u8 << (row.bits - 1);
-    let zero = |group: usize| f32::from(row.zeros.map_or(middle, |zeros| zeros[group]));
+    let zero = |group: usize| f32::from(row.beside.zeros.map_or(middle, |zeros| zeros[group]));
     let mut held = Vec::new();
     let codes = whole(row.codes, row.columns.div_ceil(STEP), row.bits, &mut held);
     // SAFETY: the machine has the instructions, as was asked above.

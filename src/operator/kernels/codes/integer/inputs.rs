@@ -61,21 +61,18 @@ pub(in super::super) struct Inputs {
     padded: usize,
     /// Four signed bytes each: run, [tile](Self::tiles), lane, limb (the largest first), vector.
     limbs: Vec<i32>,
-    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels
-    /// (for zero points of 1, where there are any): run, tile, limb, vector.
+    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: run,
+    /// tile, limb, vector.
     starts: Vec<i32>,
     /// 2ᵉ: run, tile, vector.
     units: Vec<f32>,
+    /// Sums of runs, for zero points and offsets: run, tile, vector.
+    sums: Vec<f32>,
 }
 
 impl Inputs {
     /// `None` if there is no kernel for such rows here.
-    pub(in super::super) fn new<T: Real>(
-        x: ArrayView2<'_, T>,
-        bits: u8,
-        group: usize,
-        asymmetric: bool,
-    ) -> Option<Self> {
+    pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
         let layout = Layout::new::<T>(bits, group, x.nrows())?;
         let (vectors, rest) = (x.ncols(), x.ncols() % TOGETHER);
         let padded = vectors - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
@@ -83,11 +80,12 @@ impl Inputs {
             limbs: vec![0; layout.runs() * layout.run / EACH * LIMBS * padded],
             starts: vec![0; layout.runs() * LIMBS * padded],
             units: vec![0.0; layout.runs() * padded],
+            sums: vec![0.0; layout.runs() * padded],
             layout,
             vectors,
             padded,
         };
-        let middle = if asymmetric { 1 } else { 1 << (bits - 1) };
+        let middle = 1 << (bits - 1);
         let mut lanes = vec![[0; LIMBS]; layout.run / EACH];
         let mut ordered = vec![0.0; layout.runs() * layout.run];
         for (first, width) in inputs.tiles().collect::<Vec<_>>() {
@@ -106,6 +104,8 @@ impl Inputs {
                     let unit = unsafe { split(x, &mut lanes, &mut sums) };
                     let at = run * padded + first;
                     inputs.units[at + v] = unit;
+                    let whole = sums.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
+                    inputs.sums[at + v] = (whole as f64 * f64::from(unit)) as f32;
                     for (limb, sum) in sums.into_iter().enumerate() {
                         inputs.starts[LIMBS * at + limb * width + v] = -middle * sum;
                     }
@@ -136,11 +136,16 @@ impl Inputs {
         &self.limbs[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
-    /// Starts and units of a tile in a run.
-    pub(super) fn start<const V: usize>(&self, run: usize, first: usize) -> Option<(&[[i32; V]; LIMBS], &[f32; V])> {
+    /// Starts, units and sums of a tile in a run.
+    #[allow(clippy::type_complexity)]
+    pub(super) fn start<const V: usize>(
+        &self,
+        run: usize,
+        first: usize,
+    ) -> Option<(&[[i32; V]; LIMBS], &[f32; V], &[f32; V])> {
         let at = run * self.padded + first;
         let starts = self.starts[LIMBS * at..].as_chunks().0.first_chunk()?;
-        Some((starts, self.units[at..].first_chunk()?))
+        Some((starts, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
     }
 }
 
