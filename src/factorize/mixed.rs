@@ -9,8 +9,8 @@
 //! Information Theory, 10.3.3), with widths that exist; Radio (Young, ICML 2025) spreads bits over groups of a model so.
 //!
 //! What it gains over one width is the ratio of the arithmetic to the geometric mean of what rows are worth:
-//! little where all outputs are alike, a third of the error where metrics know gradients (`gram-fisher`), more where
-//! a few rows stand out. Rows of one width are one matrix; they cost 3 bits for each row beside, and a product one
+//! little where all outputs are alike, up to a third of the squared error where metrics know gradients (`gram-fisher`), more
+//! where a few rows stand out. Rows of one width are one matrix; they cost 3 bits for each row beside, and a product one
 //! pass more for each width.
 //!
 //! Cost: seven times that of `quantize`. Fails where the metric does not tell outputs apart (`frobenius`, rows of
@@ -113,7 +113,8 @@ impl<T: Real> Rows<T> {
             }
         }
         let within = choices.into_iter().filter(|choice| choice.point.bytes <= limit);
-        let best = within.min_by(|a, b| a.point.error.total_cmp(&b.point.error));
+        let order = |a: Point, b: Point| a.error.total_cmp(&b.error).then(a.bytes.cmp(&b.bytes));
+        let best = within.min_by(|a, b| order(a.point, b.point));
         let least = || format!("{} bytes", self.point(0).bytes);
         best.ok_or_else(|| Error::Budget { asked: format!("{limit} bytes"), least: least() })
     }
@@ -224,7 +225,10 @@ impl<T: Real> Factorize<T> for Mixed {
             Operator::Quantized(width) => Some(width.clone()),
             _ => None,
         });
-        let rows = Rows::new(widths.collect(), found.state.first().cloned().unwrap_or_default())?;
+        // (Of few columns all widths are one size: their order on the curve says nothing.)
+        let mut widths: Vec<Quantized<T>> = widths.collect();
+        widths.sort_by_key(|width| width.grid().bits());
+        let rows = Rows::new(widths, found.state.first().cloned().unwrap_or_default())?;
         Ok(vec![rows.operator(&rows.within(limit)?)?])
     }
 
@@ -343,6 +347,22 @@ mod tests {
         let close = Problem { budget: Budget::Error(0.02), ..problem.clone() };
         let cut = method.factorize(std::slice::from_ref(&close)).unwrap();
         assert!(problem.error_of(&cut[0]) <= 0.02f64.powi(2) * found.norm_squared && cut[0].bytes() < problem.bytes());
+    }
+
+    #[test]
+    fn columns_so_few_that_all_widths_are_one_size_and_weights_of_zeros() {
+        for w in [numbers(12, 1, 3), numbers(12, 2, 5), Array2::zeros((12, 16))] {
+            let found = Mixed::default().decompose(&[problem(&w, 1.0)]).unwrap().unwrap();
+            for keep in [0.6, 0.8, 0.95] {
+                let problem = problem(&w, keep);
+                let group = std::slice::from_ref(&problem);
+                match (Mixed::default().factorize(group), Mixed::default().assemble(group, &found)) {
+                    (Ok(solved), Ok(cut)) => assert_eq!(solved, cut),
+                    (Err(Error::Budget { .. }), Err(Error::Budget { .. })) => {}
+                    other => panic!("{keep}: {other:?}"),
+                }
+            }
+        }
     }
 
     #[test]
