@@ -29,6 +29,10 @@ pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 /// Rows of a call of the kernel that does not write them out.
 const TOGETHER: usize = 128;
 
+/// With more vectors than this, matrices of fewer than so many rows are written out.
+const MANY: usize = 32;
+const ROWS: usize = 512;
+
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
 fn panel_rows(vectors: usize) -> usize {
     if vectors > 32 { 512 } else { 128 }
@@ -114,7 +118,9 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
         let rows = self.rows();
-        if let Some(inputs) = rows.inputs(x) {
+        // For few rows many inputs are not worth being laid out.
+        let few = b > MANY && m < ROWS;
+        if let Some(inputs) = if few { None } else { rows.inputs(x) } {
             return some_rows(m, b, TOGETHER, m * n, |first, y| {
                 rows.products(first..first + y.len() / b, arch, &inputs, y);
             });
