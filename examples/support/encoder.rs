@@ -65,7 +65,7 @@ impl Bert {
     /// is to second order. (They are the Fisher information of e as the mean of a Gaussian of unit variance.) Mean
     /// over the sentences and over `probes` directions for each.
     pub fn fisher(&self, sentences: &[Vec<usize>], probes: usize, done: &(dyn Fn(usize) + Sync)) -> Result<Stats> {
-        ensure!(probes > 0, "no directions to take gradients along");
+        ensure!(probes > 0, "no directions to take gradients along: at least one probe is needed for each paragraph");
         let names: Vec<String> = (0..self.layers.len()).flat_map(|i| LINEAR.map(|part| weight_name(i, part))).collect();
         squared_gradients(&names, sentences.len() * probes, done, |i, add| {
             let mut random = ChaCha8Rng::seed_from_u64(i as u64);

@@ -308,7 +308,8 @@ mod tests {
             assert_eq!(bytes, whole.bytes());
             assert!((error * norm_squared / problem.error_of(&whole) - 1.0).abs() < 1e-9);
         }
-        let steepest = rows.curves.iter().flatten().map(|p| p.error).fold(0.0, f64::max);
+        // What the greedy choice may leave unspent: a step of one row, two widths of two bytes at most here.
+        let (places, step) = (2, 4);
         for limit in rows.point(0).bytes + 2..rows.point(6).bytes {
             let choice = rows.within(limit).unwrap();
             let (found, operator) = (choice.point, rows.operator(&choice).unwrap());
@@ -318,12 +319,11 @@ mod tests {
             for choice in 0..343 {
                 let chosen =
                     total([choice % 7, choice / 7 % 7, choice / 49].iter().zip(&rows.curves).map(|(&at, c)| c[at]));
-                if chosen.bytes + 2 <= limit {
+                if chosen.bytes + places + step <= limit {
                     best = best.min(chosen.error);
                 }
             }
-            // (One step of one row is what the allocator may miss.)
-            assert!(found.error <= best + steepest, "{limit}: {} {best}", found.error);
+            assert!(found.error <= best * (1.0 + 1e-12), "{limit}: {} {best}", found.error);
         }
     }
 

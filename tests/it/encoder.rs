@@ -131,10 +131,7 @@ fn naive(weights: &Weights, tokens: &[usize], see: &mut dyn FnMut(&str, &Array2<
 
 #[test]
 fn embeddings_are_those_of_the_definition() {
-    let folder = tempfile::tempdir().unwrap();
-    let weights = weights();
-    write(folder.path(), &weights);
-    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let (weights, model) = encoder();
     for tokens in [&[3][..], &[1, 7, 2, 2, 10], &[5, 0, 9, 4, 4, 4, 8, 1, 6, 3, 2, 10, 7, 0, 1, 5]] {
         let (found, expected) = (model.embed(tokens).unwrap(), naive(&weights, tokens, &mut |_, _| ()));
         let gap = found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
@@ -145,6 +142,15 @@ fn embeddings_are_those_of_the_definition() {
     );
 }
 
+/// An encoder, and its weights.
+fn encoder() -> (Weights, Bert) {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = weights();
+    write(folder.path(), &weights);
+    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    (weights, model)
+}
+
 /// Sentences of some lengths.
 fn sentences() -> Vec<Vec<usize>> {
     (1..12).map(|length| (0..length).map(|at| (3 * at + length) % VOCABULARY).collect()).collect()
@@ -152,10 +158,7 @@ fn sentences() -> Vec<Vec<usize>> {
 
 #[test]
 fn gram_matrices_are_those_of_the_inputs() {
-    let folder = tempfile::tempdir().unwrap();
-    let weights = weights();
-    write(folder.path(), &weights);
-    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let (weights, model) = encoder();
     let stats = model.calibrate(&sentences(), &|_| ()).unwrap();
     let mut sums: HashMap<String, (Array2<f64>, usize)> = HashMap::new();
     for tokens in sentences() {
@@ -176,10 +179,7 @@ fn gram_matrices_are_those_of_the_inputs() {
 
 #[test]
 fn gradients_equal_differences_of_the_definition() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut weights = weights();
-    write(folder.path(), &weights);
-    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let (mut weights, model) = encoder();
     let (tokens, along) = ([5, 0, 9, 4, 4, 8, 1], Array1::from_shape_fn(HIDDEN, |i| ((i * 5) % 7) as f32 - 2.5));
     let mut all = Vec::new();
     let value = model.gradients(&tokens, &along, &mut |layer, part, d| all.push((layer, part, d))).unwrap();
@@ -210,10 +210,7 @@ fn gradients_equal_differences_of_the_definition() {
 
 #[test]
 fn fisher_sums_estimate_how_far_embeddings_turn() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut weights = weights();
-    write(folder.path(), &weights);
-    let model = Bert::load(&Checkpoint::open(folder.path()).unwrap()).unwrap();
+    let (mut weights, model) = encoder();
     let stats = model.fisher(&sentences(), 200, &|_| ()).unwrap();
     let embeddings = |weights: &Weights| sentences().iter().map(|s| naive(weights, s, &mut |_, _| ())).collect();
     let before: Vec<Array1<f64>> = embeddings(&weights);
