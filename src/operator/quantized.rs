@@ -9,6 +9,7 @@
 //! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
@@ -30,12 +31,12 @@ pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 const TOGETHER: usize = 128;
 
 /// With more vectors than this, matrices of fewer than so many rows are written out.
-const MANY: usize = 32;
+pub(super) const MANY: usize = 32;
 const ROWS: usize = 512;
 
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
-fn panel_rows(vectors: usize) -> usize {
-    if vectors > 32 { 512 } else { 128 }
+pub(super) fn panel_rows(vectors: usize) -> usize {
+    if vectors > MANY { 512 } else { 128 }
 }
 
 /// A matrix whose entries are on a grid.
@@ -166,8 +167,14 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
 impl<T: Real> Quantized<T> {
     /// Some rows from one on, written out.
     fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
-        self.rows().write(first..first + count, arch, fitted(panel, (count, self.shape().1)));
+        let columns = self.shape().1;
+        self.write(first..first + count, arch, fitted(panel, (count, columns)).chunks_mut(columns));
         panel.view()
+    }
+
+    /// Writes some rows out, each to its own memory.
+    pub(super) fn write<'t>(&self, range: Range<usize>, arch: Arch, to: impl Iterator<Item = &'t mut [T]>) {
+        self.rows().write(range, arch, to);
     }
 }
 

@@ -3,11 +3,15 @@
 //! What rows of different kinds need: outputs that matter in more bits than others, or some of them dense. Costs
 //! beside its parts ⌈log₂ parts⌉ bits for each row.
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use pulp::Arch;
 
 use super::kernels::{each_code, pack, width};
-use super::{LinearOperator, Operator};
+use super::quantized::{MANY, panel_rows};
+use super::sparse::{each_panel, fitted};
+use super::{LinearOperator, Operator, Quantized};
 use crate::error::{Error, Result};
+use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 /// The rows of several operators of one width, interleaved.
@@ -114,6 +118,33 @@ impl<T: Real> Stacked<T> {
         }
         y
     }
+
+    /// The parts, if all of them are codes.
+    fn coded(&self) -> Option<Vec<&Quantized<T>>> {
+        let parts = self.parts.iter();
+        parts.map(|part| if let Operator::Quantized(part) = part { Some(part) } else { None }).collect()
+    }
+
+    /// The product of rows that are written out, so that many vectors are laid out for all parts at once and not for the
+    /// few rows of each.
+    fn written(&self, parts: &[&Quantized<T>], x: ArrayView2<'_, T>) -> Array2<T> {
+        let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
+        let (mut y, height) = (Array2::zeros((m, b)), panel_rows(b));
+        let panel = |rows: &mut Array2<T>, (at, y): (usize, ArrayViewMut2<'_, T>)| {
+            let (first, count) = (at * height, y.nrows());
+            let to = fitted(rows, (count, n));
+            for (part, own) in parts.iter().zip(&self.rows) {
+                let before = |end| own.partition_point(|&row| row < end);
+                let range = before(first)..before(first + count);
+                let mut own = own[range.clone()].iter().peekable();
+                let to = to.chunks_mut(n).zip(first..).filter(|(_, row)| own.next_if_eq(&row).is_some());
+                part.write(range, arch, to.map(|(to, _)| to));
+            }
+            matmul_into(T::one(), rows.view(), x, T::zero(), y);
+        };
+        each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * b, panel);
+        y
+    }
 }
 
 impl<T: Real> LinearOperator<T> for Stacked<T> {
@@ -121,7 +152,10 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         (self.height(), self.parts.first().map_or(0, |part| part.shape().1))
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        self.spread(x.ncols(), |part| part.product(x))
+        match self.coded() {
+            Some(parts) if x.ncols() > MANY => self.written(&parts, x),
+            _ => self.spread(x.ncols(), |part| part.product(x)),
+        }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.shape().1, x.ncols()));
@@ -150,8 +184,9 @@ mod tests {
     use ndarray::array;
 
     use super::*;
-    use crate::operator::Dense;
     use crate::operator::codec::{Decoder, Encoder, NamedTensor};
+    use crate::operator::quantized::{Grid, ZeroPoints};
+    use crate::operator::{Dense, Quantized};
 
     fn parts() -> Vec<Operator<f64>> {
         let leaf = |values: Array2<f64>| Operator::from(Dense::new(values));
@@ -172,6 +207,28 @@ mod tests {
         // Values, and 5 places of 2 bits.
         assert_eq!(whole.bytes(), 8 * 16 + 2);
         assert_eq!(whole.rows(), [vec![1, 3], vec![2], vec![0, 4]]);
+    }
+
+    #[test]
+    fn many_vectors_meet_rows_that_are_written_out() {
+        // Two panels of rows, of which the second has none of a part.
+        let (m, n, b) = (600, 40, MANY + 1);
+        let places: Vec<u8> = (0..m).map(|i| if i >= 512 { 1 } else { (i * 7 % 3) as u8 }).collect();
+        let w = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + i * j) % 101) as f32 / 50.0 - 1.0);
+        let part = |place: u8| {
+            let rows: Vec<usize> = (0..m).filter(|&i| places[i] == place).collect();
+            let scales = Dense::new(Array2::from_shape_fn((rows.len(), 3), |(i, g)| 0.1 + (i + g) as f32 / 512.0));
+            let grid = Grid::new(3 + place, 16, scales, ZeroPoints::None).unwrap();
+            Operator::Quantized(Quantized::nearest(w.select(Axis(0), &rows).view(), grid).unwrap())
+        };
+        let whole = Stacked::new(&places, (0..3).map(part).collect()).unwrap();
+        let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
+        let (dense, y) = (whole.to_dense(), whole.product(x.view()));
+        let expected = dense.map(|&v| f64::from(v)).dot(&x.map(|&v| f64::from(v)));
+        assert!(expected.iter().zip(&y).all(|(&a, &b)| (a - f64::from(b)).abs() < 1e-4));
+        // As each part has them.
+        let few = whole.product(x.slice(ndarray::s![.., ..4]));
+        assert!(few.indexed_iter().all(|(at, &v)| (v - y[at]).abs() < 1e-4));
     }
 
     #[test]

@@ -99,10 +99,10 @@ impl<'a, T: Real> CodedRows<'a, T> {
         })
     }
 
-    /// Writes some rows out.
-    pub(crate) fn write(&self, range: Range<usize>, arch: Arch, to: &mut [T]) {
-        let (codes, columns) = (self.codes.rows(range.clone()), self.codes.shape().1);
-        self.each(range, &codes).zip(to.chunks_mut(columns)).for_each(|(row, to)| row.write(arch, to));
+    /// Writes some rows out, each to its own memory.
+    pub(crate) fn write<'t>(&self, range: Range<usize>, arch: Arch, to: impl Iterator<Item = &'t mut [T]>) {
+        let codes = self.codes.rows(range.clone());
+        self.each(range, &codes).zip(to).for_each(|(row, to)| row.write(arch, to));
     }
 
     /// Lays inputs out, the columns of a matrix; `None` if there are so many that rows had better be written out.
@@ -340,7 +340,7 @@ mod tests {
                     assert!((0..n).all(|j| row[j] == number(i, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
                 }
                 let mut all = vec![f32::NAN; m * n];
-                rows.write(0..m, fastest, &mut all);
+                rows.write(0..m, fastest, all.chunks_mut(n));
                 let exact = |at: usize| all[at] == value(at / n, at % n) as f32;
                 assert!((0..m * n).all(exact), "{bits} bits, groups of {group}");
             }

@@ -107,14 +107,14 @@ struct Panel<'a> {
     first: usize,
 }
 
-/// A run of columns of some rows, as codes of another width have it perhaps.
-struct Run<'a> {
-    number: usize,
+/// Runs of columns of some rows, as codes of another width have them perhaps.
+struct Runs<'a> {
+    numbers: Range<usize>,
     codes: &'a [u8],
     unpacking: Unpacking,
     grids: &'a Grids,
-    /// Its group in them.
-    group: usize,
+    /// Where the rows' groups begin in them.
+    first: usize,
 }
 
 impl Panel<'_> {
@@ -127,21 +127,21 @@ impl Panel<'_> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let (layout, unpacking) = (&x.layout, Unpacking::new(x.layout.bits));
-        let chunks = |lanes: usize| lanes / PARTS * unpacking.chunk();
-        let stride = chunks(layout.run / EACH);
+        let (grids, first) = (self.grids, self.first);
+        if KIND == 8 || x.vectors <= TOGETHER {
+            let runs = Runs { numbers: 0..layout.runs(), codes: self.packed, unpacking, grids, first };
+            x.tiles().for_each(|tile| runs.tiles::<KIND, PARTS>(x, tile, totals));
+            return;
+        }
+        // What many inputs meet is unpacked once.
+        let mut rest = self.packed;
         for number in 0..layout.runs() {
-            let group = self.first + number * layout.run / layout.group;
             let lanes = layout.lanes(number);
-            let codes = &self.packed[number * stride..][..chunks(lanes)];
-            let mut run = Run { number, codes, unpacking, grids: self.grids, group };
-            if KIND == 8 || x.vectors <= TOGETHER {
-                x.tiles().for_each(|tile| run.tiles::<KIND, PARTS>(x, tile, totals));
-            } else {
-                // What many inputs meet is unpacked once.
-                unpack::<KIND, PARTS>(&unpacking, codes, unpacked);
-                (run.codes, run.unpacking) = (as_bytes(&unpacked[..lanes]), Unpacking::new(8));
-                x.tiles().for_each(|tile| run.tiles::<8, 1>(x, tile, totals));
-            }
+            let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
+            unpack::<KIND, PARTS>(&unpacking, codes, unpacked);
+            let (codes, unpacking) = (as_bytes(&unpacked[..lanes]), Unpacking::new(8));
+            let run = Runs { numbers: number..number + 1, codes, unpacking, grids, first };
+            x.tiles().for_each(|tile| run.tiles::<8, 1>(x, tile, totals));
         }
     }
 }
@@ -159,13 +159,7 @@ fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn floats(lanes: &Lanes<f32>) -> __m512 {
-    bytemuck::cast(lanes.0)
-}
-
-impl Run<'_> {
+impl Runs<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
     fn tiles<const KIND: u8, const PARTS: usize>(
         &self,
@@ -174,82 +168,77 @@ impl Run<'_> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match count {
-            1 => self.tile::<KIND, PARTS, 1, 2>(x, first, totals),
-            2 => self.tile::<KIND, PARTS, 2, 1>(x, first, totals),
-            _ => self.tile::<KIND, PARTS, TOGETHER, 1>(x, first, totals),
+            1 => self.tile::<KIND, PARTS, 1>(x, first, totals),
+            2 => self.tile::<KIND, PARTS, 2>(x, first, totals),
+            _ => self.tile::<KIND, PARTS, TOGETHER>(x, first, totals),
         }
     }
 
-    /// Adds the products with V inputs from one on; with few of them in U sums at a time, as each waits for the last. (No
-    /// closures and no calls in the inner loop but of what has the same instructions: vectors would have to be in memory.)
+    /// Adds the products with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
+    /// instructions: vectors would have to be in memory.)
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
     #[allow(unsafe_code, clippy::needless_range_loop)]
-    fn tile<const KIND: u8, const PARTS: usize, const V: usize, const U: usize>(
+    fn tile<const KIND: u8, const PARTS: usize, const V: usize>(
         &self,
         x: &Inputs,
         first: usize,
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
-        let Some((starts, units, whole)) = x.start::<V>(self.number, first) else { return };
-        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; LIMBS]; U];
-        for limb in 0..LIMBS {
-            for v in 0..V {
-                for band in 0..BANDS {
-                    sums[0][limb][v][band] = _mm512_set1_epi32(starts[limb][v]);
+        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
+        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| bytemuck::cast(band.0)));
+        let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
+        let middle = _mm512_set1_epi32(1 << (x.layout.bits - 1));
+        for number in self.numbers.clone() {
+            let group = self.first + x.layout.group_of(number);
+            let Some((starts, units, whole)) = x.start::<V>(number, first) else { return };
+            let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
+            for limb in 0..LIMBS {
+                for v in 0..V {
+                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
-        }
-        let limbs = x.limbs(self.number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
-        let chunk = self.unpacking.chunk();
-        for (codes, limbs) in self.codes.chunks_exact(chunk).zip(limbs) {
-            prefetch(&codes[0], AHEAD);
-            prefetch(&codes[0], AHEAD + 64);
-            // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
-            let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
-            for part in 0..PARTS {
-                for limb in 0..LIMBS {
-                    for v in 0..V {
-                        let input = _mm512_set1_epi32(limbs[part][limb][v]);
-                        for band in 0..BANDS {
-                            let lane = self.unpacking.lane::<KIND>(loaded[band], part);
-                            let sum = &mut sums[part % U][limb][v][band];
-                            *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+            let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
+            for (limbs, codes) in limbs.iter().zip(&mut codes) {
+                prefetch(&codes[0], AHEAD);
+                prefetch(&codes[0], AHEAD + 64);
+                // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+                let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
+                for part in 0..PARTS {
+                    for limb in 0..LIMBS {
+                        for v in 0..V {
+                            let input = _mm512_set1_epi32(limbs[part][limb][v]);
+                            for band in 0..BANDS {
+                                let lane = self.unpacking.lane::<KIND>(loaded[band], part);
+                                let sum = &mut sums[limb][v][band];
+                                *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+                            }
                         }
                     }
                 }
             }
-        }
-        let middle = _mm512_set1_epi32(1 << (x.layout.bits - 1));
-        for band in 0..BANDS {
-            let Some(scales) = numbers(&self.grids.scales, self.group, band) else { return };
-            // What codes count from the middle: zero points, or the numbers of the middle codes.
-            let shift = match self.grids.zeros.get(self.group) {
-                Some(zeros) => {
-                    let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
-                    Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
-                }
-                None => numbers(&self.grids.offsets, self.group, band),
-            };
-            for v in 0..V {
-                let mut each = [_mm512_setzero_si512(); LIMBS];
-                for limb in 0..LIMBS {
-                    each[limb] = sums[0][limb][v][band];
-                    for u in 1..U {
-                        each[limb] = _mm512_add_epi32(each[limb], sums[u][limb][v][band]);
+            for band in 0..BANDS {
+                let Some(scales) = numbers(&self.grids.scales, group, band) else { return };
+                // What codes count from the middle: zero points, or the numbers of the middle codes.
+                let shift = match self.grids.zeros.get(group) {
+                    Some(zeros) => {
+                        let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
+                        Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
+                    }
+                    None => numbers(&self.grids.offsets, group, band),
+                };
+                for v in 0..V {
+                    let [high, middle, low] = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
+                    let scale = _mm512_mul_ps(scales, _mm512_set1_ps(units[v]));
+                    let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
+                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
+                    let total = &mut totals[v][band];
+                    *total = _mm512_fmadd_ps(sum, scale, *total);
+                    if let Some(shift) = shift {
+                        *total = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), *total);
                     }
                 }
-                let [high, middle, low] = each;
-                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(units[v]));
-                let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
-                let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
-                let total = &mut totals[v][band];
-                let mut more = _mm512_fmadd_ps(sum, scale, floats(total));
-                if let Some(shift) = shift {
-                    more = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), more);
-                }
-                *total = Lanes(bytemuck::cast(more));
             }
         }
+        *to = totals.map(|of| of.map(|band| Lanes(bytemuck::cast(band))));
     }
 }

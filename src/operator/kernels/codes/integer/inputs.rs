@@ -24,6 +24,11 @@ pub(super) struct Layout {
     pub parts: usize,
     /// Consecutive columns that share scales and units.
     pub run: usize,
+    /// Runs of a group.
+    each: usize,
+    /// Runs of a row, and lanes of the last.
+    runs: usize,
+    last: usize,
 }
 
 impl Layout {
@@ -38,17 +43,26 @@ impl Layout {
             group if group >= columns => columns.next_multiple_of(chunk).min(LONGEST),
             group => (1..=LONGEST / chunk).rev().map(|k| k * chunk).find(|run| group.is_multiple_of(*run))?,
         };
-        Some(Layout { bits, group, columns, parts: chunk / EACH, run })
+        let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
+        let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
+        Some(Layout { bits, group, columns, parts: chunk / EACH, run, each, runs, last })
     }
 
+    #[inline]
     pub(super) fn runs(&self) -> usize {
-        self.columns.div_ceil(self.run)
+        self.runs
+    }
+
+    /// The group of a run.
+    #[inline]
+    pub(super) fn group_of(&self, run: usize) -> usize {
+        if self.each == 1 { run } else { run / self.each }
     }
 
     /// Lanes of a run.
+    #[inline]
     pub(super) fn lanes(&self, run: usize) -> usize {
-        let left = self.columns - run * self.run;
-        left.next_multiple_of(EACH * self.parts).min(self.run) / EACH
+        if run + 1 < self.runs { self.run / EACH } else { self.last }
     }
 }
 
