@@ -9,13 +9,12 @@
 //! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use pulp::Arch;
 
 use super::LinearOperator;
-use super::kernels::{CodedRows, PackedCodes, width};
+use super::kernels::{CodedRows, Inputs, PackedCodes, width};
 use super::permutation::LONGEST;
 use super::sparse::{each_panel, fitted, some_rows};
 use crate::error::{Error, Result};
@@ -30,13 +29,9 @@ pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 /// Rows of a call of the kernel that does not write them out.
 const TOGETHER: usize = 128;
 
-/// With more vectors than this, matrices of fewer than so many rows are written out.
-pub(super) const MANY: usize = 32;
-const ROWS: usize = 512;
-
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
-pub(super) fn panel_rows(vectors: usize) -> usize {
-    if vectors > MANY { 512 } else { 128 }
+fn panel_rows(vectors: usize) -> usize {
+    if vectors > 32 { 512 } else { 128 }
 }
 
 /// A matrix whose entries are on a grid.
@@ -118,13 +113,8 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
-        let rows = self.rows();
-        // For few rows many inputs are not worth being laid out.
-        let few = b > MANY && m < ROWS;
-        if let Some(inputs) = if few { None } else { rows.inputs(x) } {
-            return some_rows(m, b, TOGETHER, m * n, |first, y| {
-                rows.products(first..first + y.len() / b, arch, &inputs, y);
-            });
+        if let Some(inputs) = self.inputs(x) {
+            return self.products(&inputs, b);
         }
         let mut y = Array2::zeros((m, b));
         let height = panel_rows(b);
@@ -167,14 +157,24 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
 impl<T: Real> Quantized<T> {
     /// Some rows from one on, written out.
     fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
-        let columns = self.shape().1;
-        self.write(first..first + count, arch, fitted(panel, (count, columns)).chunks_mut(columns));
+        self.rows().write(first..first + count, arch, fitted(panel, (count, self.shape().1)));
         panel.view()
     }
 
-    /// Writes some rows out, each to its own memory.
-    pub(super) fn write<'t>(&self, range: Range<usize>, arch: Arch, to: impl Iterator<Item = &'t mut [T]>) {
-        self.rows().write(range, arch, to);
+    /// Inputs, laid out for [`products`](Self::products); `None` where rows had better be written out.
+    pub(super) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
+        self.rows().inputs(x)
+    }
+
+    /// Whether inputs that were laid out for another matrix of as many columns serve this one.
+    pub(super) fn meets(&self, x: &Inputs<T>) -> bool {
+        self.rows().meets(x)
+    }
+
+    /// The product with b inputs that were laid out.
+    pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
+        let ((m, n), rows, arch) = (self.shape(), self.rows(), Arch::new());
+        some_rows(m, b, TOGETHER, m * n, |first, y| rows.products(first..first + y.len() / b, arch, x, y))
     }
 }
 

@@ -3,15 +3,11 @@
 //! What rows of different kinds need: outputs that matter in more bits than others, or some of them dense. Costs
 //! beside its parts ⌈log₂ parts⌉ bits for each row.
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
-use pulp::Arch;
+use ndarray::{Array2, ArrayView2, Axis};
 
-use super::kernels::{each_code, pack, width};
-use super::quantized::{MANY, panel_rows};
-use super::sparse::{each_panel, fitted};
-use super::{LinearOperator, Operator, Quantized};
+use super::kernels::{Inputs, each_code, pack, width};
+use super::{LinearOperator, Operator};
 use crate::error::{Error, Result};
-use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 /// The rows of several operators of one width, interleaved.
@@ -106,7 +102,7 @@ impl<T: Real> Stacked<T> {
     }
 
     /// What each part makes of something, in its rows.
-    fn spread(&self, columns: usize, of: impl Fn(&Operator<T>) -> Array2<T>) -> Array2<T> {
+    fn spread(&self, columns: usize, mut of: impl FnMut(&Operator<T>) -> Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((self.height(), columns));
         for (part, own) in self.parts.iter().zip(&self.rows) {
             let from = of(part);
@@ -118,33 +114,6 @@ impl<T: Real> Stacked<T> {
         }
         y
     }
-
-    /// The parts, if all of them are codes.
-    fn coded(&self) -> Option<Vec<&Quantized<T>>> {
-        let parts = self.parts.iter();
-        parts.map(|part| if let Operator::Quantized(part) = part { Some(part) } else { None }).collect()
-    }
-
-    /// The product of rows that are written out, so that many vectors are laid out for all parts at once and not for the
-    /// few rows of each.
-    fn written(&self, parts: &[&Quantized<T>], x: ArrayView2<'_, T>) -> Array2<T> {
-        let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
-        let (mut y, height) = (Array2::zeros((m, b)), panel_rows(b));
-        let panel = |rows: &mut Array2<T>, (at, y): (usize, ArrayViewMut2<'_, T>)| {
-            let (first, count) = (at * height, y.nrows());
-            let to = fitted(rows, (count, n));
-            for (part, own) in parts.iter().zip(&self.rows) {
-                let before = |end| own.partition_point(|&row| row < end);
-                let range = before(first)..before(first + count);
-                let mut own = own[range.clone()].iter().peekable();
-                let to = to.chunks_mut(n).zip(first..).filter(|(_, row)| own.next_if_eq(&row).is_some());
-                part.write(range, arch, to.map(|(to, _)| to));
-            }
-            matmul_into(T::one(), rows.view(), x, T::zero(), y);
-        };
-        each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * b, panel);
-        y
-    }
 }
 
 impl<T: Real> LinearOperator<T> for Stacked<T> {
@@ -152,10 +121,18 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         (self.height(), self.parts.first().map_or(0, |part| part.shape().1))
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        match self.coded() {
-            Some(parts) if x.ncols() > MANY => self.written(&parts, x),
-            _ => self.spread(x.ncols(), |part| part.product(x)),
-        }
+        // Inputs that are laid out for the codes of one part serve all others that are cut the same way.
+        let mut laid: Vec<Inputs<T>> = Vec::new();
+        self.spread(x.ncols(), |part| {
+            let Operator::Quantized(codes) = part else { return part.product(x) };
+            if !laid.iter().any(|inputs| codes.meets(inputs)) {
+                laid.extend(codes.inputs(x));
+            }
+            match laid.iter().find(|inputs| codes.meets(inputs)) {
+                Some(inputs) => codes.products(inputs, x.ncols()),
+                None => codes.product(x),
+            }
+        })
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.shape().1, x.ncols()));
@@ -210,25 +187,29 @@ mod tests {
     }
 
     #[test]
-    fn many_vectors_meet_rows_that_are_written_out() {
-        // Two panels of rows, of which the second has none of a part.
-        let (m, n, b) = (600, 40, MANY + 1);
-        let places: Vec<u8> = (0..m).map(|i| if i >= 512 { 1 } else { (i * 7 % 3) as u8 }).collect();
-        let w = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + i * j) % 101) as f32 / 50.0 - 1.0);
-        let part = |place: u8| {
-            let rows: Vec<usize> = (0..m).filter(|&i| places[i] == place).collect();
-            let scales = Dense::new(Array2::from_shape_fn((rows.len(), 3), |(i, g)| 0.1 + (i + g) as f32 / 512.0));
-            let grid = Grid::new(3 + place, 16, scales, ZeroPoints::None).unwrap();
-            Operator::Quantized(Quantized::nearest(w.select(Axis(0), &rows).view(), grid).unwrap())
-        };
-        let whole = Stacked::new(&places, (0..3).map(part).collect()).unwrap();
-        let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
-        let (dense, y) = (whole.to_dense(), whole.product(x.view()));
-        let expected = dense.map(|&v| f64::from(v)).dot(&x.map(|&v| f64::from(v)));
-        assert!(expected.iter().zip(&y).all(|(&a, &b)| (a - f64::from(b)).abs() < 1e-4));
-        // As each part has them.
-        let few = whole.product(x.slice(ndarray::s![.., ..4]));
-        assert!(few.indexed_iter().all(|(at, &v)| (v - y[at]).abs() < 1e-4));
+    fn codes_of_all_widths_share_inputs() {
+        let m = 320;
+        let places: Vec<u8> = (0..m).map(|i| (i * 7 % 8) as u8).collect();
+        // Runs, groups that are none, and rows of one group; the last part in groups of its own and few rows.
+        for (n, group) in [(80, 16), (70, 7), (70, 70), (600, 600)] {
+            let w = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + i * j) % 101) as f32 / 50.0 - 1.0);
+            let part = |place: u8| {
+                let rows: Vec<usize> = (0..m).filter(|&i| places[i] == place).collect();
+                let (bits, group) = if place == 7 { (4, 8) } else { (2 + place, group) };
+                let scale = |(i, g)| 0.1 + (i + g) as f32 / 512.0;
+                let scales = Dense::new(Array2::from_shape_fn((rows.len(), n.div_ceil(group)), scale));
+                let grid = Grid::new(bits, group, scales, ZeroPoints::None).unwrap();
+                Operator::Quantized(Quantized::nearest(w.select(Axis(0), &rows).view(), grid).unwrap())
+            };
+            let whole = Stacked::new(&places, (0..8).map(part).collect()).unwrap();
+            let dense = whole.to_dense().map(|&v| f64::from(v));
+            for b in [1, 3, 37] {
+                let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
+                let (expected, y) = (dense.dot(&x.map(|&v| f64::from(v))), whole.product(x.view()));
+                let most = expected.iter().zip(&y).fold(0.0f64, |most, (&a, &b)| most.max((a - f64::from(b)).abs()));
+                assert!(most < 1e-4, "{n} columns in groups of {group}, {b} vectors: {most}");
+            }
+        }
     }
 
     #[test]

@@ -99,10 +99,10 @@ impl<'a, T: Real> CodedRows<'a, T> {
         })
     }
 
-    /// Writes some rows out, each to its own memory.
-    pub(crate) fn write<'t>(&self, range: Range<usize>, arch: Arch, to: impl Iterator<Item = &'t mut [T]>) {
-        let codes = self.codes.rows(range.clone());
-        self.each(range, &codes).zip(to).for_each(|(row, to)| row.write(arch, to));
+    /// Writes some rows out.
+    pub(crate) fn write(&self, range: Range<usize>, arch: Arch, to: &mut [T]) {
+        let (codes, columns) = (self.codes.rows(range.clone()), self.codes.shape().1);
+        self.each(range, &codes).zip(to.chunks_mut(columns)).for_each(|(row, to)| row.write(arch, to));
     }
 
     /// Lays inputs out, the columns of a matrix; `None` if there are so many that rows had better be written out.
@@ -115,16 +115,24 @@ impl<'a, T: Real> CodedRows<'a, T> {
         if self.codes.panels().is_some() {
             return integer::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
         }
-        let asymmetric = self.beside.zeros.is_some() || self.beside.offsets.is_some();
-        let plain = |x| Plain::new(x, self.group, asymmetric);
-        (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(x.columns().into_iter().map(plain).collect())))
+        let plain = || x.columns().into_iter().map(|x| Plain::new(x, self.group)).collect();
+        (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(self.group, plain())))
+    }
+
+    /// Whether inputs that were laid out for other rows of as many columns serve these.
+    pub(crate) fn meets(&self, x: &Inputs<T>) -> bool {
+        match &x.0 {
+            Kind::Plain(group, _) => *group == self.group && self.codes.panels().is_none(),
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            Kind::Fixed(x) => self.codes.panels().is_some() && integer::meets(self, x),
+        }
     }
 
     /// The inner products of some rows, of which the first is a multiple of 32, with inputs that were laid out for them, row
     /// by row.
     pub(crate) fn products(&self, range: Range<usize>, arch: Arch, x: &Inputs<T>, y: &mut [T]) {
         match &x.0 {
-            Kind::Plain(x) => {
+            Kind::Plain(_, x) => {
                 let codes = self.codes.rows(range.clone());
                 self.each(range, &codes).zip(y.chunks_mut(x.len().max(1))).for_each(|(row, y)| row.dots(arch, x, y));
             }
@@ -140,7 +148,8 @@ pub(crate) struct Inputs<T>(Kind<T>);
 
 #[derive(Debug)]
 enum Kind<T> {
-    Plain(Vec<Plain<T>>),
+    /// With the length of groups.
+    Plain(usize, Vec<Plain<T>>),
     #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     Fixed(integer::Inputs),
 }
@@ -154,12 +163,9 @@ struct Plain<T> {
 }
 
 impl<T: Real> Plain<T> {
-    fn new(x: ArrayView1<'_, T>, group: usize, asymmetric: bool) -> Self {
+    fn new(x: ArrayView1<'_, T>, group: usize) -> Self {
         let values = x.to_vec();
-        let sums = match asymmetric {
-            true => values.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect(),
-            false => Vec::new(),
-        };
+        let sums = values.chunks(group).map(|part| part.iter().copied().fold(T::zero(), |a, b| a + b)).collect();
         Plain { values, sums }
     }
 }
@@ -325,7 +331,7 @@ mod tests {
                         rows.products(m.min(32)..m, fastest, &x, rest);
                         close(&y, "whatever is fastest");
                     }
-                    let plain = |x| Plain::new(x, group, zeros.is_some() || offsets.is_some());
+                    let plain = |x| Plain::new(x, group);
                     let x: Vec<Plain<f32>> = x.columns().into_iter().map(plain).collect();
                     for arch in architectures() {
                         let codes = rows.codes.rows(0..m);
@@ -340,7 +346,7 @@ mod tests {
                     assert!((0..n).all(|j| row[j] == number(i, j) as f32 - (levels_of / 2) as f32), "{arch:?}");
                 }
                 let mut all = vec![f32::NAN; m * n];
-                rows.write(0..m, fastest, all.chunks_mut(n));
+                rows.write(0..m, fastest, &mut all);
                 let exact = |at: usize| all[at] == value(at / n, at % n) as f32;
                 assert!((0..m * n).all(exact), "{bits} bits, groups of {group}");
             }

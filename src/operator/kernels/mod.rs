@@ -8,5 +8,5 @@ mod two_four;
 
 pub(crate) use self::bit_mask::MaskedRow;
 pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_product, stretches};
-pub(crate) use self::codes::{Beside, CodedRow, CodedRows, PackedCodes, each_code, pack, width};
+pub(crate) use self::codes::{Beside, CodedRow, CodedRows, Inputs, PackedCodes, each_code, pack, width};
 pub(crate) use self::two_four::TwoFour;

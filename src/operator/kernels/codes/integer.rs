@@ -72,21 +72,21 @@ pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> 
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.
 pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
-    let (layout, vectors) = (&x.layout, x.vectors.max(1));
+    let vectors = x.vectors.max(1);
     let Some(panels) = rows.codes.panels() else { return };
-    let same = Layout::new::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(*layout);
-    assert!(same && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
-    let mut codes = vec![[Lanes::default(); BANDS]; layout.run / EACH];
+    assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
+    let mut codes = vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH];
     let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
-        let panel = Panel { packed, grids: rows.codes.grids(), first: first / PANEL * rows.groups };
+        let (bits, group) = (rows.codes.bits(), first / PANEL * rows.groups);
+        let panel = Panel { bits, packed, grids: rows.codes.grids(), group };
         totals.fill([Lanes::default(); BANDS]);
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
-            match kind(layout.bits) {
+            match kind(bits) {
                 8 => panel.multiply::<8, 1>(x, &mut codes, &mut totals),
                 4 => panel.multiply::<4, 2>(x, &mut codes, &mut totals),
                 2 => panel.multiply::<2, 4>(x, &mut codes, &mut totals),
@@ -99,26 +99,30 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     }
 }
 
+/// Whether inputs are laid out for such rows.
+pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
+    Layout::new::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(x.layout)
+}
+
 /// Some rows.
 struct Panel<'a> {
+    bits: u8,
     packed: &'a [u8],
     grids: &'a Grids,
     /// Where its groups begin in them.
-    first: usize,
+    group: usize,
 }
 
 /// Runs of columns of some rows, as codes of another width have them perhaps.
 struct Runs<'a> {
+    of: &'a Panel<'a>,
     numbers: Range<usize>,
     codes: &'a [u8],
     unpacking: Unpacking,
-    grids: &'a Grids,
-    /// Where the rows' groups begin in them.
-    first: usize,
 }
 
 impl Panel<'_> {
-    /// The products with all inputs, with memory for the codes of a run.
+    /// The products with all inputs, with memory for the codes of some runs.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
     fn multiply<const KIND: u8, const PARTS: usize>(
         &self,
@@ -126,22 +130,21 @@ impl Panel<'_> {
         unpacked: &mut [[Lanes<i32>; BANDS]],
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        let (layout, unpacking) = (&x.layout, Unpacking::new(x.layout.bits));
-        let (grids, first) = (self.grids, self.first);
+        let (layout, unpacking) = (&x.layout, Unpacking::new(self.bits));
         if KIND == 8 || x.vectors <= TOGETHER {
-            let runs = Runs { numbers: 0..layout.runs(), codes: self.packed, unpacking, grids, first };
+            let runs = Runs { of: self, numbers: 0..layout.runs(), codes: self.packed, unpacking };
             x.tiles().for_each(|tile| runs.tiles::<KIND, PARTS>(x, tile, totals));
             return;
         }
         // What many inputs meet is unpacked once.
-        let mut rest = self.packed;
-        for number in 0..layout.runs() {
-            let lanes = layout.lanes(number);
+        let (mut rest, together) = (self.packed, layout.together());
+        for first in (0..layout.runs()).step_by(together) {
+            let numbers = first..layout.runs().min(first + together);
+            let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
             let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
             unpack::<KIND, PARTS>(&unpacking, codes, unpacked);
-            let (codes, unpacking) = (as_bytes(&unpacked[..lanes]), Unpacking::new(8));
-            let run = Runs { numbers: number..number + 1, codes, unpacking, grids, first };
-            x.tiles().for_each(|tile| run.tiles::<8, 1>(x, tile, totals));
+            let runs = Runs { of: self, numbers, codes: as_bytes(&unpacked[..lanes]), unpacking: Unpacking::new(8) };
+            x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
         }
     }
 }
@@ -157,6 +160,12 @@ fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
         }
         Floats::Wide(all) => Some(bytemuck::cast::<[f32; LANES], _>(all.get(group)?.as_chunks().0[band])),
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn floats(lanes: &Lanes<f32>) -> __m512 {
+    bytemuck::cast(lanes.0)
 }
 
 impl Runs<'_> {
@@ -184,17 +193,18 @@ impl Runs<'_> {
         first: usize,
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| bytemuck::cast(band.0)));
+        let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
+        let (layout, grids, half) = (&x.layout, self.of.grids, i64::from(self.of.bits) - 1);
+        let (half, middle) = (_mm_set_epi64x(0, half), _mm512_set1_epi32(1 << half));
         let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
-        let middle = _mm512_set1_epi32(1 << (x.layout.bits - 1));
         for number in self.numbers.clone() {
-            let group = self.first + x.layout.group_of(number);
-            let Some((starts, units, whole)) = x.start::<V>(number, first) else { return };
+            let group = self.of.group + layout.group_of(number);
+            let Some((less, units, whole)) = x.beside::<V>(number, first) else { return };
             let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
             for limb in 0..LIMBS {
                 for v in 0..V {
-                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
+                    // Codes count from nothing, and their numbers from the middle of the levels.
+                    sums[limb][v] = [_mm512_sll_epi32(_mm512_set1_epi32(less[limb][v]), half); BANDS];
                 }
             }
             let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
@@ -217,14 +227,14 @@ impl Runs<'_> {
                 }
             }
             for band in 0..BANDS {
-                let Some(scales) = numbers(&self.grids.scales, group, band) else { return };
+                let Some(scales) = numbers(&grids.scales, group, band) else { return };
                 // What codes count from the middle: zero points, or the numbers of the middle codes.
-                let shift = match self.grids.zeros.get(group) {
+                let shift = match grids.zeros.get(group) {
                     Some(zeros) => {
                         let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
                         Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
                     }
-                    None => numbers(&self.grids.offsets, group, band),
+                    None => numbers(&grids.offsets, group, band),
                 };
                 for v in 0..V {
                     let [high, middle, low] = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
@@ -232,13 +242,13 @@ impl Runs<'_> {
                     let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
                     let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
                     let total = &mut totals[v][band];
-                    *total = _mm512_fmadd_ps(sum, scale, *total);
+                    let mut more = _mm512_fmadd_ps(sum, scale, floats(total));
                     if let Some(shift) = shift {
-                        *total = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), *total);
+                        more = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), more);
                     }
+                    *total = Lanes(bytemuck::cast(more));
                 }
             }
         }
-        *to = totals.map(|of| of.map(|band| Lanes(bytemuck::cast(band))));
     }
 }

@@ -177,7 +177,6 @@ impl PackedCodes {
     }
 
     /// The panels, if rows are side by side.
-    #[cfg(any(test, all(target_arch = "x86_64", feature = "avx512")))]
     pub(super) fn panels(&self) -> Option<std::slice::ChunksExact<'_, u8>> {
         self.panels.then(|| self.bytes.chunks_exact(self.panel_bytes()))
     }

@@ -1,8 +1,9 @@
 //! Inputs in fixed point, laid out as codes meet them.
 
 use std::arch::x86_64::*;
+use std::borrow::Cow;
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView1, ArrayView2};
 use pulp::bytemuck::{self, cast};
 
 use super::super::packed::chunk;
@@ -13,15 +14,15 @@ use crate::scalar::{DType, Real};
 /// input is felt no farther.
 const LONGEST: usize = 256;
 
+/// Columns whose codes are in the nearest cache as bytes: 16 KiB of the rows of a panel.
+const UNPACKED: usize = 512;
+
 /// How the columns of a row are cut.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Layout {
-    pub bits: u8,
-    /// Columns that share scales.
-    pub group: usize,
-    pub columns: usize,
+    columns: usize,
     /// Codes that begin in the same byte of a vector, or 1: a lane of it has every such column of a chunk.
-    pub parts: usize,
+    parts: usize,
     /// Consecutive columns that share scales and units.
     pub run: usize,
     /// Runs of a group.
@@ -45,12 +46,17 @@ impl Layout {
         };
         let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
         let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
-        Some(Layout { bits, group, columns, parts: chunk / EACH, run, each, runs, last })
+        Some(Layout { columns, parts: chunk / EACH, run, each, runs, last })
     }
 
     #[inline]
     pub(super) fn runs(&self) -> usize {
         self.runs
+    }
+
+    /// Runs whose codes are unpacked together, that many inputs meet them before the next ones.
+    pub(super) fn together(&self) -> usize {
+        (UNPACKED / self.run).max(1)
     }
 
     /// The group of a run.
@@ -66,7 +72,8 @@ impl Layout {
     }
 }
 
-/// Some inputs, up to [`TOGETHER`] of them side by side. There are none where [`available`] says no.
+/// Some inputs, up to [`TOGETHER`] of them side by side, for codes of any width that are cut the same way. There are none
+/// where [`available`] says no.
 #[derive(Debug)]
 pub(in super::super) struct Inputs {
     pub(super) layout: Layout,
@@ -75,9 +82,8 @@ pub(in super::super) struct Inputs {
     padded: usize,
     /// Four signed bytes each: run, [tile](Self::tiles), lane, limb (the largest first), vector.
     limbs: Vec<i32>,
-    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: run,
-    /// tile, limb, vector.
-    starts: Vec<i32>,
+    /// What the bytes of a run add up to, with the other sign: run, tile, limb, vector.
+    less: Vec<i32>,
     /// 2ᵉ: run, tile, vector.
     units: Vec<f32>,
     /// Sums of runs, for zero points and offsets: run, tile, vector.
@@ -91,46 +97,64 @@ impl Inputs {
         let (vectors, rest) = (x.ncols(), x.ncols() % TOGETHER);
         let padded = vectors - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
         let mut inputs = Inputs {
-            limbs: vec![0; layout.runs() * layout.run / EACH * LIMBS * padded],
-            starts: vec![0; layout.runs() * LIMBS * padded],
-            units: vec![0.0; layout.runs() * padded],
-            sums: vec![0.0; layout.runs() * padded],
+            limbs: vec![0; layout.runs * layout.run / EACH * LIMBS * padded],
+            less: vec![0; layout.runs * LIMBS * padded],
+            units: vec![0.0; layout.runs * padded],
+            sums: vec![0.0; layout.runs * padded],
             layout,
             vectors,
             padded,
         };
-        let middle = 1 << (bits - 1);
-        let mut lanes = vec![[0; LIMBS]; layout.run / EACH];
-        let mut ordered = vec![0.0; layout.runs() * layout.run];
-        for (first, width) in inputs.tiles().collect::<Vec<_>>() {
-            for v in 0..width.min(vectors - first) {
-                let column = x.column(first + v).to_vec();
-                let column = bytemuck::cast_slice(&column);
-                match layout.parts {
-                    1 => interleave::<1>(column, &mut ordered),
-                    2 => interleave::<2>(column, &mut ordered),
-                    _ => interleave::<4>(column, &mut ordered),
-                }
-                for (run, x) in ordered.chunks(layout.run).enumerate() {
-                    let mut sums = [0; LIMBS];
-                    // SAFETY: the machine has the instructions, as `Layout::new` asked.
-                    #[allow(unsafe_code)]
-                    let unit = unsafe { split(x, &mut lanes, &mut sums) };
-                    let at = run * padded + first;
-                    inputs.units[at + v] = unit;
-                    let whole = sums.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
-                    inputs.sums[at + v] = (whole as f64 * f64::from(unit)) as f32;
-                    for (limb, sum) in sums.into_iter().enumerate() {
-                        inputs.starts[LIMBS * at + limb * width + v] = -middle * sum;
-                    }
-                    let from = inputs.lane(run, first);
-                    for (to, lane) in inputs.limbs[from..].chunks_mut(LIMBS * width).zip(&lanes) {
-                        (0..LIMBS).for_each(|limb| to[limb * width + v] = lane[limb]);
-                    }
+        let columns: Vec<_> = x.columns().into_iter().map(in_order).collect();
+        let none = vec![0.0; x.nrows()];
+        let column = |v: usize| columns.get(v).map_or(&none[..], |column| bytemuck::cast_slice(column));
+        for (first, width) in inputs.tiles() {
+            // SAFETY: the machine has the instructions, as `Layout::new` asked.
+            #[allow(unsafe_code)]
+            unsafe {
+                match width {
+                    1 => inputs.lay_out::<1>(first, [column(first)]),
+                    2 => inputs.lay_out::<2>(first, [column(first), column(first + 1)]),
+                    _ => inputs.lay_out::<TOGETHER>(first, std::array::from_fn(|v| column(first + v))),
                 }
             }
         }
         Some(inputs)
+    }
+
+    /// Lays a tile out.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn lay_out<const V: usize>(&mut self, first: usize, x: [&[f32]; V]) {
+        let (layout, order) = (self.layout, order(self.layout.parts));
+        for run in 0..layout.runs {
+            let (at, from) = (run * self.padded + first, run * layout.run);
+            let x = x.map(|x| &x[from..x.len().min(from + layout.run)]);
+            let unit = x.map(|x| unit(x));
+            let mut totals = [_mm512_setzero_si512(); V];
+            let (lanes, start) = (layout.lanes(run), self.lane(run, first));
+            let to = self.limbs[start..start + lanes * LIMBS * V].as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
+            for (step, to) in to.chunks_mut(LANES / EACH).enumerate() {
+                let mut digits = [_mm512_setzero_si512(); V];
+                for v in 0..V {
+                    digits[v] = split(&x[v][step * LANES..], unit[v], order);
+                    totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
+                }
+                let digits = digits.map(cast::<_, [[i32; EACH]; LANES / EACH]>);
+                for (lane, to) in to.iter_mut().enumerate() {
+                    for limb in 0..LIMBS {
+                        to[limb] = digits.map(|of| of[lane][limb]);
+                    }
+                }
+            }
+            for v in 0..V {
+                let of: [[i32; EACH]; LANES / EACH] = cast(totals[v]);
+                let sums: [i32; LIMBS] = std::array::from_fn(|limb| of.iter().map(|of| of[limb]).sum());
+                let whole = sums.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
+                self.units[at + v] = unit[v];
+                self.sums[at + v] = (whole as f64 * f64::from(unit[v])) as f32;
+                (0..LIMBS).for_each(|limb| self.less[LIMBS * at + limb * V + v] = -sums[limb]);
+            }
+        }
     }
 
     /// First vector and number of vectors of each tile.
@@ -150,34 +174,40 @@ impl Inputs {
         &self.limbs[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
-    /// Starts, units and sums of a tile in a run.
+    /// Sums of bytes with the other sign, units and sums of a tile in a run.
     #[allow(clippy::type_complexity)]
-    pub(super) fn start<const V: usize>(
+    pub(super) fn beside<const V: usize>(
         &self,
         run: usize,
         first: usize,
     ) -> Option<(&[[i32; V]; LIMBS], &[f32; V], &[f32; V])> {
         let at = run * self.padded + first;
-        let starts = self.starts[LIMBS * at..].as_chunks().0.first_chunk()?;
-        Some((starts, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
+        let less = self.less[LIMBS * at..].as_chunks().0.first_chunk()?;
+        Some((less, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
     }
 }
 
-/// Puts columns in the order in which codes come out of vectors; what is behind the last stays as it is.
-fn interleave<const PARTS: usize>(x: &[f32], to: &mut [f32]) {
-    let (whole, rest) = x.as_chunks::<PARTS>();
-    for (at, part) in whole.iter().enumerate() {
-        let to = &mut to[at / EACH * EACH * PARTS..];
-        (0..PARTS).for_each(|e| to[e * EACH + at % EACH] = part[e]);
-    }
-    let (at, rest) = (whole.len(), rest.iter().enumerate());
-    rest.for_each(|(e, &v)| to[at / EACH * EACH * PARTS + e * EACH + at % EACH] = v);
+/// A column's numbers one after the other.
+fn in_order<'a, T: Real>(column: ArrayView1<'a, T>) -> Cow<'a, [T]> {
+    column.to_slice().map_or_else(|| Cow::Owned(column.to_vec()), Cow::Borrowed)
 }
 
-/// Writes a run of inputs in bytes, and their sums; returns the power of two in which the largest has 23 bits, NaN if one
-/// is not finite.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn split(x: &[f32], lanes: &mut [[i32; LIMBS]], sums: &mut [i32; LIMBS]) -> f32 {
+/// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each limb, the largest first,
+/// and nothing, for each lane.
+#[target_feature(enable = "avx512f")]
+fn order(parts: usize) -> __m512i {
+    let place: [u8; 64] = std::array::from_fn(|byte| {
+        let (lane, limb, at) = (byte / 16, byte / EACH % EACH, byte % EACH);
+        // (What is behind the last limb is masked away.)
+        let column = lane / parts * EACH * parts + at * parts + lane % parts;
+        (column * EACH + 2usize.saturating_sub(limb)) as u8
+    });
+    cast(place)
+}
+
+/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn unit(x: &[f32]) -> f32 {
     const LARGEST: f32 = (127 << 16) as f32;
     // NaN and infinity have the largest bits.
     let largest = f32::from_bits(x.iter().fold(0, |largest, v| v.abs().to_bits().max(largest)));
@@ -187,29 +217,20 @@ fn split(x: &[f32], lanes: &mut [[i32; LIMBS]], sums: &mut [i32; LIMBS]) -> f32 
     // The power of two at or above the quotient; the least normal number serves what is smaller still.
     let quotient = (largest / LARGEST).max(f32::MIN_POSITIVE);
     let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
-    let unit = if below < quotient { below * 2.0 } else { below };
-    let inverse = _mm512_set1_ps(unit.recip());
+    if below < quotient { below * 2.0 } else { below }
+}
+
+/// The first 16 of some inputs in bytes; zeros where there are none, and where the unit is not a number.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi")]
+fn split(x: &[f32], unit: f32, order: __m512i) -> __m512i {
+    let sixteen = match x.first_chunk::<LANES>() {
+        Some(&sixteen) => sixteen,
+        None => std::array::from_fn(|i| x.get(i).copied().unwrap_or_default()),
+    };
     // With half of its range added to each digit, digits are bytes, and are signed again by its highest bit.
     let halves = _mm512_set1_epi32(0x0080_8080);
-    // From four numbers of three bytes, the largest last, to three lanes of four bytes, the largest first.
-    let order: [[u8; 16]; 4] = [[2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 128, 128, 128, 128]; 4];
-    let (order, ones) = (cast(order), _mm512_set1_epi8(1));
-    let mut total = _mm512_setzero_si512();
-    for (x, lanes) in x.chunks(LANES).zip(lanes.chunks_mut(EACH)) {
-        let mut sixteen = [0.0f32; LANES];
-        sixteen[..x.len()].copy_from_slice(x);
-        let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), inverse));
-        let digits = _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves);
-        let digits = _mm512_shuffle_epi8(digits, order);
-        total = _mm512_dpbusd_epi32(total, ones, digits);
-        let digits: [[i32; 4]; 4] = cast(digits);
-        for (lane, [high, middle, low, _]) in lanes.iter_mut().zip(digits) {
-            *lane = [high, middle, low];
-        }
-    }
-    let total: [[i32; 4]; 4] = cast(total);
-    for (limb, sum) in sums.iter_mut().enumerate() {
-        *sum = total[0][limb] + total[1][limb] + total[2][limb] + total[3][limb];
-    }
-    unit
+    let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), _mm512_set1_ps(unit.recip())));
+    let digits = _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves);
+    _mm512_maskz_permutexvar_epi8(0x0fff_0fff_0fff_0fff, order, digits)
 }
