@@ -75,12 +75,14 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let vectors = x.vectors.max(1);
     let Some(panels) = rows.codes.panels() else { return };
     assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
-    let mut codes = vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH];
+    let starts = x.starts(rows.codes.bits());
+    let unpacked = if x.vectors > TOGETHER { x.layout.together() * x.layout.run / EACH } else { 0 };
+    let mut codes = vec![[Lanes::default(); BANDS]; unpacked];
     let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
         let (bits, group) = (rows.codes.bits(), first / PANEL * rows.groups);
-        let panel = Panel { bits, packed, grids: rows.codes.grids(), group };
+        let panel = Panel { bits, packed, grids: rows.codes.grids(), group, starts: &starts };
         totals.fill([Lanes::default(); BANDS]);
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
@@ -111,6 +113,8 @@ struct Panel<'a> {
     grids: &'a Grids,
     /// Where its groups begin in them.
     group: usize,
+    /// What sums of products begin with.
+    starts: &'a [i32],
 }
 
 /// Runs of columns of some rows, as codes of another width have them perhaps.
@@ -162,12 +166,6 @@ fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn floats(lanes: &Lanes<f32>) -> __m512 {
-    bytemuck::cast(lanes.0)
-}
-
 impl Runs<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
     fn tiles<const KIND: u8, const PARTS: usize>(
@@ -193,18 +191,18 @@ impl Runs<'_> {
         first: usize,
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
-        let (layout, grids, half) = (&x.layout, self.of.grids, i64::from(self.of.bits) - 1);
-        let (half, middle) = (_mm_set_epi64x(0, half), _mm512_set1_epi32(1 << half));
+        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
+        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| bytemuck::cast(band.0)));
+        let Panel { bits, grids, group, starts, .. } = *self.of;
+        let middle = _mm512_set1_epi32(1 << (bits - 1));
         let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
         for number in self.numbers.clone() {
-            let group = self.of.group + layout.group_of(number);
-            let Some((less, units, whole)) = x.beside::<V>(number, first) else { return };
+            let group = group + x.layout.group_of(number);
+            let Some((starts, units, whole)) = x.beside::<V>(starts, number, first) else { return };
             let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
             for limb in 0..LIMBS {
                 for v in 0..V {
-                    // Codes count from nothing, and their numbers from the middle of the levels.
-                    sums[limb][v] = [_mm512_sll_epi32(_mm512_set1_epi32(less[limb][v]), half); BANDS];
+                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
             let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
@@ -242,13 +240,13 @@ impl Runs<'_> {
                     let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
                     let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
                     let total = &mut totals[v][band];
-                    let mut more = _mm512_fmadd_ps(sum, scale, floats(total));
+                    *total = _mm512_fmadd_ps(sum, scale, *total);
                     if let Some(shift) = shift {
-                        more = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), more);
+                        *total = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), *total);
                     }
-                    *total = Lanes(bytemuck::cast(more));
                 }
             }
         }
+        *to = totals.map(|of| of.map(|band| Lanes(bytemuck::cast(band))));
     }
 }

@@ -49,7 +49,7 @@ impl Layout {
         Some(Layout { columns, parts: chunk / EACH, run, each, runs, last })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn runs(&self) -> usize {
         self.runs
     }
@@ -60,13 +60,13 @@ impl Layout {
     }
 
     /// The group of a run.
-    #[inline]
+    #[inline(always)]
     pub(super) fn group_of(&self, run: usize) -> usize {
         if self.each == 1 { run } else { run / self.each }
     }
 
     /// Lanes of a run.
-    #[inline]
+    #[inline(always)]
     pub(super) fn lanes(&self, run: usize) -> usize {
         if run + 1 < self.runs { self.run / EACH } else { self.last }
     }
@@ -164,26 +164,36 @@ impl Inputs {
     }
 
     /// Where a tile's limbs of a run begin.
+    #[inline(always)]
     fn lane(&self, run: usize, first: usize) -> usize {
         (run * self.padded + first) * (self.layout.run / EACH) * LIMBS
     }
 
     /// A tile's limbs of a run.
+    #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
         let from = self.lane(run, first);
         &self.limbs[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
-    /// Sums of bytes with the other sign, units and sums of a tile in a run.
+    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: run,
+    /// tile, limb, vector.
+    pub(super) fn starts(&self, bits: u8) -> Vec<i32> {
+        self.less.iter().map(|sum| sum << (bits - 1)).collect()
+    }
+
+    /// Starts, units and sums of a tile in a run.
     #[allow(clippy::type_complexity)]
-    pub(super) fn beside<const V: usize>(
-        &self,
+    #[inline(always)]
+    pub(super) fn beside<'a, const V: usize>(
+        &'a self,
+        starts: &'a [i32],
         run: usize,
         first: usize,
-    ) -> Option<(&[[i32; V]; LIMBS], &[f32; V], &[f32; V])> {
+    ) -> Option<(&'a [[i32; V]; LIMBS], &'a [f32; V], &'a [f32; V])> {
         let at = run * self.padded + first;
-        let less = self.less[LIMBS * at..].as_chunks().0.first_chunk()?;
-        Some((less, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
+        let starts = starts[LIMBS * at..].as_chunks().0.first_chunk()?;
+        Some((starts, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
     }
 }
 
