@@ -26,8 +26,8 @@ mod grid;
 pub(crate) use self::grid::scale_dtype;
 pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 
-/// Rows of a call of the kernel that does not write them out.
-const TOGETHER: usize = 128;
+/// Rows of a call of the kernel that does not write them out, at least (it takes multiples of them) and at most.
+const TOGETHER: (usize, usize) = (32, 128);
 
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
 fn panel_rows(vectors: usize) -> usize {
@@ -174,7 +174,9 @@ impl<T: Real> Quantized<T> {
     /// The product with b inputs that were laid out.
     pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
         let ((m, n), rows, arch) = (self.shape(), self.rows(), Arch::new());
-        some_rows(m, b, TOGETHER, m * n, |first, y| rows.products(first..first + y.len() / b, arch, x, y))
+        // Enough calls for all threads.
+        let together = m.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(TOGETHER.0).min(TOGETHER.1);
+        some_rows(m, b, together, m * n, |first, y| rows.products(first..first + y.len() / b, arch, x, y))
     }
 }
 

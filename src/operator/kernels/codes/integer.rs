@@ -78,12 +78,11 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let starts = x.starts(rows.codes.bits());
     let unpacked = if x.vectors > TOGETHER { x.layout.together() * x.layout.run / EACH } else { 0 };
     let mut codes = vec![[Lanes::default(); BANDS]; unpacked];
-    let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
         let (bits, group) = (rows.codes.bits(), first / PANEL * rows.groups);
         let panel = Panel { bits, packed, grids: rows.codes.grids(), group, starts: &starts };
-        totals.fill([Lanes::default(); BANDS]);
+        let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
@@ -95,8 +94,12 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
                 _ => panel.multiply::<0, 1>(x, &mut codes, &mut totals),
             }
         }
-        for (r, y) in y.chunks_mut(vectors).enumerate() {
-            y.iter_mut().zip(&totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+        // Some vectors at a time, whose totals stay in the nearest cache for all rows.
+        for (at, totals) in totals.chunks(LANES).enumerate() {
+            for (r, y) in y.chunks_mut(vectors).enumerate() {
+                let to = y.iter_mut().skip(at * LANES);
+                to.zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+            }
         }
     }
 }

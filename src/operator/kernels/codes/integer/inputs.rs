@@ -1,13 +1,13 @@
 //! Inputs in fixed point, laid out as codes meet them.
 
 use std::arch::x86_64::*;
-use std::borrow::Cow;
 
-use ndarray::{ArrayView1, ArrayView2};
+use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{self, cast};
 
 use super::super::packed::chunk;
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
+use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
 
 /// Columns that share a unit at most: sums of their products with 8 bits still fit with 8 bits to spare, and a large
@@ -80,14 +80,22 @@ pub(in super::super) struct Inputs {
     pub(super) vectors: usize,
     /// Vectors with those that stand in for missing ones.
     padded: usize,
-    /// Four signed bytes each: run, [tile](Self::tiles), lane, limb (the largest first), vector.
+    /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector.
     limbs: Vec<i32>,
-    /// What the bytes of a run add up to, with the other sign: run, tile, limb, vector.
+    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector.
     less: Vec<i32>,
-    /// 2ᵉ: run, tile, vector.
+    /// 2ᵉ: tile, run, vector.
     units: Vec<f32>,
-    /// Sums of runs, for zero points and offsets: run, tile, vector.
+    /// Sums of runs, for zero points and offsets: tile, run, vector.
     sums: Vec<f32>,
+}
+
+/// A tile of them.
+struct Tile<'a> {
+    limbs: &'a mut [i32],
+    less: &'a mut [i32],
+    units: &'a mut [f32],
+    sums: &'a mut [f32],
 }
 
 impl Inputs {
@@ -96,65 +104,26 @@ impl Inputs {
         let layout = Layout::new::<T>(bits, group, x.nrows())?;
         let (vectors, rest) = (x.ncols(), x.ncols() % TOGETHER);
         let padded = vectors - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
-        let mut inputs = Inputs {
-            limbs: vec![0; layout.runs * layout.run / EACH * LIMBS * padded],
-            less: vec![0; layout.runs * LIMBS * padded],
-            units: vec![0.0; layout.runs * padded],
-            sums: vec![0.0; layout.runs * padded],
-            layout,
-            vectors,
-            padded,
-        };
-        let columns: Vec<_> = x.columns().into_iter().map(in_order).collect();
-        let none = vec![0.0; x.nrows()];
-        let column = |v: usize| columns.get(v).map_or(&none[..], |column| bytemuck::cast_slice(column));
-        for (first, width) in inputs.tiles() {
+        let (lanes, runs) = (layout.runs * layout.run / EACH * LIMBS, layout.runs);
+        let (mut limbs, mut less) = (vec![0; lanes * padded], vec![0; runs * LIMBS * padded]);
+        let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
+        let counts = units.chunks_mut(TOGETHER * runs).zip(sums.chunks_mut(TOGETHER * runs));
+        let bytes = limbs.chunks_mut(TOGETHER * lanes).zip(less.chunks_mut(TOGETHER * runs * LIMBS));
+        let tiles = bytes.zip(counts).map(|((limbs, less), (units, sums))| Tile { limbs, less, units, sums });
+        // An entry takes a dozen steps or so.
+        each_panel(tiles, 16 * x.len(), |held: &mut Vec<T>, (at, tile)| {
+            let first = at * TOGETHER;
             // SAFETY: the machine has the instructions, as `Layout::new` asked.
             #[allow(unsafe_code)]
             unsafe {
-                match width {
-                    1 => inputs.lay_out::<1>(first, [column(first)]),
-                    2 => inputs.lay_out::<2>(first, [column(first), column(first + 1)]),
-                    _ => inputs.lay_out::<TOGETHER>(first, std::array::from_fn(|v| column(first + v))),
+                match tile.units.len() / runs {
+                    1 => lay_out::<1>(&layout, tile, columns(&x, first, held)),
+                    2 => lay_out::<2>(&layout, tile, columns(&x, first, held)),
+                    _ => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, held)),
                 }
             }
-        }
-        Some(inputs)
-    }
-
-    /// Lays a tile out.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    fn lay_out<const V: usize>(&mut self, first: usize, x: [&[f32]; V]) {
-        let (layout, order) = (self.layout, order(self.layout.parts));
-        for run in 0..layout.runs {
-            let (at, from) = (run * self.padded + first, run * layout.run);
-            let x = x.map(|x| &x[from..x.len().min(from + layout.run)]);
-            let unit = x.map(|x| unit(x));
-            let mut totals = [_mm512_setzero_si512(); V];
-            let (lanes, start) = (layout.lanes(run), self.lane(run, first));
-            let to = self.limbs[start..start + lanes * LIMBS * V].as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
-            for (step, to) in to.chunks_mut(LANES / EACH).enumerate() {
-                let mut digits = [_mm512_setzero_si512(); V];
-                for v in 0..V {
-                    digits[v] = split(&x[v][step * LANES..], unit[v], order);
-                    totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
-                }
-                let digits = digits.map(cast::<_, [[i32; EACH]; LANES / EACH]>);
-                for (lane, to) in to.iter_mut().enumerate() {
-                    for limb in 0..LIMBS {
-                        to[limb] = digits.map(|of| of[lane][limb]);
-                    }
-                }
-            }
-            for v in 0..V {
-                let of: [[i32; EACH]; LANES / EACH] = cast(totals[v]);
-                let sums: [i32; LIMBS] = std::array::from_fn(|limb| of.iter().map(|of| of[limb]).sum());
-                let whole = sums.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
-                self.units[at + v] = unit[v];
-                self.sums[at + v] = (whole as f64 * f64::from(unit[v])) as f32;
-                (0..LIMBS).for_each(|limb| self.less[LIMBS * at + limb * V + v] = -sums[limb]);
-            }
-        }
+        });
+        Some(Inputs { layout, vectors, padded, limbs, less, units, sums })
     }
 
     /// First vector and number of vectors of each tile.
@@ -163,21 +132,16 @@ impl Inputs {
         (0..padded).step_by(TOGETHER).map(move |first| (first, TOGETHER.min(padded - first)))
     }
 
-    /// Where a tile's limbs of a run begin.
-    #[inline(always)]
-    fn lane(&self, run: usize, first: usize) -> usize {
-        (run * self.padded + first) * (self.layout.run / EACH) * LIMBS
-    }
-
     /// A tile's limbs of a run.
     #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        let from = self.lane(run, first);
+        let lanes = self.layout.run / EACH;
+        let from = (first * self.layout.runs + run * width) * lanes * LIMBS;
         &self.limbs[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
-    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: run,
-    /// tile, limb, vector.
+    /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
+    /// run, limb, vector.
     pub(super) fn starts(&self, bits: u8) -> Vec<i32> {
         self.less.iter().map(|sum| sum << (bits - 1)).collect()
     }
@@ -191,15 +155,75 @@ impl Inputs {
         run: usize,
         first: usize,
     ) -> Option<(&'a [[i32; V]; LIMBS], &'a [f32; V], &'a [f32; V])> {
-        let at = run * self.padded + first;
+        let at = first * self.layout.runs + run * V;
         let starts = starts[LIMBS * at..].as_chunks().0.first_chunk()?;
         Some((starts, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
     }
 }
 
-/// A column's numbers one after the other.
-fn in_order<'a, T: Real>(column: ArrayView1<'a, T>) -> Cow<'a, [T]> {
-    column.to_slice().map_or_else(|| Cow::Owned(column.to_vec()), Cow::Borrowed)
+/// Lays a tile out, in which a missing input has no numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
+    let order = order(layout.parts);
+    let limbs = tile.limbs.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0.chunks_mut(layout.run / EACH);
+    let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
+    let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
+    for (run, ((limbs, less), (units, sums))) in limbs.zip(less).zip(beside).enumerate() {
+        let from = run * layout.run;
+        let x = x.map(|x| x.get(from..x.len().min(from + layout.run)).unwrap_or_default());
+        *units = x.map(|x| unit(x));
+        let mut totals = [_mm512_setzero_si512(); V];
+        for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
+            let mut digits = [_mm512_setzero_si512(); V];
+            for v in 0..V {
+                digits[v] = split(x[v].get(step * LANES..).unwrap_or_default(), units[v], order);
+                totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
+            }
+            let digits = digits.map(cast::<_, [[i32; EACH]; LANES / EACH]>);
+            for (lane, to) in to.iter_mut().enumerate() {
+                for limb in 0..LIMBS {
+                    to[limb] = digits.map(|of| of[lane][limb]);
+                }
+            }
+        }
+        for v in 0..V {
+            let of: [[i32; EACH]; LANES / EACH] = cast(totals[v]);
+            let total: [i32; LIMBS] = std::array::from_fn(|limb| of.iter().map(|of| of[limb]).sum());
+            let whole = total.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
+            sums[v] = (whole as f64 * f64::from(units[v])) as f32;
+            (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
+        }
+    }
+}
+
+/// The numbers of V columns from one on, in their order each; none of those that are missing.
+fn columns<'a, T: Real, const V: usize>(
+    x: &'a ArrayView2<'_, T>,
+    first: usize,
+    held: &'a mut Vec<T>,
+) -> [&'a [f32]; V] {
+    let ((n, b), count) = (x.dim(), V.min(x.ncols() - first));
+    let in_order = n == 1 || x.strides()[0] == 1;
+    if !in_order {
+        held.resize(n * V, T::zero());
+        match x.as_slice() {
+            // Row by row, since columns of numbers that lie far apart evict each other.
+            Some(all) => all.chunks(b).enumerate().for_each(|(j, row)| {
+                row[first..first + count].iter().enumerate().for_each(|(v, &value)| held[v * n + j] = value);
+            }),
+            None => (0..count).for_each(|v| {
+                held[v * n..].iter_mut().zip(x.column(first + v)).for_each(|(to, &value)| *to = value);
+            }),
+        }
+    }
+    let held = &held[..];
+    std::array::from_fn(|v| {
+        if v >= count {
+            return [].as_slice();
+        }
+        let column = if in_order { x.index_axis(Axis(1), first + v).to_slice() } else { held.get(v * n..(v + 1) * n) };
+        bytemuck::cast_slice(column.unwrap_or_default())
+    })
 }
 
 /// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each limb, the largest first,
