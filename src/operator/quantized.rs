@@ -174,8 +174,9 @@ impl<T: Real> Quantized<T> {
     /// The product with b inputs that were laid out.
     pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
         let ((m, n), rows, arch) = (self.shape(), self.rows(), Arch::new());
-        // Enough calls for all threads.
-        let together = m.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(TOGETHER.0).min(TOGETHER.1);
+        // Enough calls for all threads. (There may be no rows at all.)
+        let share = m.div_ceil(4 * rayon::current_num_threads());
+        let together = share.next_multiple_of(TOGETHER.0).clamp(TOGETHER.0, TOGETHER.1);
         some_rows(m, b, together, m * n, |first, y| rows.products(first..first + y.len() / b, arch, x, y))
     }
 }
