@@ -149,3 +149,13 @@ fn any_size(m: usize) {
         }
     }
 }
+
+#[test]
+fn no_rows_make_no_numbers() {
+    for b in [1, 9] {
+        let none = Quantized::<f64>::new(8, grid(0, 8, 4, 8, ZeroPoint::None), Vec::new()).unwrap();
+        assert_eq!(none.product(numbers(8, b, 3).view()), Array2::<f64>::zeros((0, b)));
+        assert_eq!(none.product_transposed(Array2::<f64>::zeros((0, b)).view()), Array2::<f64>::zeros((8, b)));
+        assert_eq!(none.to_dense(), Array2::<f64>::zeros((0, 8)));
+    }
+}
