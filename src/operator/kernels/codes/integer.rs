@@ -4,7 +4,8 @@
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
-//! cache for all inputs. Inputs that are not finite make a sum of NaN.
+//! cache for all inputs. Inputs that are not finite make a sum of NaN. More than a few inputs meet the bytes in matrix
+//! instructions where there are such ([`matrix`]), with the same sums.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -14,12 +15,14 @@ use pulp::bytemuck;
 
 mod bytes;
 mod inputs;
+mod matrix;
 mod panel;
 
 pub(super) use self::bytes::write;
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
-use self::panel::{Lanes, Unpacking, as_bytes, kind, turned, unpack};
+use self::matrix::{Registers, Sums};
+use self::panel::{Lanes, Unpacking, kind, turned, unpack};
 use super::CodedRows;
 use super::packed::{Floats, Grids, LINE, PANEL};
 use crate::scalar::Real;
@@ -76,22 +79,24 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let Some(panels) = rows.codes.panels() else { return };
     assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
     let starts = x.starts(rows.codes.bits());
-    let unpacked = if x.vectors > TOGETHER { x.layout.together() * x.layout.run / EACH } else { 0 };
+    let registers = x.shape.map(Registers::new);
+    // (A step of matrix instructions may go beyond the last run.)
+    let unpacked = if x.vectors > TOGETHER { x.layout.together() * x.layout.run / EACH + LANES } else { 0 };
     let mut codes = vec![[Lanes::default(); BANDS]; unpacked];
     let firsts = range.clone().step_by(PANEL);
     for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
         let (bits, group) = (rows.codes.bits(), first / PANEL * rows.groups);
         let panel = Panel { bits, packed, grids: rows.codes.grids(), group, starts: &starts };
-        let mut totals = vec![[Lanes::default(); BANDS]; x.vectors.next_multiple_of(TOGETHER)];
+        let mut totals = vec![[Lanes::default(); BANDS]; x.padded()];
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
             match kind(bits) {
-                8 => panel.multiply::<8, 1>(x, &mut codes, &mut totals),
-                4 => panel.multiply::<4, 2>(x, &mut codes, &mut totals),
-                2 => panel.multiply::<2, 4>(x, &mut codes, &mut totals),
-                _ => panel.multiply::<0, 1>(x, &mut codes, &mut totals),
+                8 => panel.multiply::<8, 1>(x, registers.as_ref(), &mut codes, &mut totals),
+                4 => panel.multiply::<4, 2>(x, registers.as_ref(), &mut codes, &mut totals),
+                2 => panel.multiply::<2, 4>(x, registers.as_ref(), &mut codes, &mut totals),
+                _ => panel.multiply::<0, 1>(x, registers.as_ref(), &mut codes, &mut totals),
             }
         }
         // Some vectors at a time, whose totals stay in the nearest cache for all rows.
@@ -134,24 +139,105 @@ impl Panel<'_> {
     fn multiply<const KIND: u8, const PARTS: usize>(
         &self,
         x: &Inputs,
+        registers: Option<&Registers>,
         unpacked: &mut [[Lanes<i32>; BANDS]],
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let (layout, unpacking) = (&x.layout, Unpacking::new(self.bits));
-        if KIND == 8 || x.vectors <= TOGETHER {
+        if registers.is_none() && (KIND == 8 || x.vectors <= TOGETHER) {
             let runs = Runs { of: self, numbers: 0..layout.runs(), codes: self.packed, unpacking };
             x.tiles().for_each(|tile| runs.tiles::<KIND, PARTS>(x, tile, totals));
             return;
         }
         // What many inputs meet is unpacked once.
         let (mut rest, together) = (self.packed, layout.together());
+        let mut sums = Sums::default();
         for first in (0..layout.runs()).step_by(together) {
             let numbers = first..layout.runs().min(first + together);
             let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
             let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
-            unpack::<KIND, PARTS>(&unpacking, codes, unpacked);
-            let runs = Runs { of: self, numbers, codes: as_bytes(&unpacked[..lanes]), unpacking: Unpacking::new(8) };
-            x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
+            // Matrix instructions take signed bytes: codes from the middle on.
+            let less = if registers.is_some() { 1 << (self.bits - 1) } else { 0 };
+            unpack::<KIND, PARTS>(&unpacking, codes, less, unpacked);
+            if let Some(registers) = registers {
+                x.tiles().for_each(|tile| self.rows(x, registers, numbers.clone(), unpacked, tile, &mut sums, totals));
+            } else {
+                let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
+                let runs = Runs { of: self, numbers, codes, unpacking };
+                x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
+            }
+        }
+    }
+
+    /// Adds the products of some runs with a tile of inputs, by matrix instructions.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    #[allow(clippy::too_many_arguments)]
+    fn rows(
+        &self,
+        x: &Inputs,
+        registers: &Registers,
+        numbers: Range<usize>,
+        unpacked: &[[Lanes<i32>; BANDS]],
+        (first, count): (usize, usize),
+        sums: &mut Sums,
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
+        let (totals, each) = (&mut totals[first..first + count], x.layout.run / EACH);
+        for (at, number) in numbers.enumerate() {
+            registers.add_up(x.limbs(number, first, count), &unpacked[at * each..], sums);
+            let (units, whole) = x.beside(number, first, count);
+            let [high, middle, low] = &sums.0;
+            for band in 0..BANDS {
+                let Some(scaling) = self.scaling(self.group + x.layout.group_of(number), band) else { return };
+                let limbs = high[band].iter().zip(&middle[band]).zip(&low[band]);
+                for ((total, ((high, middle), low)), (unit, whole)) in
+                    totals.iter_mut().zip(limbs).zip(units.iter().zip(whole))
+                {
+                    let limbs = [high, middle, low].map(|sum| bytemuck::cast(sum.0));
+                    let sum = scaling.add(bytemuck::cast(total[band].0), limbs, *unit, *whole);
+                    total[band] = Lanes(bytemuck::cast(sum));
+                }
+            }
+        }
+    }
+
+    /// What makes numbers of a group's sums of a band; `None` if there is none.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn scaling(&self, group: usize, band: usize) -> Option<Scaling> {
+        let scales = numbers(&self.grids.scales, group, band)?;
+        // What codes count from the middle: zero points, or the numbers of the middle codes.
+        let shift = match self.grids.zeros.get(group) {
+            Some(zeros) => {
+                let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
+                let middle = _mm512_set1_epi32(1 << (self.bits - 1));
+                Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
+            }
+            None => numbers(&self.grids.offsets, group, band),
+        };
+        Some(Scaling { scales, shift })
+    }
+}
+
+/// What makes numbers of sums of codes that count from the middle: of 16 rows, a scale each and perhaps a number beside it.
+#[derive(Clone, Copy)]
+struct Scaling {
+    scales: __m512,
+    shift: Option<__m512>,
+}
+
+impl Scaling {
+    /// Adds the sums of the limbs of an input of some unit and sum.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add(&self, total: __m512, [high, middle, low]: [__m512i; LIMBS], unit: f32, whole: f32) -> __m512 {
+        let scale = _mm512_mul_ps(self.scales, _mm512_set1_ps(unit));
+        let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
+        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
+        let total = _mm512_fmadd_ps(sum, scale, total);
+        match self.shift {
+            Some(shift) => _mm512_fmadd_ps(shift, _mm512_set1_ps(whole), total),
+            None => total,
         }
     }
 }
@@ -196,12 +282,12 @@ impl Runs<'_> {
     ) {
         let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
         let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| bytemuck::cast(band.0)));
-        let Panel { bits, grids, group, starts, .. } = *self.of;
-        let middle = _mm512_set1_epi32(1 << (bits - 1));
+        let Panel { group, starts, .. } = *self.of;
         let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
         for number in self.numbers.clone() {
             let group = group + x.layout.group_of(number);
-            let Some((starts, units, whole)) = x.beside::<V>(starts, number, first) else { return };
+            let Some(starts) = x.begin::<V>(starts, number, first) else { return };
+            let (units, whole) = x.beside(number, first, V);
             let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
             for limb in 0..LIMBS {
                 for v in 0..V {
@@ -228,28 +314,16 @@ impl Runs<'_> {
                 }
             }
             for band in 0..BANDS {
-                let Some(scales) = numbers(&grids.scales, group, band) else { return };
-                // What codes count from the middle: zero points, or the numbers of the middle codes.
-                let shift = match grids.zeros.get(group) {
-                    Some(zeros) => {
-                        let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
-                        Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
-                    }
-                    None => numbers(&grids.offsets, group, band),
-                };
+                let Some(scaling) = self.of.scaling(group, band) else { return };
                 for v in 0..V {
-                    let [high, middle, low] = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
-                    let scale = _mm512_mul_ps(scales, _mm512_set1_ps(units[v]));
-                    let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
-                    let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
-                    let total = &mut totals[v][band];
-                    *total = _mm512_fmadd_ps(sum, scale, *total);
-                    if let Some(shift) = shift {
-                        *total = _mm512_fmadd_ps(shift, _mm512_set1_ps(whole[v]), *total);
-                    }
+                    let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
+                    totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);
                 }
             }
         }
         *to = totals.map(|of| of.map(|band| Lanes(bytemuck::cast(band))));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,14 @@
-//! Inputs in fixed point, laid out as codes meet them.
+//! Inputs in fixed point, laid out as codes meet them: for vectors of codes an input beside the other, for matrix instructions
+//! each by itself.
 
 use std::arch::x86_64::*;
 
 use ndarray::{ArrayView2, Axis};
-use pulp::bytemuck::{self, cast};
+use pulp::bytemuck::{self, cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
+use super::matrix::Shape;
+use super::panel::Lanes;
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
 use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
@@ -72,17 +75,19 @@ impl Layout {
     }
 }
 
-/// Some inputs, up to [`TOGETHER`] of them side by side, for codes of any width that are cut the same way. There are none
-/// where [`available`] says no.
+/// Some inputs, for codes of any width that are cut the same way. There are none where [`available`] says no.
 #[derive(Debug)]
 pub(in super::super) struct Inputs {
     pub(super) layout: Layout,
     pub(super) vectors: usize,
     /// Vectors with those that stand in for missing ones.
     padded: usize,
-    /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector.
-    limbs: Vec<i32>,
-    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector.
+    /// What more than [`TOGETHER`] are laid out for, where there are matrix instructions.
+    pub(super) shape: Option<Shape>,
+    /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
+    /// run, step, limb, vector, lane, with zeros for lanes that a step has beyond the run.
+    limbs: Vec<Lanes<i32>>,
+    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. (None for matrix instructions.)
     less: Vec<i32>,
     /// 2ᵉ: tile, run, vector.
     units: Vec<f32>,
@@ -102,42 +107,62 @@ impl Inputs {
     /// `None` if there is no kernel for such rows here.
     pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
         let layout = Layout::new::<T>(bits, group, x.nrows())?;
-        let (vectors, rest) = (x.ncols(), x.ncols() % TOGETHER);
-        let padded = vectors - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
-        let (lanes, runs) = (layout.runs * layout.run / EACH * LIMBS, layout.runs);
-        let (mut limbs, mut less) = (vec![0; lanes * padded], vec![0; runs * LIMBS * padded]);
+        let shape = if x.ncols() > TOGETHER { Shape::new(x.ncols(), layout.run / EACH) } else { None };
+        Some(Self::laid_out(x, layout, shape))
+    }
+
+    /// Laid out for vectors, or for matrix instructions of a shape.
+    pub(super) fn laid_out<T: Real>(x: ArrayView2<'_, T>, layout: Layout, shape: Option<Shape>) -> Self {
+        let (vectors, rest, runs) = (x.ncols(), x.ncols() % TOGETHER, layout.runs);
+        let (padded, width) = match shape {
+            Some(shape) => (vectors.next_multiple_of(shape.inputs()), shape.inputs()),
+            None if rest == 0 => (vectors, TOGETHER),
+            None => (vectors - rest + rest.next_power_of_two(), TOGETHER),
+        };
+        let lanes = runs * in_steps(shape, layout.run / EACH) * LIMBS;
+        let mut limbs = vec![Lanes::default(); (lanes * padded).div_ceil(LANES)];
+        let mut less = vec![0; if shape.is_some() { 0 } else { runs * LIMBS * padded }];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
-        let counts = units.chunks_mut(TOGETHER * runs).zip(sums.chunks_mut(TOGETHER * runs));
-        let bytes = limbs.chunks_mut(TOGETHER * lanes).zip(less.chunks_mut(TOGETHER * runs * LIMBS));
-        let tiles = bytes.zip(counts).map(|((limbs, less), (units, sums))| Tile { limbs, less, units, sums });
+        let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
+        let mut less_of = less.chunks_mut(width * runs * LIMBS);
+        let tiles = counts.zip(cast_slice_mut(&mut limbs).chunks_mut(width * lanes)).map(|((units, sums), limbs)| {
+            let less = less_of.next().unwrap_or_default();
+            Tile { limbs, less, units, sums }
+        });
         // An entry takes a dozen steps or so.
         each_panel(tiles, 16 * x.len(), |held: &mut Vec<T>, (at, tile)| {
-            let first = at * TOGETHER;
+            let (first, count) = (at * width, tile.units.len() / runs);
             // SAFETY: the machine has the instructions, as `Layout::new` asked.
             #[allow(unsafe_code)]
             unsafe {
-                match tile.units.len() / runs {
-                    1 => lay_out::<1>(&layout, tile, columns(&x, first, held)),
-                    2 => lay_out::<2>(&layout, tile, columns(&x, first, held)),
-                    _ => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, held)),
+                match (shape, count) {
+                    (Some(shape), count) => lay_out_rows(&layout, shape, tile, columns(&x, first, count, held)),
+                    (None, 1) => lay_out::<1>(&layout, tile, columns(&x, first, count, held)),
+                    (None, 2) => lay_out::<2>(&layout, tile, columns(&x, first, count, held)),
+                    (None, _) => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, count, held)),
                 }
             }
         });
-        Some(Inputs { layout, vectors, padded, limbs, less, units, sums })
+        Inputs { layout, vectors, padded, shape, limbs, less, units, sums }
+    }
+
+    /// Vectors of all tiles.
+    pub(super) fn padded(&self) -> usize {
+        self.padded
     }
 
     /// First vector and number of vectors of each tile.
     pub(super) fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let padded = self.padded;
-        (0..padded).step_by(TOGETHER).map(move |first| (first, TOGETHER.min(padded - first)))
+        let (padded, width) = (self.padded, self.shape.map_or(TOGETHER, |shape| shape.inputs()));
+        (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
     /// A tile's limbs of a run.
     #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        let lanes = self.layout.run / EACH;
+        let lanes = in_steps(self.shape, self.layout.run / EACH);
         let from = (first * self.layout.runs + run * width) * lanes * LIMBS;
-        &self.limbs[from..from + self.layout.lanes(run) * LIMBS * width]
+        &cast_slice(&self.limbs)[from..from + in_steps(self.shape, self.layout.lanes(run)) * LIMBS * width]
     }
 
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
@@ -146,19 +171,29 @@ impl Inputs {
         self.less.iter().map(|sum| sum << (bits - 1)).collect()
     }
 
-    /// Starts, units and sums of a tile in a run.
-    #[allow(clippy::type_complexity)]
+    /// Starts of a tile in a run.
     #[inline(always)]
-    pub(super) fn beside<'a, const V: usize>(
-        &'a self,
+    pub(super) fn begin<'a, const V: usize>(
+        &self,
         starts: &'a [i32],
         run: usize,
         first: usize,
-    ) -> Option<(&'a [[i32; V]; LIMBS], &'a [f32; V], &'a [f32; V])> {
-        let at = first * self.layout.runs + run * V;
-        let starts = starts[LIMBS * at..].as_chunks().0.first_chunk()?;
-        Some((starts, self.units[at..].first_chunk()?, self.sums[at..].first_chunk()?))
+    ) -> Option<&'a [[i32; V]; LIMBS]> {
+        starts[LIMBS * (first * self.layout.runs + run * V)..].as_chunks().0.first_chunk()
     }
+
+    /// Units and sums of a tile in a run.
+    #[inline(always)]
+    pub(super) fn beside(&self, run: usize, first: usize, width: usize) -> (&[f32], &[f32]) {
+        let at = first * self.layout.runs + run * width;
+        (&self.units[at..at + width], &self.sums[at..at + width])
+    }
+}
+
+/// Lanes for which there are numbers, for some lanes of a run.
+#[inline(always)]
+fn in_steps(shape: Option<Shape>, lanes: usize) -> usize {
+    shape.map_or(lanes, |shape| lanes.next_multiple_of(shape.lanes()))
 }
 
 /// Lays a tile out, in which a missing input has no numbers.
@@ -179,30 +214,69 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
                 digits[v] = split(x[v].get(step * LANES..).unwrap_or_default(), units[v], order);
                 totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
             }
-            let digits = digits.map(cast::<_, [[i32; EACH]; LANES / EACH]>);
+            let digits = digits.map(cast::<_, [[i32; LANES / EACH]; EACH]>);
             for (lane, to) in to.iter_mut().enumerate() {
                 for limb in 0..LIMBS {
-                    to[limb] = digits.map(|of| of[lane][limb]);
+                    to[limb] = digits.map(|of| of[limb][lane]);
                 }
             }
         }
         for v in 0..V {
-            let of: [[i32; EACH]; LANES / EACH] = cast(totals[v]);
-            let total: [i32; LIMBS] = std::array::from_fn(|limb| of.iter().map(|of| of[limb]).sum());
-            let whole = total.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
-            sums[v] = (whole as f64 * f64::from(units[v])) as f32;
+            let total = totalled(totals[v]);
+            sums[v] = sum(total, units[v]);
             (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
         }
     }
 }
 
-/// The numbers of V columns from one on, in their order each; none of those that are missing.
+/// Lays a tile out for matrix instructions, in which a missing input has no numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
+    let (order, count, lanes) = (order(layout.parts), shape.inputs(), shape.lanes());
+    let limbs = tile.limbs.chunks_mut(in_steps(Some(shape), layout.run / EACH) * LIMBS * count);
+    let beside = tile.units.chunks_mut(count).zip(tile.sums.chunks_mut(count));
+    for (run, (limbs, (units, sums))) in limbs.zip(beside).enumerate() {
+        let from = run * layout.run;
+        for (v, x) in x.iter().take(count).enumerate() {
+            let x = x.get(from..x.len().min(from + layout.run)).unwrap_or_default();
+            units[v] = unit(x);
+            let mut total = _mm512_setzero_si512();
+            for (step, limbs) in limbs.chunks_mut(LIMBS * count * lanes).enumerate() {
+                for lane in (0..lanes).step_by(LANES / EACH) {
+                    let at = (step * lanes + lane) * EACH;
+                    let digits = split(x.get(at..).unwrap_or_default(), units[v], order);
+                    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), digits);
+                    let digits: [[i32; LANES / EACH]; EACH] = cast(digits);
+                    for limb in 0..LIMBS {
+                        limbs[(limb * count + v) * lanes + lane..][..LANES / EACH].copy_from_slice(&digits[limb]);
+                    }
+                }
+            }
+            sums[v] = sum(totalled(total), units[v]);
+        }
+    }
+}
+
+/// The sum of each limb.
+fn totalled(of: __m512i) -> [i32; LIMBS] {
+    let of: [[i32; LANES / EACH]; EACH] = cast(of);
+    std::array::from_fn(|limb| of[limb].iter().sum())
+}
+
+/// What the sums of all limbs come to.
+fn sum(total: [i32; LIMBS], unit: f32) -> f32 {
+    let whole = total.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
+    (whole as f64 * f64::from(unit)) as f32
+}
+
+/// The numbers of some columns from one on, V at most, in their order each; none of those that are missing.
 fn columns<'a, T: Real, const V: usize>(
     x: &'a ArrayView2<'_, T>,
     first: usize,
+    count: usize,
     held: &'a mut Vec<T>,
 ) -> [&'a [f32]; V] {
-    let ((n, b), count) = (x.dim(), V.min(x.ncols() - first));
+    let ((n, b), count) = (x.dim(), count.min(V).min(x.ncols() - first));
     let in_order = n == 1 || x.strides()[0] == 1;
     if !in_order {
         held.resize(n * V, T::zero());
@@ -226,12 +300,12 @@ fn columns<'a, T: Real, const V: usize>(
     })
 }
 
-/// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each limb, the largest first,
-/// and nothing, for each lane.
+/// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each lane, for each limb, the
+/// largest first, and nothing.
 #[target_feature(enable = "avx512f")]
 fn order(parts: usize) -> __m512i {
     let place: [u8; 64] = std::array::from_fn(|byte| {
-        let (lane, limb, at) = (byte / 16, byte / EACH % EACH, byte % EACH);
+        let (limb, lane, at) = (byte / 16, byte / EACH % EACH, byte % EACH);
         // (What is behind the last limb is masked away.)
         let column = lane / parts * EACH * parts + at * parts + lane % parts;
         (column * EACH + 2usize.saturating_sub(limb)) as u8
@@ -266,5 +340,5 @@ fn split(x: &[f32], unit: f32, order: __m512i) -> __m512i {
     let halves = _mm512_set1_epi32(0x0080_8080);
     let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), _mm512_set1_ps(unit.recip())));
     let digits = _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves);
-    _mm512_maskz_permutexvar_epi8(0x0fff_0fff_0fff_0fff, order, digits)
+    _mm512_maskz_permutexvar_epi8((1 << (16 * LIMBS)) - 1, order, digits)
 }

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use pulp::bytemuck::{Pod, Zeroable, cast};
+
 use super::bytes::Spread;
 use super::{BANDS, LANES};
 
@@ -10,12 +12,13 @@ use super::{BANDS, LANES};
 #[repr(C, align(64))]
 pub(super) struct Lanes<N>(pub(super) [N; LANES]);
 
-/// The bytes of unpacked codes.
+// SAFETY: all its bytes may be zero.
 #[allow(unsafe_code)]
-pub(super) fn as_bytes(lanes: &[[Lanes<i32>; BANDS]]) -> &[u8] {
-    // SAFETY: vectors are integers without any bytes between or behind them, and all bytes may be read as such.
-    unsafe { std::slice::from_raw_parts(lanes.as_ptr().cast(), size_of_val(lanes)) }
-}
+unsafe impl Zeroable for Lanes<i32> {}
+// SAFETY: 16 integers of four bytes fill the 64 bytes of its alignment: there are no others between or behind them, and any
+// bytes are integers.
+#[allow(unsafe_code)]
+unsafe impl Pod for Lanes<i32> {}
 
 /// Turns a square around: vector i of the result has element i of each.
 #[inline]
@@ -115,20 +118,22 @@ impl Unpacking {
     }
 }
 
-/// The two vectors of each lane of a run of columns, from all the bytes of their codes.
+/// The two vectors of each lane of some columns, from all the bytes of their codes, less a number each.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code)]
 pub(super) fn unpack<const KIND: u8, const PARTS: usize>(
     unpacking: &Unpacking,
     codes: &[u8],
+    less: u8,
     to: &mut [[Lanes<i32>; BANDS]],
 ) {
+    let less = _mm512_set1_epi8(less as i8);
     for (codes, to) in codes.chunks_exact(unpacking.chunk()).zip(to.as_chunks_mut::<PARTS>().0) {
         // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
         let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
         for (part, to) in to.iter_mut().enumerate() {
             for (to, loaded) in to.iter_mut().zip(loaded) {
-                *to = Lanes(pulp::bytemuck::cast(unpacking.lane::<KIND>(loaded, part)));
+                *to = Lanes(cast(_mm512_sub_epi8(unpacking.lane::<KIND>(loaded, part), less)));
             }
         }
     }
