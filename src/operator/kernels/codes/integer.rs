@@ -5,7 +5,7 @@
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
 //! cache for all inputs. Inputs that are not finite make a sum of NaN. More than a few inputs meet the bytes in matrix
-//! instructions where there are such ([`matrix`]), with the same sums.
+//! instructions where there are such ([`many`]), with the same sums.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -15,16 +15,18 @@ use pulp::bytemuck;
 
 mod bytes;
 mod inputs;
+mod many;
 mod matrix;
 mod panel;
 
 pub(super) use self::bytes::write;
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
-use self::matrix::{Registers, Sums};
+use self::many::Blocks;
+use self::matrix::Registers;
 use self::panel::{Lanes, Unpacking, kind, turned, unpack};
 use super::CodedRows;
-use super::packed::{Floats, Grids, LINE, PANEL};
+use super::packed::{self, Floats, Grids, LINE, PANEL};
 use crate::scalar::Real;
 use crate::simd::prefetch;
 
@@ -78,33 +80,78 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let vectors = x.vectors.max(1);
     let Some(panels) = rows.codes.panels() else { return };
     assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
-    let starts = x.starts(rows.codes.bits());
-    let registers = x.shape.map(Registers::new);
-    // (A step of matrix instructions may go beyond the last run.)
-    let unpacked = if x.vectors > TOGETHER { x.layout.together() * x.layout.run / EACH + LANES } else { 0 };
-    let mut codes = vec![[Lanes::default(); BANDS]; unpacked];
-    let firsts = range.clone().step_by(PANEL);
-    for ((first, y), packed) in firsts.zip(y.chunks_mut(PANEL * vectors)).zip(panels.skip(range.start / PANEL)) {
-        let (bits, group) = (rows.codes.bits(), first / PANEL * rows.groups);
-        let panel = Panel { bits, packed, grids: rows.codes.grids(), group, starts: &starts };
-        let mut totals = vec![[Lanes::default(); BANDS]; x.padded()];
+    let (bits, grids, starts) = (rows.codes.bits(), rows.codes.grids(), x.starts(rows.codes.bits()));
+    let of = panels.skip(range.start / PANEL);
+    let panels = range.step_by(PANEL).zip(of).map(|(first, packed)| {
+        let group = first / PANEL * rows.groups;
+        Panel { bits, packed, grids, group, starts: &starts }
+    });
+    let panels: Vec<_> = panels.collect();
+    let mut meeting = Meeting::new(x);
+    for (panels, y) in panels.chunks(meeting.panels()).zip(y.chunks_mut(meeting.panels() * PANEL * vectors)) {
+        let mut totals = vec![[Lanes::default(); BANDS]; panels.len() * x.padded()];
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
             match kind(bits) {
-                8 => panel.multiply::<8, 1>(x, registers.as_ref(), &mut codes, &mut totals),
-                4 => panel.multiply::<4, 2>(x, registers.as_ref(), &mut codes, &mut totals),
-                2 => panel.multiply::<2, 4>(x, registers.as_ref(), &mut codes, &mut totals),
-                _ => panel.multiply::<0, 1>(x, registers.as_ref(), &mut codes, &mut totals),
+                8 => meeting.multiply::<8, 1>(panels, &mut totals),
+                4 => meeting.multiply::<4, 2>(panels, &mut totals),
+                2 => meeting.multiply::<2, 4>(panels, &mut totals),
+                _ => meeting.multiply::<0, 1>(panels, &mut totals),
             }
         }
-        // Some vectors at a time, whose totals stay in the nearest cache for all rows.
-        for (at, totals) in totals.chunks(LANES).enumerate() {
-            for (r, y) in y.chunks_mut(vectors).enumerate() {
-                let to = y.iter_mut().skip(at * LANES);
-                to.zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+        for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
+            // Some vectors at a time, whose totals stay in the nearest cache for all rows.
+            for (at, totals) in totals.chunks(LANES).enumerate() {
+                for (r, y) in y.chunks_mut(vectors).enumerate() {
+                    let to = y.iter_mut().skip(at * LANES);
+                    to.zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+                }
             }
+        }
+    }
+}
+
+/// How panels meet inputs.
+struct Meeting<'x> {
+    x: &'x Inputs,
+    /// Matrix instructions.
+    many: Option<(Registers, Blocks)>,
+    /// Memory for unpacked codes.
+    unpacked: Vec<[Lanes<i32>; BANDS]>,
+}
+
+impl<'x> Meeting<'x> {
+    fn new(x: &'x Inputs) -> Self {
+        let many = x.shape.map(|shape| (Registers::new(shape), Blocks::new(&x.layout)));
+        let unpacked = match &many {
+            Some((_, blocks)) => blocks.scratch(),
+            None if x.vectors > TOGETHER => {
+                vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH]
+            }
+            None => Vec::new(),
+        };
+        Meeting { x, many, unpacked }
+    }
+
+    /// Panels that are multiplied together.
+    fn panels(&self) -> usize {
+        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels)
+    }
+
+    /// Adds the products of some panels with all inputs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn multiply<const KIND: u8, const PARTS: usize>(
+        &mut self,
+        panels: &[Panel<'_>],
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
+        if let Some((registers, blocks)) = &self.many {
+            return blocks.multiply::<KIND, PARTS>(panels, self.x, registers, &mut self.unpacked, totals);
+        }
+        for (panel, totals) in panels.iter().zip(totals.chunks_mut(self.x.padded())) {
+            panel.multiply::<KIND, PARTS>(self.x, &mut self.unpacked, totals);
         }
     }
 }
@@ -139,65 +186,25 @@ impl Panel<'_> {
     fn multiply<const KIND: u8, const PARTS: usize>(
         &self,
         x: &Inputs,
-        registers: Option<&Registers>,
         unpacked: &mut [[Lanes<i32>; BANDS]],
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let (layout, unpacking) = (&x.layout, Unpacking::new(self.bits));
-        if registers.is_none() && (KIND == 8 || x.vectors <= TOGETHER) {
+        if KIND == 8 || x.vectors <= TOGETHER {
             let runs = Runs { of: self, numbers: 0..layout.runs(), codes: self.packed, unpacking };
             x.tiles().for_each(|tile| runs.tiles::<KIND, PARTS>(x, tile, totals));
             return;
         }
         // What many inputs meet is unpacked once.
         let (mut rest, together) = (self.packed, layout.together());
-        let mut sums = Sums::default();
         for first in (0..layout.runs()).step_by(together) {
             let numbers = first..layout.runs().min(first + together);
             let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
             let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
-            // Matrix instructions take signed bytes: codes from the middle on.
-            let less = if registers.is_some() { 1 << (self.bits - 1) } else { 0 };
-            unpack::<KIND, PARTS>(&unpacking, codes, less, unpacked);
-            if let Some(registers) = registers {
-                x.tiles().for_each(|tile| self.rows(x, registers, numbers.clone(), unpacked, tile, &mut sums, totals));
-            } else {
-                let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
-                let runs = Runs { of: self, numbers, codes, unpacking };
-                x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
-            }
-        }
-    }
-
-    /// Adds the products of some runs with a tile of inputs, by matrix instructions.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    #[allow(clippy::too_many_arguments)]
-    fn rows(
-        &self,
-        x: &Inputs,
-        registers: &Registers,
-        numbers: Range<usize>,
-        unpacked: &[[Lanes<i32>; BANDS]],
-        (first, count): (usize, usize),
-        sums: &mut Sums,
-        totals: &mut [[Lanes<f32>; BANDS]],
-    ) {
-        let (totals, each) = (&mut totals[first..first + count], x.layout.run / EACH);
-        for (at, number) in numbers.enumerate() {
-            registers.add_up(x.limbs(number, first, count), &unpacked[at * each..], sums);
-            let (units, whole) = x.beside(number, first, count);
-            let [high, middle, low] = &sums.0;
-            for band in 0..BANDS {
-                let Some(scaling) = self.scaling(self.group + x.layout.group_of(number), band) else { return };
-                let limbs = high[band].iter().zip(&middle[band]).zip(&low[band]);
-                for ((total, ((high, middle), low)), (unit, whole)) in
-                    totals.iter_mut().zip(limbs).zip(units.iter().zip(whole))
-                {
-                    let limbs = [high, middle, low].map(|sum| bytemuck::cast(sum.0));
-                    let sum = scaling.add(bytemuck::cast(total[band].0), limbs, *unit, *whole);
-                    total[band] = Lanes(bytemuck::cast(sum));
-                }
-            }
+            unpack::<KIND, PARTS>(&unpacking, codes, 0, unpacked);
+            let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
+            let runs = Runs { of: self, numbers, codes, unpacking };
+            x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
         }
     }
 

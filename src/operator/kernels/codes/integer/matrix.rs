@@ -126,46 +126,71 @@ impl Registers {
         Registers { shape, here: PhantomData }
     }
 
+    /// Lanes of a step.
+    pub(super) fn lanes(&self) -> usize {
+        self.shape.lanes
+    }
+
     /// The sums of the products of inputs, step by step, limb by limb, input by input, with the lanes that begin some codes.
-    /// In the last step inputs are zero where their lanes end.
+    /// In the last step inputs are zero where their lanes end. Ahead of what comes next, so many lines are asked for in each
+    /// step.
     ///
     /// # Panics
     /// If there are lanes for fewer steps than inputs have.
     #[allow(unsafe_code)]
-    pub(super) fn add_up(&self, inputs: &[i32], codes: &[[Lanes<i32>; BANDS]], to: &mut Sums) {
+    pub(super) fn add_up(
+        &self,
+        inputs: &[i32],
+        codes: &[[Lanes<i32>; BANDS]],
+        ahead: (*const u8, usize),
+        to: &mut Sums,
+    ) {
         let Shape { inputs: count, lanes } = self.shape;
-        let (limb, step) = (count * lanes, LIMBS * count * lanes);
-        let steps = inputs.len() / step;
+        let limb = count * lanes;
+        let steps = inputs.len() / (LIMBS * limb);
         assert!(steps > 0 && steps * lanes <= codes.len(), "lanes for all inputs");
-        let (bytes, first) = (size_of::<i32>(), inputs.as_ptr());
+        let bytes = size_of::<i32>();
         // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
         // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. Each pass reads `step` integers of the inputs and `lanes` pairs of vectors
-        // of the codes, and there are `steps` of both by the assertion; the three starts are within the first pass, as
-        // `limb` is a third of `step`. Sums are written to as many rows of 64 bytes as there are inputs, at most the 16 of
-        // each band of each limb, of which `to` has six in a row. No other memory is touched, nor the stack.
+        // system restores them for each thread. Each pass reads three times `limb` integers of the inputs and `lanes` pairs
+        // of vectors of the codes, and there are `steps` of both by the assertion. Sums are written to as many rows of 64
+        // bytes as there are inputs, at most the 16 of each band of each limb, of which `to` has six in a row. No other
+        // memory is touched, nor the stack: a prefetch reads nothing and may be given any address.
         unsafe {
             asm!(
                 "tilezero tmm0", "tilezero tmm1", "tilezero tmm2",
                 "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
                 "2:",
-                // The first band with all limbs, and the second with all of them.
+                // The first band with all limbs.
                 "tileloadd tmm6, [{codes} + {line} * 2]",
-                "tileloadd tmm7, [{high} + {row}]",
+                "tileloadd tmm7, [{inputs} + {row}]",
                 "tdpbssd tmm0, tmm7, tmm6",
-                "tileloadd tmm7, [{middle} + {row}]",
+                "add {inputs}, {limb}",
+                "tileloadd tmm7, [{inputs} + {row}]",
                 "tdpbssd tmm2, tmm7, tmm6",
-                "tileloadd tmm7, [{low} + {row}]",
+                "add {inputs}, {limb}",
+                "tileloadd tmm7, [{inputs} + {row}]",
                 "tdpbssd tmm4, tmm7, tmm6",
+                // The second band, the other way round.
                 "tileloadd tmm6, [{codes} + {line} * 2 + 64]",
                 "tdpbssd tmm5, tmm7, tmm6",
-                "tileloadd tmm7, [{middle} + {row}]",
+                "sub {inputs}, {limb}",
+                "tileloadd tmm7, [{inputs} + {row}]",
                 "tdpbssd tmm3, tmm7, tmm6",
-                "tileloadd tmm7, [{high} + {row}]",
+                "sub {inputs}, {limb}",
+                "tileloadd tmm7, [{inputs} + {row}]",
                 "tdpbssd tmm1, tmm7, tmm6",
-                "add {high}, {step}",
-                "add {middle}, {step}",
-                "add {low}, {step}",
+                "mov {left}, {lines}",
+                "test {left}, {left}",
+                "jz 4f",
+                "3:",
+                "prefetcht0 [{ahead}]",
+                "add {ahead}, {line}",
+                "dec {left}",
+                "jnz 3b",
+                "4:",
+                "add {inputs}, {limb}",
+                "lea {inputs}, [{inputs} + {limb} * 2]",
                 "add {codes}, {lanes}",
                 "dec {steps}",
                 "jnz 2b",
@@ -175,15 +200,16 @@ impl Registers {
                 "tilestored [{to} + {line} + 3072], tmm3",
                 "tilestored [{to} + {line} + 4096], tmm4",
                 "tilestored [{to} + {line} + 5120], tmm5",
-                high = inout(reg) first => _,
-                middle = inout(reg) first.add(limb) => _,
-                low = inout(reg) first.add(2 * limb) => _,
+                inputs = inout(reg) inputs.as_ptr() => _,
                 codes = inout(reg) codes.as_ptr() => _,
                 steps = inout(reg) steps => _,
+                ahead = inout(reg) ahead.0 => _,
+                left = out(reg) _,
+                lines = in(reg) ahead.1,
                 to = in(reg) &raw mut *to,
                 line = in(reg) 64usize,
                 row = in(reg) lanes * bytes,
-                step = in(reg) step * bytes,
+                limb = in(reg) limb * bytes,
                 lanes = in(reg) lanes * size_of::<[Lanes<i32>; BANDS]>(),
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
