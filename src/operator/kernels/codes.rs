@@ -9,6 +9,7 @@ use std::ops::Range;
 use ndarray::{ArrayView1, ArrayView2};
 use pulp::Arch;
 
+mod aligned;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod integer;
 #[cfg(target_arch = "x86_64")]

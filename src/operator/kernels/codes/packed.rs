@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::aligned::Aligned;
 use crate::scalar::Real;
 
 /// Bytes of a row that are gathered together.
@@ -37,7 +38,7 @@ pub(crate) fn width(n: usize, bits: u8) -> usize {
 pub(crate) struct PackedCodes {
     bits: u8,
     shape: (usize, usize),
-    bytes: Vec<u8>,
+    bytes: Aligned,
     /// Whether rows are side by side.
     panels: bool,
     /// Of the rows of each panel for each group, if rows are side by side.
@@ -101,7 +102,7 @@ impl PackedCodes {
         let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
         #[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
         let (panels, _) = (false, (group, T::DTYPE));
-        let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows };
+        let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows.into() };
         let groups = n.div_ceil(group);
         let grids = match panels {
             true => Grids {
@@ -227,21 +228,23 @@ fn gather(_: &[u8], _: usize, _: usize, _: &mut [u8]) -> bool {
 }
 
 /// Rows of codes as panels: chunk by chunk, row by row; zeros where there are no rows or columns.
-fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Vec<u8> {
+fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Aligned {
     let (width, chunk) = (width(n, bits), chunk(bits));
     let size = chunk * usize::from(bits);
-    let mut to = Writer::new();
-    to.bytes.reserve(m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8 + 8);
-    for panel in rows.chunks(width.max(1) * PANEL) {
-        for at in 0..n.div_ceil(chunk) {
-            for r in 0..PANEL {
-                // What follows the row is not its own.
-                let row = panel.get(r * width..(r + 1) * width).unwrap_or_default();
-                to.push(bits_at(row, at * size, size), size);
+    let bytes = m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8;
+    Aligned::new(bytes + size_of::<u64>(), |to| {
+        let mut to = Writer { bytes: to, held: 0, count: 0 };
+        for panel in rows.chunks(width.max(1) * PANEL) {
+            for at in 0..n.div_ceil(chunk) {
+                for r in 0..PANEL {
+                    // What follows the row is not its own.
+                    let row = panel.get(r * width..(r + 1) * width).unwrap_or_default();
+                    to.push(bits_at(row, at * size, size), size);
+                }
             }
         }
-    }
-    to.finish()
+        to.finish();
+    })
 }
 
 /// Up to 56 bits from one on; zeros beyond the end.
@@ -256,16 +259,13 @@ fn bits_at(bytes: &[u8], bit: usize, count: usize) -> u64 {
 }
 
 /// Appends bits, lowest first.
-struct Writer {
-    bytes: Vec<u8>,
+struct Writer<'a> {
+    bytes: &'a mut Vec<u8>,
     held: u64,
     count: usize,
 }
 
-impl Writer {
-    const fn new() -> Self {
-        Writer { bytes: Vec::new(), held: 0, count: 0 }
-    }
+impl Writer<'_> {
     /// Up to 32 bits.
     #[inline]
     fn push(&mut self, bits: u64, count: usize) {
@@ -276,9 +276,8 @@ impl Writer {
             (self.held, self.count) = (self.held >> 32, self.count - 32);
         }
     }
-    fn finish(mut self) -> Vec<u8> {
+    fn finish(self) {
         self.bytes.extend_from_slice(&self.held.to_le_bytes()[..self.count.div_ceil(8)]);
-        self.bytes
     }
 }
 
