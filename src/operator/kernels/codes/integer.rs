@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use half::f16;
-use pulp::bytemuck;
+use pulp::bytemuck::{self, cast};
 
 mod bytes;
 mod inputs;
@@ -63,14 +63,14 @@ pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> 
     if !available() {
         return None;
     }
-    let all: [[[i32; LANES]; BANDS]; LINE / EACH] = bytemuck::cast(*chunks);
+    let all: [[[i32; LANES]; BANDS]; LINE / EACH] = cast(*chunks);
     let mut lines = [[0; LINE]; PANEL];
     for band in 0..BANDS {
-        let of = all.map(|chunk| bytemuck::cast(chunk[band]));
+        let of = all.map(|chunk| cast(chunk[band]));
         // SAFETY: the machine has the instructions, as was asked above.
         #[allow(unsafe_code)]
         let rows = unsafe { turned(of) };
-        lines[band * LANES..][..LANES].iter_mut().zip(rows).for_each(|(line, row)| *line = bytemuck::cast(row));
+        lines[band * LANES..][..LANES].iter_mut().zip(rows).for_each(|(line, row)| *line = cast(row));
     }
     Some(lines)
 }
@@ -102,11 +102,34 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
             }
         }
         for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
-            // Some vectors at a time, whose totals stay in the nearest cache for all rows.
-            for (at, totals) in totals.chunks(LANES).enumerate() {
-                for (r, y) in y.chunks_mut(vectors).enumerate() {
-                    let to = y.iter_mut().skip(at * LANES);
-                    to.zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            unsafe {
+                by_rows(totals, vectors, y);
+            }
+        }
+    }
+}
+
+/// The totals of some rows, from those of each vector.
+#[target_feature(enable = "avx512f")]
+fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
+    if vectors <= TOGETHER {
+        for (r, y) in y.chunks_mut(vectors).enumerate() {
+            y.iter_mut().zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+        }
+        return;
+    }
+    for (at, totals) in totals.chunks(LANES).enumerate() {
+        for band in 0..BANDS {
+            let columns = std::array::from_fn(|v| totals.get(v).map_or(_mm512_setzero_si512(), |of| cast(of[band].0)));
+            for (row, y) in turned(columns).into_iter().zip(y.chunks_mut(vectors).skip(band * LANES)) {
+                let row: [f32; LANES] = cast(row);
+                // (There may be more totals than vectors.)
+                let to = y.get_mut(at * LANES..).unwrap_or_default();
+                match to.first_chunk_mut() {
+                    Some(to) => *to = row,
+                    None => to.copy_from_slice(&row[..to.len()]),
                 }
             }
         }
@@ -216,7 +239,7 @@ impl Panel<'_> {
         // What codes count from the middle: zero points, or the numbers of the middle codes.
         let shift = match self.grids.zeros.get(group) {
             Some(zeros) => {
-                let zeros = _mm512_cvtepu8_epi32(bytemuck::cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
+                let zeros = _mm512_cvtepu8_epi32(cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
                 let middle = _mm512_set1_epi32(1 << (self.bits - 1));
                 Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
             }
@@ -256,9 +279,9 @@ fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
     match of {
         Floats::Half(all) => {
             let band: [f16; LANES] = all.get(group)?.as_chunks().0[band];
-            Some(_mm512_cvtph_ps(bytemuck::cast(band.map(f16::to_bits))))
+            Some(_mm512_cvtph_ps(cast(band.map(f16::to_bits))))
         }
-        Floats::Wide(all) => Some(bytemuck::cast::<[f32; LANES], _>(all.get(group)?.as_chunks().0[band])),
+        Floats::Wide(all) => Some(cast::<[f32; LANES], _>(all.get(group)?.as_chunks().0[band])),
     }
 }
 
@@ -288,7 +311,7 @@ impl Runs<'_> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| bytemuck::cast(band.0)));
+        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| cast(band.0)));
         let Panel { group, starts, .. } = *self.of;
         let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
         for number in self.numbers.clone() {
@@ -328,7 +351,7 @@ impl Runs<'_> {
                 }
             }
         }
-        *to = totals.map(|of| of.map(|band| Lanes(bytemuck::cast(band))));
+        *to = totals.map(|of| of.map(|band| Lanes(cast(band))));
     }
 }
 

@@ -4,11 +4,11 @@
 use std::arch::x86_64::*;
 
 use ndarray::{ArrayView2, Axis};
-use pulp::bytemuck::{self, cast, cast_slice, cast_slice_mut};
+use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
 use super::matrix::Shape;
-use super::panel::Lanes;
+use super::panel::{Lanes, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
 use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
@@ -270,6 +270,7 @@ fn sum(total: [i32; LIMBS], unit: f32) -> f32 {
 }
 
 /// The numbers of some columns from one on, V at most, in their order each; none of those that are missing.
+#[target_feature(enable = "avx512f")]
 fn columns<'a, T: Real, const V: usize>(
     x: &'a ArrayView2<'_, T>,
     first: usize,
@@ -281,10 +282,7 @@ fn columns<'a, T: Real, const V: usize>(
     if !in_order {
         held.resize(n * V, T::zero());
         match x.as_slice() {
-            // Row by row, since columns of numbers that lie far apart evict each other.
-            Some(all) => all.chunks(b).enumerate().for_each(|(j, row)| {
-                row[first..first + count].iter().enumerate().for_each(|(v, &value)| held[v * n + j] = value);
-            }),
+            Some(all) => gather(cast_slice(all), b, first, cast_slice_mut(&mut held[..n * count])),
             None => (0..count).for_each(|v| {
                 held[v * n..].iter_mut().zip(x.column(first + v)).for_each(|(to, &value)| *to = value);
             }),
@@ -296,8 +294,35 @@ fn columns<'a, T: Real, const V: usize>(
             return [].as_slice();
         }
         let column = if in_order { x.index_axis(Axis(1), first + v).to_slice() } else { held.get(v * n..(v + 1) * n) };
-        bytemuck::cast_slice(column.unwrap_or_default())
+        cast_slice(column.unwrap_or_default())
     })
+}
+
+/// Some columns, up to 16 from one on, of rows of b numbers: by squares, as columns of numbers that lie far apart would
+/// evict each other.
+#[target_feature(enable = "avx512f")]
+fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
+    let n = rows.len() / b;
+    let count = to.len() / n;
+    for (square, rows) in rows.chunks(b * LANES).enumerate() {
+        let rows: [_; LANES] = std::array::from_fn(|j| {
+            let row = rows.get(j * b + first..j * b + first + count).unwrap_or_default();
+            cast(row.first_chunk().copied().unwrap_or_else(|| padded(row)))
+        });
+        for (column, to) in turned(rows).into_iter().zip(to.chunks_mut(n)) {
+            let column: [f32; LANES] = cast(column);
+            let to = &mut to[square * LANES..];
+            match to.first_chunk_mut() {
+                Some(to) => *to = column,
+                None => to.copy_from_slice(&column[..to.len()]),
+            }
+        }
+    }
+}
+
+/// Some numbers, at most 16, and zeros.
+fn padded(of: &[f32]) -> [f32; LANES] {
+    std::array::from_fn(|i| of.get(i).copied().unwrap_or_default())
 }
 
 /// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each lane, for each limb, the
@@ -332,10 +357,7 @@ fn unit(x: &[f32]) -> f32 {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi")]
 fn split(x: &[f32], unit: f32, order: __m512i) -> __m512i {
-    let sixteen = match x.first_chunk::<LANES>() {
-        Some(&sixteen) => sixteen,
-        None => std::array::from_fn(|i| x.get(i).copied().unwrap_or_default()),
-    };
+    let sixteen = x.first_chunk().copied().unwrap_or_else(|| padded(x));
     // With half of its range added to each digit, digits are bytes, and are signed again by its highest bit.
     let halves = _mm512_set1_epi32(0x0080_8080);
     let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), _mm512_set1_ps(unit.recip())));
