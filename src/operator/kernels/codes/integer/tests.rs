@@ -37,7 +37,7 @@ fn matrix_instructions_find_the_same_sums() {
     }) {
         for count in [5, 8, 16, 17, 40] {
             let x = Array2::from_shape_fn((n, count), |(j, v)| {
-                let size = if (j + v) % 41 == 0 { 300.0 } else { 1.0 };
+                let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
             });
             let Some([vectors, matrices]) = both(width, group, (70, n), &x) else { continue };
