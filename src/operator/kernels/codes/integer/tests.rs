@@ -13,7 +13,7 @@ fn both(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> Opti
     for i in 0..m {
         pack(bits, &(0..n).map(|j| ((i * 29 + j * 13 + i * j) % levels) as u8).collect::<Vec<_>>(), &mut codes);
     }
-    let beside = Beside { scales: &scales, zeros: (bits % 2 == 0).then_some(&zeros), offsets: None };
+    let beside = Beside { scales: &scales, zeros: bits.is_multiple_of(2).then_some(&zeros), offsets: None };
     let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
     let rows = CodedRows { group, codes: &codes, groups, beside };
     let fastest = Inputs::new(x.view(), bits, group).filter(|x| x.shape.is_some())?;
