@@ -171,13 +171,18 @@ impl<T: Real> Quantized<T> {
         self.rows().meets(x)
     }
 
+    /// The product of some rows, of which the first is a multiple of 32, with b inputs that were laid out, row by row.
+    pub(super) fn some_products(&self, x: &Inputs<T>, first: usize, b: usize, y: &mut [T]) {
+        self.rows().products(first..first + y.len() / b, Arch::new(), x, y);
+    }
+
     /// The product with b inputs that were laid out.
     pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
-        let ((m, n), rows, arch) = (self.shape(), self.rows(), Arch::new());
+        let (m, n) = self.shape();
         // Enough calls for all threads. (There may be no rows at all.)
         let share = m.div_ceil(4 * rayon::current_num_threads());
         let together = share.next_multiple_of(TOGETHER.0).clamp(TOGETHER.0, TOGETHER.1);
-        some_rows(m, b, together, m * n, |first, y| rows.products(first..first + y.len() / b, arch, x, y))
+        some_rows(m, b, together, m * n, |first, y| self.some_products(x, first, b, y))
     }
 }
 

@@ -6,9 +6,13 @@
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::kernels::{Inputs, each_code, pack, width};
-use super::{LinearOperator, Operator};
+use super::sparse::each_panel;
+use super::{LinearOperator, Operator, Quantized};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
+
+/// Rows of a part that are multiplied at a time: two panels of packed codes.
+const TOGETHER: usize = 64;
 
 /// The rows of several operators of one width, interleaved.
 #[derive(Debug, Clone, PartialEq)]
@@ -114,6 +118,44 @@ impl<T: Real> Stacked<T> {
         }
         y
     }
+
+    /// The product with more than one input, with rows of all parts at the same time: each lands where it belongs while it
+    /// is still in the cache.
+    fn product_with_many(&self, x: ArrayView2<'_, T>, laid: &[Inputs<T>]) -> Array2<T> {
+        let b = x.ncols();
+        let mut y = vec![T::zero(); self.height() * b];
+        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b).map(Some).collect();
+        let mut tasks = Vec::new();
+        for (part, own) in self.parts.iter().zip(&self.rows) {
+            let mut take = |own: &[usize]| own.iter().filter_map(|&row| rows[row].take()).collect::<Vec<_>>();
+            match laid_for(part, laid) {
+                Some((codes, inputs)) => {
+                    let some = own.chunks(TOGETHER).enumerate();
+                    tasks.extend(some.map(|(at, own)| (codes, inputs, at * TOGETHER, take(own))));
+                }
+                None => {
+                    let from = part.product(x);
+                    take(own).iter_mut().zip(from.rows()).for_each(|(to, from)| {
+                        to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+                    });
+                }
+            }
+        }
+        let work = self.height() * x.len();
+        each_panel(tasks.into_iter(), work, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
+            held.resize(TOGETHER * b, T::zero());
+            let held = &mut held[..to.len() * b];
+            codes.some_products(inputs, first, b, held);
+            to.into_iter().zip(held.chunks(b)).for_each(|(to, from)| to.copy_from_slice(from));
+        });
+        Array2::from_shape_vec((self.height(), b), y).unwrap_or_default()
+    }
+}
+
+/// The codes of a part with the inputs that are laid out for them, if there are any.
+fn laid_for<'a, T: Real>(part: &'a Operator<T>, laid: &'a [Inputs<T>]) -> Option<(&'a Quantized<T>, &'a Inputs<T>)> {
+    let Operator::Quantized(codes) = part else { return None };
+    laid.iter().find(|inputs| codes.meets(inputs)).map(|inputs| (codes, inputs))
 }
 
 impl<T: Real> LinearOperator<T> for Stacked<T> {
@@ -123,16 +165,20 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         // Inputs that are laid out for the codes of one part serve all others that are cut the same way.
         let mut laid: Vec<Inputs<T>> = Vec::new();
-        self.spread(x.ncols(), |part| {
-            let Operator::Quantized(codes) = part else { return part.product(x) };
-            if !laid.iter().any(|inputs| codes.meets(inputs)) {
+        for part in &self.parts {
+            if let Operator::Quantized(codes) = part
+                && !laid.iter().any(|inputs| codes.meets(inputs))
+            {
                 laid.extend(codes.inputs(x));
             }
-            match laid.iter().find(|inputs| codes.meets(inputs)) {
-                Some(inputs) => codes.products(inputs, x.ncols()),
-                None => codes.product(x),
-            }
-        })
+        }
+        match x.ncols() {
+            0 | 1 => self.spread(x.ncols(), |part| match laid_for(part, &laid) {
+                Some((codes, inputs)) => codes.products(inputs, x.ncols()),
+                None => part.product(x),
+            }),
+            _ => self.product_with_many(x, &laid),
+        }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.shape().1, x.ncols()));
@@ -188,7 +234,7 @@ mod tests {
 
     #[test]
     fn codes_of_all_widths_share_inputs() {
-        let m = 320;
+        let m = 1100;
         let places: Vec<u8> = (0..m).map(|i| (i * 7 % 8) as u8).collect();
         // Runs, groups that are none, and rows of one group; the last part has groups of its own.
         for (n, group) in [(80, 16), (70, 7), (70, 70), (600, 600)] {
