@@ -24,9 +24,9 @@ pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
 use self::many::Blocks;
 use self::matrix::Registers;
-use self::panel::{Lanes, Unpacking, kind, turned, unpack};
+use self::panel::{Lanes, Unpacking, kind, put, turned, unpack};
 use super::CodedRows;
-use super::packed::{self, Floats, Grids, LINE, PANEL};
+use super::packed::{Floats, Grids, LINE, PANEL};
 use crate::scalar::Real;
 use crate::simd::prefetch;
 
@@ -124,13 +124,8 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
         for band in 0..BANDS {
             let columns = std::array::from_fn(|v| totals.get(v).map_or(_mm512_setzero_si512(), |of| cast(of[band].0)));
             for (row, y) in turned(columns).into_iter().zip(y.chunks_mut(vectors).skip(band * LANES)) {
-                let row: [f32; LANES] = cast(row);
                 // (There may be more totals than vectors.)
-                let to = y.get_mut(at * LANES..).unwrap_or_default();
-                match to.first_chunk_mut() {
-                    Some(to) => *to = row,
-                    None => to.copy_from_slice(&row[..to.len()]),
-                }
+                put(row, y.get_mut(at * LANES..).unwrap_or_default());
             }
         }
     }

@@ -8,7 +8,7 @@ use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
 use super::matrix::Shape;
-use super::panel::{Lanes, turned};
+use super::panel::{Lanes, put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
 use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
@@ -17,8 +17,8 @@ use crate::scalar::{DType, Real};
 /// input is felt no farther.
 const LONGEST: usize = 256;
 
-/// Columns whose codes are in the nearest cache as bytes: 16 KiB of the rows of a panel.
-const UNPACKED: usize = 512;
+/// Columns whose codes are in the nearest cache as bytes: 16 KiB of the rows of a panel, or of as many in all as are together.
+pub(super) const UNPACKED: usize = 512;
 
 /// How the columns of a row are cut.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -310,12 +310,7 @@ fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
             cast(row.first_chunk().copied().unwrap_or_else(|| padded(row)))
         });
         for (column, to) in turned(rows).into_iter().zip(to.chunks_mut(n)) {
-            let column: [f32; LANES] = cast(column);
-            let to = &mut to[square * LANES..];
-            match to.first_chunk_mut() {
-                Some(to) => *to = column,
-                None => to.copy_from_slice(&column[..to.len()]),
-            }
+            put(column, &mut to[square * LANES..]);
         }
     }
 }

@@ -8,16 +8,13 @@ use std::ops::Range;
 
 use pulp::bytemuck::cast;
 
-use super::inputs::Layout;
+use super::inputs::{Layout, UNPACKED};
 use super::matrix::{Registers, Sums};
-use super::packed::LINE;
 use super::panel::{Lanes, Unpacking, unpack};
-use super::{BANDS, EACH, Inputs, LANES, LIMBS, Panel};
+use super::{BANDS, EACH, Inputs, LANES, LIMBS, LINE, Panel};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
-/// Columns of all panels whose codes are in the nearest cache as bytes: 16 KiB.
-const UNPACKED: usize = 512;
 
 /// How rows of a layout are cut.
 #[derive(Debug, Clone, Copy)]

@@ -51,6 +51,17 @@ pub(super) fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     columns
 }
 
+/// Writes the numbers of a vector, as many as there is room for.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn put(vector: __m512i, to: &mut [f32]) {
+    let numbers: [f32; LANES] = cast(vector);
+    match to.first_chunk_mut() {
+        Some(to) => *to = numbers,
+        None => to.copy_from_slice(&numbers[..to.len()]),
+    }
+}
+
 /// How codes of some bits come out of the bytes of vectors, two bands each.
 #[derive(Clone, Copy)]
 pub(super) struct Unpacking {
