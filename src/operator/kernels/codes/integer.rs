@@ -5,7 +5,7 @@
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
 //! cache for all inputs. Inputs that are not finite make a sum of NaN. More than a few inputs meet the bytes in matrix
-//! instructions where there are such ([`many`]), with the same sums.
+//! instructions where there are such ([`many`]), cut otherwise perhaps ([`Digits`]), with the same sums.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -14,15 +14,17 @@ use half::f16;
 use pulp::bytemuck::{self, cast};
 
 mod bytes;
+mod digits;
 mod inputs;
 mod many;
 mod matrix;
 mod panel;
 
 pub(super) use self::bytes::write;
+use self::digits::Digits;
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
-use self::many::Blocks;
+use self::many::{Blocks, Task};
 use self::matrix::Registers;
 use self::panel::{Lanes, Unpacking, kind, put, turned, unpack};
 use super::CodedRows;
@@ -142,7 +144,7 @@ struct Meeting<'x> {
 
 impl<'x> Meeting<'x> {
     fn new(x: &'x Inputs) -> Self {
-        let many = x.shape.map(|shape| (Registers::new(shape), Blocks::new(&x.layout)));
+        let many = x.shape.map(|shape| (Registers::new(shape), Blocks::new(x, shape)));
         let unpacked = match &many {
             Some((_, blocks)) => blocks.scratch(),
             None if x.vectors > TOGETHER => {
@@ -155,7 +157,7 @@ impl<'x> Meeting<'x> {
 
     /// Panels that are multiplied together.
     fn panels(&self) -> usize {
-        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels)
+        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels())
     }
 
     /// Adds the products of some panels with all inputs.
@@ -166,7 +168,13 @@ impl<'x> Meeting<'x> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         if let Some((registers, blocks)) = &self.many {
-            return blocks.multiply::<KIND, PARTS>(panels, self.x, registers, &mut self.unpacked, totals);
+            let task = Task { panels, x: self.x, registers, unpacked: &mut self.unpacked, totals };
+            return match (self.x.layout.digits, registers.shape().inputs) {
+                (Digits::Two, LANES) => blocks.multiply::<KIND, PARTS, 2, LANES>(task),
+                (Digits::Two, _) => blocks.multiply::<KIND, PARTS, 2, { LANES / 2 }>(task),
+                (Digits::Three, LANES) => blocks.multiply::<KIND, PARTS, 3, LANES>(task),
+                (Digits::Three, _) => blocks.multiply::<KIND, PARTS, 3, { LANES / 2 }>(task),
+            };
         }
         for (panel, totals) in panels.iter().zip(totals.chunks_mut(self.x.padded())) {
             panel.multiply::<KIND, PARTS>(self.x, &mut self.unpacked, totals);
@@ -219,36 +227,36 @@ impl Panel<'_> {
             let numbers = first..layout.runs().min(first + together);
             let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
             let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
-            unpack::<KIND, PARTS>(&unpacking, codes, 0, unpacked);
+            unpack::<KIND, PARTS, LIMBS>(&unpacking, _mm512_setzero_si512(), codes, AHEAD, unpacked, 0);
             let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
             let runs = Runs { of: self, numbers, codes, unpacking };
             x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
         }
     }
 
-    /// What makes numbers of a group's sums of a band; `None` if there is none.
+    /// What makes numbers of a group's sums of a band; zeros if there is no such group.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn scaling(&self, group: usize, band: usize) -> Option<Scaling> {
-        let scales = numbers(&self.grids.scales, group, band)?;
+    fn scaling(&self, group: usize, band: usize) -> Scaling {
+        let scales = numbers(&self.grids.scales, group, band);
         // What codes count from the middle: zero points, or the numbers of the middle codes.
         let shift = match self.grids.zeros.get(group) {
             Some(zeros) => {
                 let zeros = _mm512_cvtepu8_epi32(cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
                 let middle = _mm512_set1_epi32(1 << (self.bits - 1));
-                Some(_mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros))))
+                _mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros)))
             }
             None => numbers(&self.grids.offsets, group, band),
         };
-        Some(Scaling { scales, shift })
+        Scaling { scales, shift }
     }
 }
 
-/// What makes numbers of sums of codes that count from the middle: of 16 rows, a scale each and perhaps a number beside it.
+/// What makes numbers of sums of codes that count from the middle: of 16 rows, a scale each and a number beside it.
 #[derive(Clone, Copy)]
 struct Scaling {
     scales: __m512,
-    shift: Option<__m512>,
+    shift: __m512,
 }
 
 impl Scaling {
@@ -260,23 +268,23 @@ impl Scaling {
         let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
         let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
         let total = _mm512_fmadd_ps(sum, scale, total);
-        match self.shift {
-            Some(shift) => _mm512_fmadd_ps(shift, _mm512_set1_ps(whole), total),
-            None => total,
-        }
+        _mm512_fmadd_ps(self.shift, _mm512_set1_ps(whole), total)
     }
 }
 
-/// A group's numbers of a band; `None` if there are none at all.
+/// A group's numbers of a band; zeros if there are none at all.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn numbers(of: &Floats, group: usize, band: usize) -> Option<__m512> {
+fn numbers(of: &Floats, group: usize, band: usize) -> __m512 {
     match of {
-        Floats::Half(all) => {
-            let band: [f16; LANES] = all.get(group)?.as_chunks().0[band];
-            Some(_mm512_cvtph_ps(cast(band.map(f16::to_bits))))
-        }
-        Floats::Wide(all) => Some(cast::<[f32; LANES], _>(all.get(group)?.as_chunks().0[band])),
+        Floats::Half(all) => match all.get(group) {
+            Some(of) => _mm512_cvtph_ps(cast(of.as_chunks::<LANES>().0[band].map(f16::to_bits))),
+            None => _mm512_setzero_ps(),
+        },
+        Floats::Wide(all) => match all.get(group) {
+            Some(of) => cast::<[f32; LANES], _>(of.as_chunks().0[band]),
+            None => _mm512_setzero_ps(),
+        },
     }
 }
 
@@ -339,7 +347,7 @@ impl Runs<'_> {
                 }
             }
             for band in 0..BANDS {
-                let Some(scaling) = self.of.scaling(group, band) else { return };
+                let scaling = self.of.scaling(group, band);
                 for v in 0..V {
                     let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
                     totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);

@@ -2,11 +2,13 @@
 //! each by itself.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
+use super::digits::{Cut, Digits, padded, totalled, unit};
 use super::matrix::Shape;
 use super::panel::{Lanes, put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
@@ -28,6 +30,8 @@ pub(super) struct Layout {
     parts: usize,
     /// Consecutive columns that share scales and units.
     pub run: usize,
+    /// How more than a few inputs are cut.
+    pub digits: Digits,
     /// Runs of a group.
     each: usize,
     /// Runs of a row, and lanes of the last.
@@ -49,7 +53,9 @@ impl Layout {
         };
         let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
         let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
-        Some(Layout { columns, parts: chunk / EACH, run, each, runs, last })
+        // (Lanes of a step come in fours.)
+        let digits = if bits <= 4 && run <= LANES / 2 * EACH { Digits::Two } else { Digits::Three };
+        Some(Layout { columns, parts: chunk / EACH, run, digits, each, runs, last })
     }
 
     #[inline(always)]
@@ -85,7 +91,7 @@ pub(in super::super) struct Inputs {
     /// What more than [`TOGETHER`] are laid out for, where there are matrix instructions.
     pub(super) shape: Option<Shape>,
     /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
-    /// run, step, limb, vector, lane, with zeros for lanes that a step has beyond the run.
+    /// run, step, row (digit, vector), lane of codes times 16 perhaps, with zeros for lanes beyond the run.
     limbs: Vec<Lanes<i32>>,
     /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. (None for matrix instructions.)
     less: Vec<i32>,
@@ -107,7 +113,7 @@ impl Inputs {
     /// `None` if there is no kernel for such rows here.
     pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
         let layout = Layout::new::<T>(bits, group, x.nrows())?;
-        let shape = if x.ncols() > TOGETHER { Shape::new(x.ncols(), layout.run / EACH) } else { None };
+        let shape = if x.ncols() > TOGETHER { Shape::new(x.ncols(), &layout) } else { None };
         Some(Self::laid_out(x, layout, shape))
     }
 
@@ -115,17 +121,20 @@ impl Inputs {
     pub(super) fn laid_out<T: Real>(x: ArrayView2<'_, T>, layout: Layout, shape: Option<Shape>) -> Self {
         let (vectors, rest, runs) = (x.ncols(), x.ncols() % TOGETHER, layout.runs);
         let (padded, width) = match shape {
-            Some(shape) => (vectors.next_multiple_of(shape.inputs()), shape.inputs()),
+            Some(shape) => (vectors.next_multiple_of(shape.inputs), shape.inputs),
             None if rest == 0 => (vectors, TOGETHER),
             None => (vectors - rest + rest.next_power_of_two(), TOGETHER),
         };
-        let lanes = runs * in_steps(shape, layout.run / EACH) * LIMBS;
-        let mut limbs = vec![Lanes::default(); (lanes * padded).div_ceil(LANES)];
+        let digits = match shape {
+            Some(shape) => runs * shape.run(&layout),
+            None => runs * (layout.run / EACH) * LIMBS * width,
+        };
+        let mut limbs = vec![Lanes::default(); (digits * padded).div_ceil(width * LANES)];
         let mut less = vec![0; if shape.is_some() { 0 } else { runs * LIMBS * padded }];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
         let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
         let mut less_of = less.chunks_mut(width * runs * LIMBS);
-        let tiles = counts.zip(cast_slice_mut(&mut limbs).chunks_mut(width * lanes)).map(|((units, sums), limbs)| {
+        let tiles = counts.zip(cast_slice_mut(&mut limbs).chunks_mut(digits)).map(|((units, sums), limbs)| {
             let less = less_of.next().unwrap_or_default();
             Tile { limbs, less, units, sums }
         });
@@ -152,17 +161,28 @@ impl Inputs {
     }
 
     /// First vector and number of vectors of each tile.
-    pub(super) fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (padded, width) = (self.padded, self.shape.map_or(TOGETHER, |shape| shape.inputs()));
+    pub(super) fn tiles(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + use<> {
+        let (padded, width) = (self.padded, self.shape.map_or(TOGETHER, |shape| shape.inputs));
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
-    /// A tile's limbs of a run.
+    /// A tile's limbs of a run, for vectors.
     #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        let lanes = in_steps(self.shape, self.layout.run / EACH);
-        let from = (first * self.layout.runs + run * width) * lanes * LIMBS;
-        &cast_slice(&self.limbs)[from..from + in_steps(self.shape, self.layout.lanes(run)) * LIMBS * width]
+        let from = (first * self.layout.runs + run * width) * (self.layout.run / EACH) * LIMBS;
+        &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * LIMBS * width]
+    }
+
+    /// The digits of all tiles and runs, for matrix instructions.
+    #[inline(always)]
+    pub(super) fn digits(&self) -> &[i32] {
+        cast_slice(&self.limbs)
+    }
+
+    /// Units and sums of the vectors of tiles in runs, of which there are so many before.
+    #[inline(always)]
+    pub(super) fn beside_all<const COUNT: usize>(&self, places: Range<usize>) -> (&[[f32; COUNT]], &[[f32; COUNT]]) {
+        (&self.units.as_chunks().0[places.clone()], &self.sums.as_chunks().0[places])
     }
 
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
@@ -190,16 +210,10 @@ impl Inputs {
     }
 }
 
-/// Lanes for which there are numbers, for some lanes of a run.
-#[inline(always)]
-fn in_steps(shape: Option<Shape>, lanes: usize) -> usize {
-    shape.map_or(lanes, |shape| lanes.next_multiple_of(shape.lanes()))
-}
-
 /// Lays a tile out, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
-    let order = order(layout.parts);
+    let cut = Cut::new(Digits::Three, layout.parts);
     let limbs = tile.limbs.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0.chunks_mut(layout.run / EACH);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
     let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
@@ -211,7 +225,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
         for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
             let mut digits = [_mm512_setzero_si512(); V];
             for v in 0..V {
-                digits[v] = split(x[v].get(step * LANES..).unwrap_or_default(), units[v], order);
+                digits[v] = cut.split(x[v].get(step * LANES..).unwrap_or_default(), units[v]);
                 totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
             }
             let digits = digits.map(cast::<_, [[i32; LANES / EACH]; EACH]>);
@@ -223,7 +237,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
         }
         for v in 0..V {
             let total = totalled(totals[v]);
-            sums[v] = sum(total, units[v]);
+            sums[v] = Digits::Three.sum(total, units[v]);
             (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
         }
     }
@@ -232,41 +246,30 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
 /// Lays a tile out for matrix instructions, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
-    let (order, count, lanes) = (order(layout.parts), shape.inputs(), shape.lanes());
-    let limbs = tile.limbs.chunks_mut(in_steps(Some(shape), layout.run / EACH) * LIMBS * count);
-    let beside = tile.units.chunks_mut(count).zip(tile.sums.chunks_mut(count));
-    for (run, (limbs, (units, sums))) in limbs.zip(beside).enumerate() {
+    let Shape { inputs, digits, lanes, .. } = shape;
+    let (cut, parts, width) = (Cut::new(digits, layout.parts), digits.parts(), shape.width());
+    let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
+    for (run, (to, (units, sums))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         let from = run * layout.run;
-        for (v, x) in x.iter().take(count).enumerate() {
+        for (v, x) in x.iter().take(inputs).enumerate() {
             let x = x.get(from..x.len().min(from + layout.run)).unwrap_or_default();
             units[v] = unit(x);
             let mut total = _mm512_setzero_si512();
-            for (step, limbs) in limbs.chunks_mut(LIMBS * count * lanes).enumerate() {
+            for (step, to) in to.chunks_mut(shape.step()).enumerate() {
                 for lane in (0..lanes).step_by(LANES / EACH) {
-                    let at = (step * lanes + lane) * EACH;
-                    let digits = split(x.get(at..).unwrap_or_default(), units[v], order);
-                    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), digits);
-                    let digits: [[i32; LANES / EACH]; EACH] = cast(digits);
-                    for limb in 0..LIMBS {
-                        limbs[(limb * count + v) * lanes + lane..][..LANES / EACH].copy_from_slice(&digits[limb]);
+                    let bytes = cut.split(x.get((step * lanes + lane) * EACH..).unwrap_or_default(), units[v]);
+                    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+                    let bytes: [[i32; LANES / EACH]; EACH] = cast(bytes);
+                    for (byte, of) in bytes.iter().enumerate().take(digits.count() * parts) {
+                        // The larger part of a digit meets what comes last.
+                        let (digit, part) = (byte / parts, parts - 1 - byte % parts);
+                        to[(digit * inputs + v) * width + part * lanes + lane..][..LANES / EACH].copy_from_slice(of);
                     }
                 }
             }
-            sums[v] = sum(totalled(total), units[v]);
+            sums[v] = digits.sum(totalled(total), units[v]);
         }
     }
-}
-
-/// The sum of each limb.
-fn totalled(of: __m512i) -> [i32; LIMBS] {
-    let of: [[i32; LANES / EACH]; EACH] = cast(of);
-    std::array::from_fn(|limb| of[limb].iter().sum())
-}
-
-/// What the sums of all limbs come to.
-fn sum(total: [i32; LIMBS], unit: f32) -> f32 {
-    let whole = total.iter().fold(0, |whole: i64, &sum| 256 * whole + i64::from(sum));
-    (whole as f64 * f64::from(unit)) as f32
 }
 
 /// The numbers of some columns from one on, V at most, in their order each; none of those that are missing.
@@ -313,49 +316,4 @@ fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
             put(column, &mut to[square * LANES..]);
         }
     }
-}
-
-/// Some numbers, at most 16, and zeros.
-fn padded(of: &[f32]) -> [f32; LANES] {
-    std::array::from_fn(|i| of.get(i).copied().unwrap_or_default())
-}
-
-/// Where bytes of the digits of 16 columns go, as codes come out of vectors: four bytes of each lane, for each limb, the
-/// largest first, and nothing.
-#[target_feature(enable = "avx512f")]
-fn order(parts: usize) -> __m512i {
-    let place: [u8; 64] = std::array::from_fn(|byte| {
-        let (limb, lane, at) = (byte / 16, byte / EACH % EACH, byte % EACH);
-        // (What is behind the last limb is masked away.)
-        let column = lane / parts * EACH * parts + at * parts + lane % parts;
-        (column * EACH + 2usize.saturating_sub(limb)) as u8
-    });
-    cast(place)
-}
-
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-fn unit(x: &[f32]) -> f32 {
-    const LARGEST: f32 = (127 << 16) as f32;
-    // NaN and infinity have the largest bits.
-    let largest = f32::from_bits(x.iter().fold(0, |largest, v| v.abs().to_bits().max(largest)));
-    if !largest.is_finite() {
-        return f32::NAN;
-    }
-    // The power of two at or above the quotient; the least normal number serves what is smaller still.
-    let quotient = (largest / LARGEST).max(f32::MIN_POSITIVE);
-    let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
-    if below < quotient { below * 2.0 } else { below }
-}
-
-/// The first 16 of some inputs in bytes; zeros where there are none, and where the unit is not a number.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi")]
-fn split(x: &[f32], unit: f32, order: __m512i) -> __m512i {
-    let sixteen = x.first_chunk().copied().unwrap_or_else(|| padded(x));
-    // With half of its range added to each digit, digits are bytes, and are signed again by its highest bit.
-    let halves = _mm512_set1_epi32(0x0080_8080);
-    let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), _mm512_set1_ps(unit.recip())));
-    let digits = _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves);
-    _mm512_maskz_permutexvar_epi8((1 << (16 * LIMBS)) - 1, order, digits)
 }

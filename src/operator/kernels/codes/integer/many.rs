@@ -1,113 +1,205 @@
 //! Products with many inputs, by matrix instructions: some columns of some panels at a time.
 //!
-//! Of the columns of a block the nearest cache holds the codes of all panels as bytes, and the limbs of a tile of inputs, which
-//! comes from the next cache once for all of them.
+//! Of the columns of a block the nearest cache holds the digits of a tile of inputs, which come from the next cache once for
+//! some panels, and codes as bytes: of one panel while those of the next are unpacked, or of all that more than one tile
+//! meets. While matrix instructions add up the products of a band of rows of a run, vectors make numbers of the sums of the
+//! band before and unpack codes: each by turns for a few dozen instructions, as a processor looks no farther ahead to mix
+//! them. So what is done beside a product should be little: numbers of inputs and digits are known when this is compiled.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use pulp::bytemuck::cast;
 
-use super::inputs::{Layout, UNPACKED};
-use super::matrix::{Registers, Sums};
+use super::digits::Digits;
+use super::matrix::{Registers, Shape, Sums};
 use super::panel::{Lanes, Unpacking, unpack};
-use super::{BANDS, EACH, Inputs, LANES, LIMBS, LINE, Panel};
+use super::{BANDS, EACH, Inputs, Panel, Scaling};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
+
+/// Panels that inputs meet before the next block.
+const PANELS: usize = 4;
+
+/// Lanes of 4 KiB. A load waits for a store before it whose address differs by whole pages: codes that are unpacked should be
+/// so far from those that have just been loaded, not from those that come next.
+const PAGE: usize = 4096 / size_of::<[Lanes<i32>; BANDS]>();
+
+/// Panels that meet inputs, with memory for their codes, and the totals: vector by vector of each panel.
+pub(super) struct Task<'a, 'p> {
+    pub panels: &'a [Panel<'p>],
+    pub x: &'a Inputs,
+    pub registers: &'a Registers,
+    pub unpacked: &'a mut [[Lanes<i32>; BANDS]],
+    pub totals: &'a mut [[Lanes<f32>; BANDS]],
+}
 
 /// How rows of a layout are cut.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Blocks {
     /// Runs of a block.
     runs: usize,
-    /// Panels that inputs meet before the next block.
-    pub panels: usize,
-    /// Lanes of a block of a panel.
+    /// Lanes from a run to the next.
+    stride: usize,
+    /// Lanes of a block of a panel, with those that its last step goes beyond it.
     lanes: usize,
+    /// Blocks that there is memory for: all that inputs meet, if there are more tiles than one, and what comes next.
+    places: usize,
 }
 
 impl Blocks {
-    pub(super) fn new(layout: &Layout) -> Self {
-        let runs = (COLUMNS / layout.run).max(1);
-        Blocks { runs, panels: (UNPACKED / (runs * layout.run)).max(1), lanes: runs * layout.run / EACH }
+    pub(super) fn new(x: &Inputs, shape: Shape) -> Self {
+        let (run, runs) = (x.layout.run, (COLUMNS / x.layout.run).max(1));
+        let stride = match shape.digits {
+            Digits::Three => run / EACH,
+            Digits::Two => shape.width(),
+        };
+        // The last step may go beyond its run.
+        let lanes = (runs - 1) * stride + (shape.steps(run / EACH) * shape.width()).max(stride);
+        let places = if x.tiles().len() > 1 { PANELS + 1 } else { 2 };
+        Blocks { runs, stride, lanes: lanes.next_multiple_of(PAGE), places }
     }
 
-    /// Memory for the codes of a block of all panels.
+    /// Panels that are together at most.
+    pub(super) fn panels(&self) -> usize {
+        PANELS
+    }
+
+    /// Memory for codes.
     pub(super) fn scratch(&self) -> Vec<[Lanes<i32>; BANDS]> {
-        // (A step of matrix instructions may go beyond the last run.)
-        vec![[Lanes::default(); BANDS]; self.panels * self.lanes + LANES]
+        vec![[Lanes::default(); BANDS]; self.places * self.lanes]
     }
 
-    /// Adds the products of as many panels as are together, or fewer, with all inputs: vector by vector of each panel.
+    /// Where the codes of a block of a panel are, of which there are some before.
+    #[inline(always)]
+    fn place(&self, before: usize) -> Range<usize> {
+        let from = before % self.places * self.lanes;
+        from..from + self.lanes
+    }
+
+    /// The codes of some panels that have so many blocks before them, none behind the last ones; and what is ahead of them.
+    #[inline(always)]
+    fn coming<'a>(&self, panels: &'a [Panel<'_>], whole: usize, before: usize) -> (&'a [u8], usize) {
+        let (block, panel) = (before / panels.len(), &panels[before % panels.len()]);
+        let rest = panel.packed.get(block * whole..).unwrap_or_default();
+        // Bytes to those of the same panel that come next, or to the next panels, which follow in memory.
+        let ahead = if rest.len() > whole { whole } else { rest.len() + (panels.len() - 1) * panel.packed.len() };
+        (&rest[..whole.min(rest.len())], ahead)
+    }
+
+    /// Adds the products of as many panels as are together, or fewer, with all inputs, COUNT at a time.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
+    pub(super) fn multiply<const KIND: u8, const PARTS: usize, const DIGITS: usize, const COUNT: usize>(
         &self,
-        panels: &[Panel<'_>],
-        x: &Inputs,
-        registers: &Registers,
-        unpacked: &mut [[Lanes<i32>; BANDS]],
-        totals: &mut [[Lanes<f32>; BANDS]],
+        task: Task<'_, '_>,
     ) {
+        let Task { panels, x, registers, unpacked, totals } = task;
         let Some(one) = panels.first() else { return };
-        let (layout, unpacking, mut sums) = (&x.layout, Unpacking::new(one.bits), Sums::default());
-        // Codes count from the middle, as matrix instructions take signed bytes.
-        let less = 1 << (one.bits - 1);
-        // While codes of a block are multiplied, as many bytes of the next one are asked for.
-        let lines = (registers.lanes() / PARTS * unpacking.chunk()).div_ceil(LINE);
-        let mut from = 0;
-        for first in (0..layout.runs()).step_by(self.runs) {
-            let numbers = first..layout.runs().min(first + self.runs);
-            let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
-            let bytes = from..from + lanes / PARTS * unpacking.chunk();
-            for (panel, to) in panels.iter().zip(unpacked.chunks_mut(self.lanes)) {
-                unpack::<KIND, PARTS>(&unpacking, &panel.packed[bytes.clone()], less, to);
-            }
-            from = bytes.end;
-            let last = numbers.end == layout.runs();
-            for (tile, (begin, count)) in x.tiles().enumerate() {
+        let (layout, unpacking) = (&x.layout, Unpacking::new(one.bits));
+        let shape = Shape::of(COUNT, if DIGITS == 2 { Digits::Two } else { Digits::Three }, layout);
+        let registers = registers.of(shape);
+        // Lanes, steps and bytes of a run, and integers of its inputs.
+        let (lanes, of_run, padded) = (layout.run / EACH, shape.run(layout), x.padded());
+        let (steps, bytes) = (shape.steps(lanes), (lanes / PARTS * unpacking.chunk()).max(1));
+        let groups = layout.group_of(layout.runs().saturating_sub(1)) + 1;
+        let less = _mm512_set1_epi8(1 << (one.bits - 1));
+        let (codes, ahead) = self.coming(panels, self.runs * bytes, 0);
+        for (codes, to) in codes.chunks(bytes).zip(unpacked[self.place(0)].chunks_mut(self.stride)) {
+            unpack::<KIND, PARTS, DIGITS>(&unpacking, less, codes, ahead, to, self.stride / 2);
+        }
+        let mut sums = Sums::default();
+        // What has its sums, but not its totals: nothing yet.
+        let nothing = Scaling { scales: _mm512_setzero_ps(), shift: _mm512_setzero_ps() };
+        let (mut upper, mut beside, mut totals_of) = (nothing, (&[0.0; COUNT], &[0.0; COUNT]), 0);
+        for (block, first) in (0..layout.runs()).step_by(self.runs).enumerate() {
+            let runs = self.runs.min(layout.runs() - first);
+            for (tile, (begin, _)) in x.tiles().enumerate() {
+                let from = tile * layout.runs() + first;
+                let (units, whole) = x.beside_all::<COUNT>(from..from + runs);
                 for (at, panel) in panels.iter().enumerate() {
-                    // Panels follow each other in memory.
-                    let next = if last { panels.len() * panel.packed.len() } else { from };
-                    let ahead = (panel.packed.as_ptr().wrapping_add(next), if tile == 0 { lines } else { 0 });
-                    let totals = &mut totals[at * x.padded() + begin..][..count];
-                    let codes = &unpacked[at * self.lanes..];
-                    panel.block(x, registers, (numbers.clone(), begin), codes, ahead, &mut sums, totals);
+                    let before = block * panels.len() + at;
+                    let places = [self.place(before), self.place(before + 1)];
+                    let Ok([codes, spare]) = unpacked.get_disjoint_mut(places) else { return };
+                    // Other tiles of inputs meet what is unpacked beside the first one.
+                    let (coming, ahead) = self.coming(panels, self.runs * bytes, before + 1);
+                    let mut coming = if tile == 0 { coming } else { &[] }.chunks(bytes);
+                    // Groups from those of a block to those of the next, of this panel or of those that come next.
+                    let groups_ahead = match first + self.runs < layout.runs() {
+                        true => layout.group_of(first + self.runs) - layout.group_of(first),
+                        false => panels.len() * groups - layout.group_of(first),
+                    };
+                    let inputs = x.digits()[from * of_run..].chunks(of_run);
+                    let of_runs = spare.chunks_mut(self.stride).zip(inputs).zip(units.iter().zip(whole));
+                    for (run, ((to, inputs), all)) in of_runs.enumerate() {
+                        let last = first + run + 1 == layout.runs();
+                        let steps = if last { shape.steps(layout.lanes(first + run)) } else { steps };
+                        let codes = &codes[run * self.stride..];
+                        let piece = coming.next().unwrap_or_default();
+                        registers.add_up::<0>(steps, codes, inputs);
+                        registers.put::<1>(&mut sums);
+                        unpack::<KIND, PARTS, DIGITS>(&unpacking, less, piece, ahead, to, self.stride / 2);
+                        add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
+                        registers.add_up::<1>(steps, codes, inputs);
+                        registers.put::<0>(&mut sums);
+                        let group = panel.group + layout.group_of(first + run);
+                        let lower;
+                        [lower, upper] = scalings::<KIND, DIGITS, COUNT>(panel, group, groups_ahead);
+                        (beside, totals_of) = (all, at * padded + begin);
+                        add::<DIGITS, COUNT, 0>(&lower, &sums, beside, totals, totals_of);
+                    }
                 }
             }
         }
+        registers.put::<1>(&mut sums);
+        add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
     }
 }
 
-impl Panel<'_> {
-    /// Adds the products of some runs with a tile of inputs.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    #[allow(clippy::too_many_arguments)]
-    fn block(
-        &self,
-        x: &Inputs,
-        registers: &Registers,
-        (numbers, first): (Range<usize>, usize),
-        codes: &[[Lanes<i32>; BANDS]],
-        (mut ahead, lines): (*const u8, usize),
-        sums: &mut Sums,
-        totals: &mut [[Lanes<f32>; BANDS]],
-    ) {
-        let (count, each) = (totals.len(), x.layout.run / EACH);
-        for (at, number) in numbers.enumerate() {
-            let limbs = x.limbs(number, first, count);
-            registers.add_up(limbs, &codes[at * each..], (ahead, lines), sums);
-            ahead = ahead.wrapping_add(limbs.len() / (LIMBS * count * registers.lanes()) * lines * LINE);
-            let group = self.group + x.layout.group_of(number);
-            let (Some(lower), Some(upper)) = (self.scaling(group, 0), self.scaling(group, 1)) else { return };
-            let (units, whole) = x.beside(number, first, count);
-            for (v, (total, (&unit, &whole))) in totals.iter_mut().zip(units.iter().zip(whole)).enumerate() {
-                for (band, scaling) in [lower, upper].into_iter().enumerate() {
-                    let limbs = [0, 1, 2].map(|limb| cast(sums.0[limb][band][v].0));
-                    let sum: __m512 = scaling.add(cast(total[band].0), limbs, unit, whole);
-                    total[band] = Lanes(cast(sum));
+/// What makes numbers of a group's sums, of each band; asks for what belongs to the group that comes so many later. (Each
+/// kernel has its own, which compilers make part of the loop then.)
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+fn scalings<const KIND: u8, const DIGITS: usize, const COUNT: usize>(
+    panel: &Panel<'_>,
+    group: usize,
+    ahead: usize,
+) -> [Scaling; BANDS] {
+    panel.grids.prefetch(group, ahead);
+    [panel.scaling(group, 0), panel.scaling(group, 1)]
+}
+
+/// Adds the sums of the digits of some inputs of some units and sums to totals from one on, of a band.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+fn add<const DIGITS: usize, const COUNT: usize, const BAND: usize>(
+    scaling: &Scaling,
+    sums: &Sums,
+    (units, whole): (&[f32; COUNT], &[f32; COUNT]),
+    totals: &mut [[Lanes<f32>; BANDS]],
+    from: usize,
+) {
+    let Some(totals) = totals[from..].first_chunk_mut::<COUNT>() else { return };
+    let of = sums.0[BAND].as_chunks::<COUNT>().0;
+    let (high, middle, low) = (&of[0], &of[1], &of[DIGITS - 1]);
+    let (high, middle, low) = (high.as_chunks::<4>().0, middle.as_chunks::<4>().0, low.as_chunks::<4>().0);
+    let (totals, units, whole) = (totals.as_chunks_mut::<4>().0, units.as_chunks::<4>().0, whole.as_chunks::<4>().0);
+    for four in 0..COUNT / 4 {
+        let (high, middle, low) = (&high[four], &middle[four], &low[four]);
+        let (totals, units, whole) = (&mut totals[four], &units[four], &whole[four]);
+        for v in 0..4 {
+            let high = _mm512_cvtepi32_ps(cast(high[v].0));
+            let sum = match DIGITS {
+                2 => _mm512_fmadd_ps(high, _mm512_set1_ps(4096.0), _mm512_cvtepi32_ps(cast(low[v].0))),
+                _ => {
+                    let rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(cast(middle[v].0)), cast(low[v].0));
+                    _mm512_fmadd_ps(high, _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
                 }
-            }
+            };
+            let scale = _mm512_mul_ps(scaling.scales, _mm512_set1_ps(units[v]));
+            let total = &mut totals[v][BAND];
+            let sum = _mm512_fmadd_ps(sum, scale, cast(total.0));
+            *total = Lanes(cast(_mm512_fmadd_ps(scaling.shift, _mm512_set1_ps(whole[v]), sum)));
         }
     }
 }

@@ -8,8 +8,10 @@ use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
+use super::digits::Digits;
+use super::inputs::Layout;
 use super::panel::Lanes;
-use super::{BANDS, LANES, LIMBS};
+use super::{BANDS, EACH, LANES, LIMBS};
 
 /// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory
 /// for the registers aside then for each thread that uses them.)
@@ -48,40 +50,72 @@ fn permitted() -> bool {
     false
 }
 
-/// Inputs that meet codes together, and lanes of a step.
+/// How inputs meet codes: a register of them has a digit of an input in each row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
-    inputs: usize,
-    lanes: usize,
+    pub inputs: usize,
+    pub digits: Digits,
+    /// Lanes of codes of a step.
+    pub lanes: usize,
+    /// Registers that hold all digits of the inputs, and rows of each: as few as there can be, of one size.
+    pub tiles: usize,
+    pub rows: usize,
 }
 
 impl Shape {
-    /// For so many inputs and runs of so many lanes; `None` without the instructions.
-    pub(super) fn new(inputs: usize, lanes: usize) -> Option<Self> {
-        if inputs == 0 || lanes == 0 || !available() {
-            return None;
-        }
-        // As few tiles as there can be, of one size.
-        let inputs = inputs.div_ceil(inputs.div_ceil(LANES));
-        Some(Shape { inputs, lanes: lanes.next_multiple_of(4).min(LANES) })
+    /// For so many inputs, eight or sixteen at a time; `None` without the instructions.
+    pub(super) fn new(inputs: usize, layout: &Layout) -> Option<Self> {
+        let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
+        (inputs > 0 && layout.run > 0 && available()).then(|| Self::of(together, layout.digits, layout))
     }
 
-    pub(super) fn inputs(&self) -> usize {
-        self.inputs
+    /// For so many inputs at a time, at most sixteen.
+    #[inline(always)]
+    pub(super) fn of(inputs: usize, digits: Digits, layout: &Layout) -> Self {
+        let rows = inputs * digits.count();
+        let tiles = rows.div_ceil(LANES);
+        let lanes = (layout.run / EACH).next_multiple_of(4).min(LANES / digits.parts());
+        Shape { inputs, digits, lanes, tiles, rows: rows.div_ceil(tiles) }
     }
 
-    pub(super) fn lanes(&self) -> usize {
-        self.lanes
+    /// Lanes of a step with those of codes that count again.
+    #[inline(always)]
+    pub(super) fn width(&self) -> usize {
+        self.lanes * self.digits.parts()
+    }
+
+    /// Integers of a register of inputs.
+    #[inline(always)]
+    pub(super) fn tile(&self) -> usize {
+        self.rows * self.width()
+    }
+
+    /// Integers of a step's inputs.
+    #[inline(always)]
+    pub(super) fn step(&self) -> usize {
+        self.tiles * self.tile()
+    }
+
+    /// Steps of so many lanes.
+    #[inline(always)]
+    pub(super) fn steps(&self, lanes: usize) -> usize {
+        lanes.div_ceil(self.lanes)
+    }
+
+    /// Integers of a run's inputs.
+    #[inline(always)]
+    pub(super) fn run(&self, layout: &Layout) -> usize {
+        self.steps(layout.run / EACH) * self.step()
     }
 }
 
-/// Sums of the products of each limb of some inputs with each band of rows.
+/// Sums of the products of each digit of some inputs with each band of rows: digit, input.
 #[repr(C, align(64))]
-pub(super) struct Sums(pub(super) [[[Lanes<i32>; LANES]; BANDS]; LIMBS]);
+pub(super) struct Sums(pub(super) [[Lanes<i32>; LIMBS * LANES]; BANDS]);
 
 impl Default for Sums {
     fn default() -> Self {
-        Sums([[[Lanes::default(); LANES]; BANDS]; LIMBS])
+        Sums([[Lanes::default(); LIMBS * LANES]; BANDS])
     }
 }
 
@@ -95,6 +129,19 @@ struct Configuration {
     rows: [u8; 16],
 }
 
+/// Assembly that uses the tile registers.
+macro_rules! tiles {
+    ($($code:expr),+; $($operand:tt)*) => {
+        asm!(
+            $($code),+,
+            $($operand)*
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
 /// The tile registers of this thread, in use from the first word to the last.
 pub(super) struct Registers {
     shape: Shape,
@@ -105,116 +152,125 @@ pub(super) struct Registers {
 impl Registers {
     #[allow(unsafe_code)]
     pub(super) fn new(shape: Shape) -> Self {
-        let (inputs, lanes) = (shape.inputs as u8, shape.lanes as u8);
+        let (rows, width) = (shape.rows as u8, shape.width() as u8);
         let mut of = Configuration { palette: 1, start: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
         // Six of sums, one of codes, one of inputs.
         of.bytes[..7].fill(64);
-        of.rows[..6].fill(inputs);
-        (of.rows[6], of.rows[7], of.bytes[7]) = (lanes, inputs, 4 * u16::from(lanes));
+        of.rows[..6].fill(rows);
+        (of.rows[6], of.rows[7], of.bytes[7]) = (width, rows, 4 * u16::from(width));
         // SAFETY: a shape is there only if the machine has the instruction and the system permits it. It reads the 64 bytes
         // of the configuration, in which no register has more than the 16 rows of 64 bytes that palette 1 allows: a shape
-        // has 1 to 16 inputs and 4 to 16 lanes. It writes tile registers only, which compiled code does not use.
+        // has 1 to 16 rows and 4 to 16 lanes. It writes tile registers only, which compiled code does not use.
         unsafe {
-            asm!(
-                "ldtilecfg [{of}]",
-                of = in(reg) &raw const of,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack, preserves_flags, readonly),
-            );
+            tiles!("ldtilecfg [{of}]"; of = in(reg) &raw const of,);
         }
         Registers { shape, here: PhantomData }
     }
 
-    /// Lanes of a step.
-    pub(super) fn lanes(&self) -> usize {
-        self.shape.lanes
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
     }
 
-    /// The sums of the products of inputs, step by step, limb by limb, input by input, with the lanes that begin some codes.
-    /// In the last step inputs are zero where their lanes end. Ahead of what comes next, so many lines are asked for in each
-    /// step.
+    /// Them, of the shape that they have: a compiler may know more of it.
     ///
     /// # Panics
-    /// If there are lanes for fewer steps than inputs have.
+    /// If they have another one.
+    #[inline(always)]
+    pub(super) fn of(&self, shape: Shape) -> Shaped<'_> {
+        assert!(self.shape == shape, "registers of this shape");
+        Shaped { shape, registers: PhantomData }
+    }
+}
+
+/// Registers of a shape.
+#[derive(Clone, Copy)]
+pub(super) struct Shaped<'r> {
+    shape: Shape,
+    registers: PhantomData<&'r Registers>,
+}
+
+impl Shaped<'_> {
+    /// Adds up the products of the codes and inputs of some steps, of a band. Inputs are zero where their lanes end.
+    ///
+    /// # Panics
+    /// If there are not the codes and inputs of so many steps.
+    #[inline(always)]
     #[allow(unsafe_code)]
-    pub(super) fn add_up(
-        &self,
-        inputs: &[i32],
-        codes: &[[Lanes<i32>; BANDS]],
-        ahead: (*const u8, usize),
-        to: &mut Sums,
-    ) {
-        let Shape { inputs: count, lanes } = self.shape;
-        let limb = count * lanes;
-        let steps = inputs.len() / (LIMBS * limb);
-        assert!(steps > 0 && steps * lanes <= codes.len(), "lanes for all inputs");
-        let bytes = size_of::<i32>();
-        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
+    pub(super) fn add_up<const BAND: usize>(self, steps: usize, codes: &[[Lanes<i32>; BANDS]], inputs: &[i32]) {
+        const { assert!(BAND < BANDS) };
+        let shape = self.shape;
+        let needed = steps.saturating_sub(1) * shape.lanes + shape.width();
+        assert!(needed <= codes.len() && steps * shape.step() <= inputs.len(), "codes and inputs of all steps");
+        let (mut codes, mut inputs) = (codes.as_ptr().cast::<Lanes<i32>>().wrapping_add(BAND), inputs.as_ptr());
+        let (row, tile) = (shape.width() * size_of::<i32>(), shape.tile() * size_of::<i32>());
+        macro_rules! step {
+            ($($sums:literal)+) => {
+                tiles!(
+                    "tileloadd tmm6, [{codes} + {line} * 2]",
+                    $(
+                        "tileloadd tmm7, [{inputs} + {row}]",
+                        concat!("tdpbssd ", $sums, ", tmm7, tmm6"),
+                        "add {inputs}, {tile}"
+                    ),+;
+                    codes = in(reg) codes,
+                    line = in(reg) size_of::<Lanes<i32>>(),
+                    inputs = inout(reg) inputs,
+                    row = in(reg) row,
+                    tile = in(reg) tile,
+                )
+            };
+        }
+        // SAFETY: the registers are configured so, as there is a `Registers`, which stays on its thread: nothing that is called
         // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. Each pass reads three times `limb` integers of the inputs and `lanes` pairs
-        // of vectors of the codes, and there are `steps` of both by the assertion. Sums are written to as many rows of 64
-        // bytes as there are inputs, at most the 16 of each band of each limb, of which `to` has six in a row. No other
-        // memory is touched, nor the stack: a prefetch reads nothing and may be given any address.
+        // system restores them for each thread. Of each step a vector is read for each row of the register of codes, the
+        // first or second of each pair from that of the step on, and as many inputs as all registers of inputs of a step
+        // have: there are these by the assertion. No other memory is touched, nor the stack.
         unsafe {
-            asm!(
-                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2",
-                "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
-                "2:",
-                // The first band with all limbs.
-                "tileloadd tmm6, [{codes} + {line} * 2]",
-                "tileloadd tmm7, [{inputs} + {row}]",
-                "tdpbssd tmm0, tmm7, tmm6",
-                "add {inputs}, {limb}",
-                "tileloadd tmm7, [{inputs} + {row}]",
-                "tdpbssd tmm2, tmm7, tmm6",
-                "add {inputs}, {limb}",
-                "tileloadd tmm7, [{inputs} + {row}]",
-                "tdpbssd tmm4, tmm7, tmm6",
-                // The second band, the other way round.
-                "tileloadd tmm6, [{codes} + {line} * 2 + 64]",
-                "tdpbssd tmm5, tmm7, tmm6",
-                "sub {inputs}, {limb}",
-                "tileloadd tmm7, [{inputs} + {row}]",
-                "tdpbssd tmm3, tmm7, tmm6",
-                "sub {inputs}, {limb}",
-                "tileloadd tmm7, [{inputs} + {row}]",
-                "tdpbssd tmm1, tmm7, tmm6",
-                "mov {left}, {lines}",
-                "test {left}, {left}",
-                "jz 4f",
-                "3:",
-                "prefetcht0 [{ahead}]",
-                "add {ahead}, {line}",
-                "dec {left}",
-                "jnz 3b",
-                "4:",
-                "add {inputs}, {limb}",
-                "lea {inputs}, [{inputs} + {limb} * 2]",
-                "add {codes}, {lanes}",
-                "dec {steps}",
-                "jnz 2b",
-                "tilestored [{to} + {line}], tmm0",
-                "tilestored [{to} + {line} + 1024], tmm1",
-                "tilestored [{to} + {line} + 2048], tmm2",
-                "tilestored [{to} + {line} + 3072], tmm3",
-                "tilestored [{to} + {line} + 4096], tmm4",
-                "tilestored [{to} + {line} + 5120], tmm5",
-                inputs = inout(reg) inputs.as_ptr() => _,
-                codes = inout(reg) codes.as_ptr() => _,
-                steps = inout(reg) steps => _,
-                ahead = inout(reg) ahead.0 => _,
-                left = out(reg) _,
-                lines = in(reg) ahead.1,
-                to = in(reg) &raw mut *to,
-                line = in(reg) 64usize,
-                row = in(reg) lanes * bytes,
-                limb = in(reg) limb * bytes,
-                lanes = in(reg) lanes * size_of::<[Lanes<i32>; BANDS]>(),
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
+            match BAND {
+                0 => tiles!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2";),
+                _ => tiles!("tilezero tmm3", "tilezero tmm4", "tilezero tmm5";),
+            }
+            for _ in 0..steps {
+                match (BAND, shape.tiles) {
+                    (0, 1) => step!("tmm0"),
+                    (0, 2) => step!("tmm0" "tmm1"),
+                    (0, _) => step!("tmm0" "tmm1" "tmm2"),
+                    (_, 1) => step!("tmm3"),
+                    (_, 2) => step!("tmm3" "tmm4"),
+                    _ => step!("tmm3" "tmm4" "tmm5"),
+                }
+                codes = codes.wrapping_add(BANDS * shape.lanes);
+            }
+        }
+    }
+
+    /// Puts the sums of a band where they belong.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn put<const BAND: usize>(self, to: &mut Sums) {
+        const { assert!(BAND < BANDS) };
+        let tile = self.shape.rows * size_of::<Lanes<i32>>();
+        macro_rules! put {
+            ($($sums:literal)+) => {
+                tiles!(
+                    $(concat!("tilestored [{to} + {line}], ", $sums), "add {to}, {tile}"),+;
+                    to = inout(reg) to.0[BAND].as_mut_ptr() => _,
+                    line = in(reg) size_of::<Lanes<i32>>(),
+                    tile = in(reg) tile,
+                )
+            };
+        }
+        // SAFETY: the registers are configured, as above. As many rows of 64 bytes are written as there are digits of inputs,
+        // at most the 48 that a band has room for; no other memory is touched, nor the stack.
+        unsafe {
+            match (BAND, self.shape.tiles) {
+                (0, 1) => put!("tmm0"),
+                (0, 2) => put!("tmm0" "tmm1"),
+                (0, _) => put!("tmm0" "tmm1" "tmm2"),
+                (_, 1) => put!("tmm3"),
+                (_, 2) => put!("tmm3" "tmm4"),
+                _ => put!("tmm3" "tmm4" "tmm5"),
+            }
         }
     }
 }
@@ -225,12 +281,7 @@ impl Drop for Registers {
         // SAFETY: as there is a `Registers`, the machine has the instruction and the system permits it. It empties the tile
         // registers, which nothing else on this thread uses.
         unsafe {
-            asm!(
-                "tilerelease",
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack, preserves_flags, nomem),
-            );
+            tiles!("tilerelease";);
         }
     }
 }
