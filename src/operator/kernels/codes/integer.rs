@@ -157,7 +157,7 @@ impl<'x> Meeting<'x> {
 
     /// Panels that are multiplied together.
     fn panels(&self) -> usize {
-        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels())
+        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels)
     }
 
     /// Adds the products of some panels with all inputs.

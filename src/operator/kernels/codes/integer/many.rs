@@ -12,15 +12,13 @@ use std::ops::Range;
 use pulp::bytemuck::cast;
 
 use super::digits::Digits;
+use super::inputs::UNPACKED;
 use super::matrix::{Registers, Shape, Sums};
 use super::panel::{Lanes, Unpacking, unpack};
 use super::{BANDS, EACH, Inputs, Panel, Scaling};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
-
-/// Panels that inputs meet before the next block.
-const PANELS: usize = 4;
 
 /// Lanes of 4 KiB. A load waits for a store before it whose address differs by whole pages: codes that are unpacked should be
 /// so far from those that have just been loaded, not from those that come next.
@@ -40,6 +38,8 @@ pub(super) struct Task<'a, 'p> {
 pub(super) struct Blocks {
     /// Runs of a block.
     runs: usize,
+    /// Panels that inputs meet before the next block.
+    pub panels: usize,
     /// Lanes from a run to the next.
     stride: usize,
     /// Lanes of a block of a panel, with those that its last step goes beyond it.
@@ -57,13 +57,9 @@ impl Blocks {
         };
         // The last step may go beyond its run.
         let lanes = (runs - 1) * stride + (shape.steps(run / EACH) * shape.width()).max(stride);
-        let places = if x.tiles().len() > 1 { PANELS + 1 } else { 2 };
-        Blocks { runs, stride, lanes: lanes.next_multiple_of(PAGE), places }
-    }
-
-    /// Panels that are together at most.
-    pub(super) fn panels(&self) -> usize {
-        PANELS
+        let panels = (UNPACKED / (runs * run)).max(1);
+        let places = if x.tiles().len() > 1 { panels + 1 } else { 2 };
+        Blocks { runs, panels, stride, lanes: lanes.next_multiple_of(PAGE), places }
     }
 
     /// Memory for codes.
@@ -71,28 +67,23 @@ impl Blocks {
         vec![[Lanes::default(); BANDS]; self.places * self.lanes]
     }
 
-    /// Where the codes of a block of a panel are, of which there are some before.
+    /// A place for the codes of a block of a panel.
     #[inline(always)]
-    fn place(&self, before: usize) -> Range<usize> {
-        let from = before % self.places * self.lanes;
-        from..from + self.lanes
+    fn place(&self, number: usize) -> Range<usize> {
+        number * self.lanes..(number + 1) * self.lanes
     }
 
-    /// The codes of some panels that have so many blocks before them, none behind the last ones; and what is ahead of them.
+    /// The place after one.
     #[inline(always)]
-    fn coming<'a>(&self, panels: &'a [Panel<'_>], whole: usize, before: usize) -> (&'a [u8], usize) {
-        let (block, panel) = (before / panels.len(), &panels[before % panels.len()]);
-        let rest = panel.packed.get(block * whole..).unwrap_or_default();
-        // Bytes to those of the same panel that come next, or to the next panels, which follow in memory.
-        let ahead = if rest.len() > whole { whole } else { rest.len() + (panels.len() - 1) * panel.packed.len() };
-        (&rest[..whole.min(rest.len())], ahead)
+    fn after(&self, number: usize) -> usize {
+        if number + 1 < self.places { number + 1 } else { 0 }
     }
 
     /// Adds the products of as many panels as are together, or fewer, with all inputs, COUNT at a time.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<const KIND: u8, const PARTS: usize, const DIGITS: usize, const COUNT: usize>(
+    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const DIGITS: usize, const COUNT: usize>(
         &self,
-        task: Task<'_, '_>,
+        task: Task<'_, 'a>,
     ) {
         let Task { panels, x, registers, unpacked, totals } = task;
         let Some(one) = panels.first() else { return };
@@ -104,31 +95,47 @@ impl Blocks {
         let (steps, bytes) = (shape.steps(lanes), (lanes / PARTS * unpacking.chunk()).max(1));
         let groups = layout.group_of(layout.runs().saturating_sub(1)) + 1;
         let less = _mm512_set1_epi8(1 << (one.bits - 1));
-        let (codes, ahead) = self.coming(panels, self.runs * bytes, 0);
+        // The codes of a panel's block, none behind the last, and what is ahead of them: the next block, or that of the panels
+        // that come next, which follow in memory.
+        let whole = self.runs * bytes;
+        let codes_of = |panel: &Panel<'a>, block: usize| {
+            let rest = panel.packed.get(block * whole..).unwrap_or_default();
+            let behind = rest.len() + (panels.len() - 1) * panel.packed.len();
+            (&rest[..whole.min(rest.len())], if rest.len() > whole { whole } else { behind })
+        };
+        let (codes, ahead) = codes_of(one, 0);
         for (codes, to) in codes.chunks(bytes).zip(unpacked[self.place(0)].chunks_mut(self.stride)) {
             unpack::<KIND, PARTS, DIGITS>(&unpacking, less, codes, ahead, to, self.stride / 2);
         }
+        let mut start = 0;
         let mut sums = Sums::default();
         // What has its sums, but not its totals: nothing yet.
         let nothing = Scaling { scales: _mm512_setzero_ps(), shift: _mm512_setzero_ps() };
         let (mut upper, mut beside, mut totals_of) = (nothing, (&[0.0; COUNT], &[0.0; COUNT]), 0);
         for (block, first) in (0..layout.runs()).step_by(self.runs).enumerate() {
             let runs = self.runs.min(layout.runs() - first);
+            let first_group = layout.group_of(first);
+            // Groups from those of the block to those of the next, of the same panel or of those that come next.
+            let groups_ahead = match first + self.runs < layout.runs() {
+                true => layout.group_of(first + self.runs) - first_group,
+                false => panels.len() * groups - first_group,
+            };
+            let mut number = start;
             for (tile, (begin, _)) in x.tiles().enumerate() {
                 let from = tile * layout.runs() + first;
                 let (units, whole) = x.beside_all::<COUNT>(from..from + runs);
+                number = start;
                 for (at, panel) in panels.iter().enumerate() {
-                    let before = block * panels.len() + at;
-                    let places = [self.place(before), self.place(before + 1)];
+                    let places = [self.place(number), self.place(self.after(number))];
                     let Ok([codes, spare]) = unpacked.get_disjoint_mut(places) else { return };
+                    number = self.after(number);
                     // Other tiles of inputs meet what is unpacked beside the first one.
-                    let (coming, ahead) = self.coming(panels, self.runs * bytes, before + 1);
-                    let mut coming = if tile == 0 { coming } else { &[] }.chunks(bytes);
-                    // Groups from those of a block to those of the next, of this panel or of those that come next.
-                    let groups_ahead = match first + self.runs < layout.runs() {
-                        true => layout.group_of(first + self.runs) - layout.group_of(first),
-                        false => panels.len() * groups - layout.group_of(first),
+                    let (coming, ahead) = match panels.get(at + 1) {
+                        _ if tile > 0 => (&[][..], 0),
+                        Some(next) => codes_of(next, block),
+                        None => codes_of(one, block + 1),
                     };
+                    let mut coming = coming.chunks(bytes);
                     let inputs = x.digits()[from * of_run..].chunks(of_run);
                     let of_runs = spare.chunks_mut(self.stride).zip(inputs).zip(units.iter().zip(whole));
                     for (run, ((to, inputs), all)) in of_runs.enumerate() {
@@ -142,30 +149,31 @@ impl Blocks {
                         add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
                         registers.add_up::<1>(steps, codes, inputs);
                         registers.put::<0>(&mut sums);
-                        let group = panel.group + layout.group_of(first + run);
+                        let group = panel.group + if run == 0 { first_group } else { layout.group_of(first + run) };
+                        if tile == 0 {
+                            panel.grids.prefetch(group, groups_ahead);
+                        }
                         let lower;
-                        [lower, upper] = scalings::<KIND, DIGITS, COUNT>(panel, group, groups_ahead);
+                        [lower, upper] = scalings::<KIND, DIGITS, COUNT>(panel, group);
                         (beside, totals_of) = (all, at * padded + begin);
                         add::<DIGITS, COUNT, 0>(&lower, &sums, beside, totals, totals_of);
                     }
                 }
             }
+            start = number;
         }
         registers.put::<1>(&mut sums);
         add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
     }
 }
 
-/// What makes numbers of a group's sums, of each band; asks for what belongs to the group that comes so many later. (Each
-/// kernel has its own, which compilers make part of the loop then.)
+/// What makes numbers of a group's sums, of each band. (Each kernel has its own, which compilers make part of the loop then.)
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn scalings<const KIND: u8, const DIGITS: usize, const COUNT: usize>(
     panel: &Panel<'_>,
     group: usize,
-    ahead: usize,
 ) -> [Scaling; BANDS] {
-    panel.grids.prefetch(group, ahead);
     [panel.scaling(group, 0), panel.scaling(group, 1)]
 }
 
