@@ -12,7 +12,6 @@ use half::f16;
 
 use super::aligned::Aligned;
 use crate::scalar::Real;
-use crate::simd::prefetch;
 
 /// Bytes of a row that are gathered together.
 pub(super) const LINE: usize = 64;
@@ -63,23 +62,6 @@ pub(super) struct Grids {
     /// Empty if there are none, as are offsets.
     pub zeros: Vec<[u8; PANEL]>,
     pub offsets: Floats,
-}
-
-impl Grids {
-    /// Asks for what belongs to the group that comes so many behind one.
-    #[inline(always)]
-    pub(super) fn prefetch(&self, group: usize, ahead: usize) {
-        fn ask<N>(of: &[N], group: usize, ahead: usize) {
-            of.get(group).iter().for_each(|of| prefetch(*of, ahead * size_of::<N>()));
-        }
-        for numbers in [&self.scales, &self.offsets] {
-            match numbers {
-                Floats::Half(all) => ask(all, group, ahead),
-                Floats::Wide(all) => ask(all, group, ahead),
-            }
-        }
-        ask(&self.zeros, group, ahead);
-    }
 }
 
 /// Numbers of the rows of panels, in 16 bits where that is exact.

@@ -15,7 +15,8 @@ use super::digits::Digits;
 use super::inputs::UNPACKED;
 use super::matrix::{Registers, Shape, Sums};
 use super::panel::{Lanes, Unpacking, unpack};
-use super::{BANDS, EACH, Inputs, Panel, Scaling};
+use super::{BANDS, EACH, Floats, Grids, Inputs, Panel, Scaling};
+use crate::simd::prefetch;
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
@@ -151,7 +152,7 @@ impl Blocks {
                         registers.put::<0>(&mut sums);
                         let group = panel.group + if run == 0 { first_group } else { layout.group_of(first + run) };
                         if tile == 0 {
-                            panel.grids.prefetch(group, groups_ahead);
+                            ask_for(panel.grids, group, groups_ahead);
                         }
                         let lower;
                         [lower, upper] = scalings::<KIND, DIGITS, COUNT>(panel, group);
@@ -165,6 +166,21 @@ impl Blocks {
         registers.put::<1>(&mut sums);
         add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
     }
+}
+
+/// Asks for what belongs to the group that comes so many behind one.
+#[inline(always)]
+fn ask_for(grids: &Grids, group: usize, ahead: usize) {
+    fn ask<N>(of: &[N], group: usize, ahead: usize) {
+        of.get(group).iter().for_each(|of| prefetch(*of, ahead * size_of::<N>()));
+    }
+    for numbers in [&grids.scales, &grids.offsets] {
+        match numbers {
+            Floats::Half(all) => ask(all, group, ahead),
+            Floats::Wide(all) => ask(all, group, ahead),
+        }
+    }
+    ask(&grids.zeros, group, ahead);
 }
 
 /// What makes numbers of a group's sums, of each band. (Each kernel has its own, which compilers make part of the loop then.)
