@@ -21,7 +21,7 @@ mod matrix;
 mod panel;
 
 pub(super) use self::bytes::write;
-use self::digits::Digits;
+use self::digits::{Digits, join};
 pub(super) use self::inputs::Inputs;
 use self::inputs::Layout;
 use self::many::{Blocks, Task};
@@ -260,14 +260,12 @@ struct Scaling {
 }
 
 impl Scaling {
-    /// Adds the sums of the limbs of an input of some unit and sum.
+    /// Adds the sums of the digits of an input of some unit and sum.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn add(&self, total: __m512, [high, middle, low]: [__m512i; LIMBS], unit: f32, whole: f32) -> __m512 {
+    fn add<const DIGITS: usize>(&self, total: __m512, sums: [__m512i; DIGITS], unit: f32, whole: f32) -> __m512 {
         let scale = _mm512_mul_ps(self.scales, _mm512_set1_ps(unit));
-        let rest = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low));
-        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), rest);
-        let total = _mm512_fmadd_ps(sum, scale, total);
+        let total = _mm512_fmadd_ps(join(sums), scale, total);
         _mm512_fmadd_ps(self.shift, _mm512_set1_ps(whole), total)
     }
 }

@@ -50,6 +50,17 @@ impl Digits {
     }
 }
 
+/// Sums of the products of all digits, from those of each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn join<const DIGITS: usize>(sums: [__m512i; DIGITS]) -> __m512 {
+    let (weight, rest) = match DIGITS {
+        2 => (4096.0, sums[1]),
+        _ => (65_536.0, _mm512_add_epi32(_mm512_slli_epi32::<8>(sums[1]), sums[DIGITS - 1])),
+    };
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_set1_ps(weight), _mm512_cvtepi32_ps(rest))
+}
+
 /// Cuts numbers of a layout.
 #[derive(Clone, Copy)]
 pub(super) struct Cut {

@@ -212,18 +212,10 @@ fn add<const DIGITS: usize, const COUNT: usize, const BAND: usize>(
         let (high, middle, low) = (&high[four], &middle[four], &low[four]);
         let (totals, units, whole) = (&mut totals[four], &units[four], &whole[four]);
         for v in 0..4 {
-            let high = _mm512_cvtepi32_ps(cast(high[v].0));
-            let sum = match DIGITS {
-                2 => _mm512_fmadd_ps(high, _mm512_set1_ps(4096.0), _mm512_cvtepi32_ps(cast(low[v].0))),
-                _ => {
-                    let rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(cast(middle[v].0)), cast(low[v].0));
-                    _mm512_fmadd_ps(high, _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
-                }
-            };
-            let scale = _mm512_mul_ps(scaling.scales, _mm512_set1_ps(units[v]));
+            let mut of = [cast(high[v].0); DIGITS];
+            (of[1], of[DIGITS - 1]) = (cast(middle[v].0), cast(low[v].0));
             let total = &mut totals[v][BAND];
-            let sum = _mm512_fmadd_ps(sum, scale, cast(total.0));
-            *total = Lanes(cast(_mm512_fmadd_ps(scaling.shift, _mm512_set1_ps(whole[v]), sum)));
+            *total = Lanes(cast(scaling.add(cast(total.0), of, units[v], whole[v])));
         }
     }
 }

@@ -142,6 +142,20 @@ macro_rules! tiles {
     };
 }
 
+/// Assembly, for as many registers as have the sums of a band.
+macro_rules! with_sums {
+    ($band:expr, $tiles:expr, $code:ident) => {
+        match ($band, $tiles) {
+            (0, 1) => $code!("tmm0"),
+            (0, 2) => $code!("tmm0" "tmm1"),
+            (0, _) => $code!("tmm0" "tmm1" "tmm2"),
+            (_, 1) => $code!("tmm3"),
+            (_, 2) => $code!("tmm3" "tmm4"),
+            _ => $code!("tmm3" "tmm4" "tmm5"),
+        }
+    };
+}
+
 /// The tile registers of this thread, in use from the first word to the last.
 pub(super) struct Registers {
     shape: Shape,
@@ -151,16 +165,20 @@ pub(super) struct Registers {
 
 impl Registers {
     #[allow(unsafe_code)]
+    /// # Panics
+    /// Without the instructions, and for a shape of more than a register's rows and lanes, or of more than three registers.
     pub(super) fn new(shape: Shape) -> Self {
+        let fits = (1..=LANES).contains(&shape.rows) && (1..=LANES).contains(&shape.width()) && shape.tiles <= LIMBS;
+        assert!(available() && fits, "registers for a shape");
         let (rows, width) = (shape.rows as u8, shape.width() as u8);
         let mut of = Configuration { palette: 1, start: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
         // Six of sums, one of codes, one of inputs.
         of.bytes[..7].fill(64);
         of.rows[..6].fill(rows);
         (of.rows[6], of.rows[7], of.bytes[7]) = (width, rows, 4 * u16::from(width));
-        // SAFETY: a shape is there only if the machine has the instruction and the system permits it. It reads the 64 bytes
-        // of the configuration, in which no register has more than the 16 rows of 64 bytes that palette 1 allows: a shape
-        // has 1 to 16 rows and 4 to 16 lanes. It writes tile registers only, which compiled code does not use.
+        // SAFETY: the machine has the instruction and the system permits it. It reads the 64 bytes of the configuration, in
+        // which no register has more than the 16 rows of 64 bytes that palette 1 allows, by the assertion. It writes tile
+        // registers only, which compiled code does not use.
         unsafe {
             tiles!("ldtilecfg [{of}]"; of = in(reg) &raw const of,);
         }
@@ -231,14 +249,7 @@ impl Shaped<'_> {
                 _ => tiles!("tilezero tmm3", "tilezero tmm4", "tilezero tmm5";),
             }
             for _ in 0..steps {
-                match (BAND, shape.tiles) {
-                    (0, 1) => step!("tmm0"),
-                    (0, 2) => step!("tmm0" "tmm1"),
-                    (0, _) => step!("tmm0" "tmm1" "tmm2"),
-                    (_, 1) => step!("tmm3"),
-                    (_, 2) => step!("tmm3" "tmm4"),
-                    _ => step!("tmm3" "tmm4" "tmm5"),
-                }
+                with_sums!(BAND, shape.tiles, step);
                 codes = codes.wrapping_add(BANDS * shape.lanes);
             }
         }
@@ -263,14 +274,7 @@ impl Shaped<'_> {
         // SAFETY: the registers are configured, as above. As many rows of 64 bytes are written as there are digits of inputs,
         // at most the 48 that a band has room for; no other memory is touched, nor the stack.
         unsafe {
-            match (BAND, self.shape.tiles) {
-                (0, 1) => put!("tmm0"),
-                (0, 2) => put!("tmm0" "tmm1"),
-                (0, _) => put!("tmm0" "tmm1" "tmm2"),
-                (_, 1) => put!("tmm3"),
-                (_, 2) => put!("tmm3" "tmm4"),
-                _ => put!("tmm3" "tmm4" "tmm5"),
-            }
+            with_sums!(BAND, self.shape.tiles, put);
         }
     }
 }
