@@ -90,6 +90,7 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         ("4 bits", plain(4)?),
         ("3 bits", plain(3)?),
         ("2 bits", plain(2)?),
+        ("4 bits, groups of 64", codes(4, 64, ZeroPoint::Integer)?),
         ("4 bits, groups of 32", codes(4, 32, ZeroPoint::Integer)?),
         ("4 bits, groups of 32, float zero points", codes(4, 32, ZeroPoint::Float)?),
         ("rows of 2 to 6 bits", mixed()?),

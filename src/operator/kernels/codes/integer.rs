@@ -4,28 +4,31 @@
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
-//! cache for all inputs. Inputs that are not finite make a sum of NaN. More than a few inputs meet the bytes in matrix
-//! instructions where there are such ([`many`]), cut otherwise perhaps ([`Digits`]), with the same sums.
+//! cache for all inputs. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than a few
+//! inputs meet the bytes in those ([`many`]), with the same sums; and codes of few bits as numbers, in sums of `f32` ([`few`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use half::f16;
+use half::slice::HalfFloatSliceExt;
 use pulp::bytemuck::{self, cast};
 
+mod bfloat;
 mod bytes;
 mod digits;
+mod few;
 mod inputs;
 mod many;
 mod matrix;
 mod panel;
 
 pub(super) use self::bytes::write;
-use self::digits::{Digits, join};
+use self::digits::join;
+use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
-use self::inputs::Layout;
+use self::inputs::{Layout, Way};
 use self::many::{Blocks, Task};
-use self::matrix::Registers;
+use self::matrix::Tiles;
 use self::panel::{Lanes, Unpacking, kind, put, turned, unpack};
 use super::CodedRows;
 use super::packed::{Floats, Grids, LINE, PANEL};
@@ -90,17 +93,18 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     });
     let panels: Vec<_> = panels.collect();
     let mut meeting = Meeting::new(x);
-    for (panels, y) in panels.chunks(meeting.panels()).zip(y.chunks_mut(meeting.panels() * PANEL * vectors)) {
+    let together = meeting.panels(x);
+    for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
         let mut totals = vec![[Lanes::default(); BANDS]; panels.len() * x.padded()];
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
             match kind(bits) {
-                8 => meeting.multiply::<8, 1>(panels, &mut totals),
-                4 => meeting.multiply::<4, 2>(panels, &mut totals),
-                2 => meeting.multiply::<2, 4>(panels, &mut totals),
-                _ => meeting.multiply::<0, 1>(panels, &mut totals),
+                8 => meeting.multiply::<8, 1>(panels, x, &mut totals),
+                4 => meeting.multiply::<4, 2>(panels, x, &mut totals),
+                2 => meeting.multiply::<2, 4>(panels, x, &mut totals),
+                _ => meeting.multiply::<0, 1>(panels, x, &mut totals),
             }
         }
         for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
@@ -133,31 +137,37 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
     }
 }
 
-/// How panels meet inputs.
-struct Meeting<'x> {
-    x: &'x Inputs,
-    /// Matrix instructions.
-    many: Option<(Registers, Blocks)>,
-    /// Memory for unpacked codes.
-    unpacked: Vec<[Lanes<i32>; BANDS]>,
+/// How panels meet inputs, with memory for unpacked codes.
+enum Meeting {
+    Vectors(Vec<[Lanes<i32>; BANDS]>),
+    Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
+    Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
+    Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
 }
 
-impl<'x> Meeting<'x> {
-    fn new(x: &'x Inputs) -> Self {
-        let many = x.shape.map(|shape| (Registers::new(shape), Blocks::new(x, shape)));
-        let unpacked = match &many {
-            Some((_, blocks)) => blocks.scratch(),
-            None if x.vectors > TOGETHER => {
-                vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH]
+impl Meeting {
+    fn new(x: &Inputs) -> Self {
+        match x.way {
+            Way::Bytes(shape) => {
+                let blocks = Blocks::new(x, shape);
+                Meeting::Bytes(Tiles::new(shape), blocks, blocks.scratch())
             }
-            None => Vec::new(),
-        };
-        Meeting { x, many, unpacked }
+            Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
+            Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
+            Way::Vectors if x.vectors > TOGETHER => {
+                Meeting::Vectors(vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH])
+            }
+            Way::Vectors => Meeting::Vectors(Vec::new()),
+        }
     }
 
     /// Panels that are multiplied together.
-    fn panels(&self) -> usize {
-        self.many.as_ref().map_or(1, |(_, blocks)| blocks.panels)
+    fn panels(&self, x: &Inputs) -> usize {
+        match self {
+            Meeting::Vectors(_) => 1,
+            Meeting::Bytes(_, blocks, _) => blocks.panels,
+            Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
+        }
     }
 
     /// Adds the products of some panels with all inputs.
@@ -165,19 +175,24 @@ impl<'x> Meeting<'x> {
     fn multiply<const KIND: u8, const PARTS: usize>(
         &mut self,
         panels: &[Panel<'_>],
+        x: &Inputs,
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        if let Some((registers, blocks)) = &self.many {
-            let task = Task { panels, x: self.x, registers, unpacked: &mut self.unpacked, totals };
-            return match (self.x.layout.digits, registers.shape().inputs) {
-                (Digits::Two, LANES) => blocks.multiply::<KIND, PARTS, 2, LANES>(task),
-                (Digits::Two, _) => blocks.multiply::<KIND, PARTS, 2, { LANES / 2 }>(task),
-                (Digits::Three, LANES) => blocks.multiply::<KIND, PARTS, 3, LANES>(task),
-                (Digits::Three, _) => blocks.multiply::<KIND, PARTS, 3, { LANES / 2 }>(task),
-            };
-        }
-        for (panel, totals) in panels.iter().zip(totals.chunks_mut(self.x.padded())) {
-            panel.multiply::<KIND, PARTS>(self.x, &mut self.unpacked, totals);
+        match self {
+            Meeting::Vectors(unpacked) => {
+                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
+                    panel.multiply::<KIND, PARTS>(x, unpacked, totals);
+                }
+            }
+            Meeting::Bytes(tiles, blocks, unpacked) => {
+                let task = Task { panels, x, tiles, unpacked, totals };
+                match x.way {
+                    Way::Bytes(shape) if shape.inputs == LANES => blocks.multiply::<KIND, PARTS, LANES>(task),
+                    _ => blocks.multiply::<KIND, PARTS, { LANES / 2 }>(task),
+                }
+            }
+            Meeting::Eight(tiles, scratch) => few::multiply::<KIND, { LANES / 2 }>(panels, x, tiles, scratch, totals),
+            Meeting::Sixteen(tiles, scratch) => few::multiply::<KIND, LANES>(panels, x, tiles, scratch, totals),
         }
     }
 }
@@ -227,28 +242,32 @@ impl Panel<'_> {
             let numbers = first..layout.runs().min(first + together);
             let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
             let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
-            unpack::<KIND, PARTS, LIMBS>(&unpacking, _mm512_setzero_si512(), codes, AHEAD, unpacked, 0);
+            unpack::<KIND, PARTS>(&unpacking, _mm512_setzero_si512(), codes, AHEAD, unpacked);
             let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
             let runs = Runs { of: self, numbers, codes, unpacking };
             x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
         }
     }
 
-    /// What makes numbers of a group's sums of a band; zeros if there is no such group.
+    /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn scaling(&self, group: usize, band: usize) -> Scaling {
-        let scales = numbers(&self.grids.scales, group, band);
+    fn scalings(&self, group: usize) -> [Scaling; BANDS] {
+        let scales = numbers(&self.grids.scales, group);
         // What codes count from the middle: zero points, or the numbers of the middle codes.
         let shift = match self.grids.zeros.get(group) {
             Some(zeros) => {
-                let zeros = _mm512_cvtepu8_epi32(cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
                 let middle = _mm512_set1_epi32(1 << (self.bits - 1));
-                _mm512_mul_ps(scales, _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros)))
+                let mut shift = [_mm512_setzero_ps(); BANDS];
+                for band in 0..BANDS {
+                    let zeros = _mm512_cvtepu8_epi32(cast::<[u8; LANES], _>(zeros.as_chunks().0[band]));
+                    shift[band] = _mm512_mul_ps(scales[band], _mm512_cvtepi32_ps(_mm512_sub_epi32(middle, zeros)));
+                }
+                shift
             }
-            None => numbers(&self.grids.offsets, group, band),
+            None => numbers(&self.grids.offsets, group),
         };
-        Scaling { scales, shift }
+        [Scaling { scales: scales[0], shift: shift[0] }, Scaling { scales: scales[1], shift: shift[1] }]
     }
 }
 
@@ -263,26 +282,26 @@ impl Scaling {
     /// Adds the sums of the digits of an input of some unit and sum.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn add<const DIGITS: usize>(&self, total: __m512, sums: [__m512i; DIGITS], unit: f32, whole: f32) -> __m512 {
+    fn add(&self, total: __m512, sums: [__m512i; LIMBS], unit: f32, whole: f32) -> __m512 {
         let scale = _mm512_mul_ps(self.scales, _mm512_set1_ps(unit));
         let total = _mm512_fmadd_ps(join(sums), scale, total);
         _mm512_fmadd_ps(self.shift, _mm512_set1_ps(whole), total)
     }
 }
 
-/// A group's numbers of a band; zeros if there are none at all.
+/// A group's numbers of each band; zeros if there are none at all.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn numbers(of: &Floats, group: usize, band: usize) -> __m512 {
+fn numbers(of: &Floats, group: usize) -> [__m512; BANDS] {
     match of {
         Floats::Half(all) => match all.get(group) {
-            Some(of) => _mm512_cvtph_ps(cast(of.as_chunks::<LANES>().0[band].map(f16::to_bits))),
-            None => _mm512_setzero_ps(),
+            Some(of) => {
+                let of = of.reinterpret_cast().as_chunks::<LANES>().0;
+                [_mm512_cvtph_ps(cast(of[0])), _mm512_cvtph_ps(cast(of[1]))]
+            }
+            None => [_mm512_setzero_ps(); BANDS],
         },
-        Floats::Wide(all) => match all.get(group) {
-            Some(of) => cast::<[f32; LANES], _>(of.as_chunks().0[band]),
-            None => _mm512_setzero_ps(),
-        },
+        Floats::Wide(all) => all.get(group).map_or([_mm512_setzero_ps(); BANDS], |of| cast(*of)),
     }
 }
 
@@ -344,8 +363,8 @@ impl Runs<'_> {
                     }
                 }
             }
-            for band in 0..BANDS {
-                let scaling = self.of.scaling(group, band);
+            let scalings = self.of.scalings(group);
+            for (band, scaling) in scalings.iter().enumerate() {
                 for v in 0..V {
                     let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
                     totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);

@@ -71,6 +71,33 @@ pub(super) enum Floats {
     Wide(Vec<[f32; PANEL]>),
 }
 
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+impl Grids {
+    /// Whether there is more than scales.
+    pub(super) fn shifted(&self) -> bool {
+        let offsets = match &self.offsets {
+            Floats::Half(all) => all.is_empty(),
+            Floats::Wide(all) => all.is_empty(),
+        };
+        !self.zeros.is_empty() || !offsets
+    }
+
+    /// Asks for what belongs to the group that comes so many behind one.
+    #[inline(always)]
+    pub(super) fn ask_for(&self, group: usize, ahead: usize) {
+        fn ask<N>(of: &[N], group: usize, ahead: usize) {
+            of.get(group).iter().for_each(|of| crate::simd::prefetch(*of, ahead * size_of::<N>()));
+        }
+        for numbers in [&self.scales, &self.offsets] {
+            match numbers {
+                Floats::Half(all) => ask(all, group, ahead),
+                Floats::Wide(all) => ask(all, group, ahead),
+            }
+        }
+        ask(&self.zeros, group, ahead);
+    }
+}
+
 impl Default for Floats {
     fn default() -> Self {
         Floats::Wide(Vec::new())

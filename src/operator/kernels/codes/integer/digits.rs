@@ -1,4 +1,4 @@
-//! Numbers in fixed point, and the signed digits they are cut into.
+//! Numbers in fixed point, and the signed bytes they are cut into: x = 2ᵉ·(2¹⁶a + 2⁸b + c).
 
 use std::arch::x86_64::*;
 
@@ -6,65 +6,23 @@ use pulp::bytemuck::cast;
 
 use super::{EACH, LANES, LIMBS};
 
-/// How inputs are cut.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Digits {
-    /// x = 2ᵉ·(2¹⁶a + 2⁸b + c): three bytes.
-    Three,
-    /// x = 2ᵉ·(2¹²(16a + b) + 16c + d): twice a byte and four bits, which meet a code times 16 and the code. So two
-    /// registers of sums do, where codes leave four bits of a byte and half the lanes of a step.
-    Two,
-}
-
-impl Digits {
-    /// Digits that are added up by themselves.
-    #[inline(always)]
-    pub(super) fn count(self) -> usize {
-        match self {
-            Digits::Three => LIMBS,
-            Digits::Two => 2,
-        }
-    }
-
-    /// Bytes of a digit, as many as codes are there for it.
-    #[inline(always)]
-    pub(super) fn parts(self) -> usize {
-        match self {
-            Digits::Three => 1,
-            Digits::Two => 2,
-        }
-    }
-
-    /// What each byte counts, the largest first.
-    fn weights(self) -> [i64; EACH] {
-        match self {
-            Digits::Three => [1 << 16, 1 << 8, 1, 0],
-            Digits::Two => [1 << 16, 1 << 12, 1 << 4, 1],
-        }
-    }
-
-    /// What sums of the bytes come to.
-    pub(super) fn sum(self, totals: [i32; EACH], unit: f32) -> f32 {
-        let whole: i64 = totals.iter().zip(self.weights()).map(|(&total, weight)| i64::from(total) * weight).sum();
-        (whole as f64 * f64::from(unit)) as f32
-    }
-}
-
 /// Sums of the products of all digits, from those of each.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn join<const DIGITS: usize>(sums: [__m512i; DIGITS]) -> __m512 {
-    let (weight, rest) = match DIGITS {
-        2 => (4096.0, sums[1]),
-        _ => (65_536.0, _mm512_add_epi32(_mm512_slli_epi32::<8>(sums[1]), sums[DIGITS - 1])),
-    };
-    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), _mm512_set1_ps(weight), _mm512_cvtepi32_ps(rest))
+pub(super) fn join([high, middle, low]: [__m512i; LIMBS]) -> __m512 {
+    let rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low);
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
+}
+
+/// What inputs of some unit come to, from what their digits come to.
+pub(super) fn sum([high, middle, low, _]: [i32; EACH], unit: f32) -> f32 {
+    let whole = (i64::from(high) << 16) + (i64::from(middle) << 8) + i64::from(low);
+    (whole as f64 * f64::from(unit)) as f32
 }
 
 /// Cuts numbers of a layout.
 #[derive(Clone, Copy)]
 pub(super) struct Cut {
-    digits: Digits,
     /// Where bytes of 16 columns go, as codes come out of vectors: four bytes of each lane, for each byte of a number, the
     /// largest first.
     order: __m512i,
@@ -74,15 +32,14 @@ pub(super) struct Cut {
 impl Cut {
     /// For codes of which so many begin in the same byte.
     #[target_feature(enable = "avx512f")]
-    pub(super) fn new(digits: Digits, parts: usize) -> Self {
-        let bytes = digits.count() * digits.parts();
+    pub(super) fn new(parts: usize) -> Self {
         let place: [u8; 64] = std::array::from_fn(|at| {
-            let (byte, lane, at) = (at / 16, at / EACH % EACH, at % EACH);
-            // (What is behind the last byte is masked away.)
+            let (limb, lane, at) = (at / 16, at / EACH % EACH, at % EACH);
+            // (What is behind the last limb is masked away.)
             let column = lane / parts * EACH * parts + at * parts + lane % parts;
-            (column * EACH + (bytes - 1).saturating_sub(byte)) as u8
+            (column * EACH + (LIMBS - 1).saturating_sub(limb)) as u8
         });
-        Cut { digits, order: cast(place), present: u64::MAX >> (64 - 16 * bytes) }
+        Cut { order: cast(place), present: u64::MAX >> (64 - 16 * LIMBS) }
     }
 
     /// The first 16 of some inputs in bytes; zeros where there are none, and where the unit is not a number.
@@ -93,20 +50,8 @@ impl Cut {
         let whole = _mm512_cvtps_epi32(_mm512_mul_ps(cast(sixteen), _mm512_set1_ps(unit.recip())));
         // With half of its range added to each digit, digits count from nothing, each by itself; without it they have signs
         // again.
-        let bytes = match self.digits {
-            Digits::Three => {
-                let halves = _mm512_set1_epi32(0x0080_8080);
-                _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves)
-            }
-            Digits::Two => {
-                let all = _mm512_add_epi32(whole, _mm512_set1_epi32(0x0080_8808));
-                let first = _mm512_and_si512(all, _mm512_set1_epi32(0xf));
-                let middle = _mm512_and_si512(_mm512_slli_epi32::<4>(all), _mm512_set1_epi32(0x000f_ff00));
-                let last = _mm512_slli_epi32::<24>(_mm512_srli_epi32::<16>(all));
-                let apart = _mm512_or_si512(first, _mm512_or_si512(middle, last));
-                _mm512_sub_epi8(apart, _mm512_set1_epi32(0x8008_8008_u32 as i32))
-            }
-        };
+        let halves = _mm512_set1_epi32(0x0080_8080);
+        let bytes = _mm512_xor_si512(_mm512_add_epi32(whole, halves), halves);
         _mm512_maskz_permutexvar_epi8(self.present, self.order, bytes)
     }
 }

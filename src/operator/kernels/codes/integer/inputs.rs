@@ -1,5 +1,5 @@
-//! Inputs in fixed point, laid out as codes meet them: for vectors of codes an input beside the other, for matrix instructions
-//! each by itself.
+//! Inputs, laid out as codes meet them: in fixed point an input beside the other for vectors of codes, each by itself for matrix
+//! instructions; and in bf16 for those of few bits.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -8,8 +8,10 @@ use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
-use super::digits::{Cut, Digits, padded, totalled, unit};
-use super::matrix::Shape;
+use super::bfloat::{self, Cutting, DIGITS};
+use super::few;
+use super::digits::{Cut, padded, sum, totalled, unit};
+use super::matrix::{self, Shape};
 use super::panel::{Lanes, put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
 use crate::operator::sparse::each_panel;
@@ -27,11 +29,11 @@ pub(super) const UNPACKED: usize = 512;
 pub(super) struct Layout {
     columns: usize,
     /// Codes that begin in the same byte of a vector, or 1: a lane of it has every such column of a chunk.
-    parts: usize,
+    pub parts: usize,
     /// Consecutive columns that share scales and units.
     pub run: usize,
-    /// How more than a few inputs are cut.
-    pub digits: Digits,
+    /// Whether matrix instructions take codes as bf16.
+    few: bool,
     /// Runs of a group.
     each: usize,
     /// Runs of a row, and lanes of the last.
@@ -53,9 +55,8 @@ impl Layout {
         };
         let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
         let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
-        // (Lanes of a step come in fours.)
-        let digits = if bits <= 4 && run <= LANES / 2 * EACH { Digits::Two } else { Digits::Three };
-        Some(Layout { columns, parts: chunk / EACH, run, digits, each, runs, last })
+        let few = few::takes(bits, run) && matrix::available();
+        Some(Layout { columns, parts: chunk / EACH, run, few, each, runs, last })
     }
 
     #[inline(always)]
@@ -81,6 +82,37 @@ impl Layout {
     }
 }
 
+/// What inputs are laid out for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Way {
+    /// Vectors.
+    Vectors,
+    /// Matrix instructions with bytes.
+    Bytes(Shape),
+    /// Matrix instructions with bf16, and so many inputs at a time.
+    Numbers(usize),
+}
+
+impl Way {
+    /// For so many inputs: eight or sixteen at a time by matrix instructions, where there are such, but for a few.
+    fn new(inputs: usize, layout: &Layout) -> Self {
+        if inputs <= TOGETHER || layout.run == 0 || !matrix::available() {
+            return Way::Vectors;
+        }
+        let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
+        if layout.few { Way::Numbers(together) } else { Way::Bytes(Shape::of(together, layout)) }
+    }
+
+    /// Inputs at a time.
+    fn width(self) -> usize {
+        match self {
+            Way::Vectors => TOGETHER,
+            Way::Bytes(shape) => shape.inputs,
+            Way::Numbers(inputs) => inputs,
+        }
+    }
+}
+
 /// Some inputs, for codes of any width that are cut the same way. There are none where [`available`] says no.
 #[derive(Debug)]
 pub(in super::super) struct Inputs {
@@ -88,14 +120,13 @@ pub(in super::super) struct Inputs {
     pub(super) vectors: usize,
     /// Vectors with those that stand in for missing ones.
     padded: usize,
-    /// What more than [`TOGETHER`] are laid out for, where there are matrix instructions.
-    pub(super) shape: Option<Shape>,
+    pub(super) way: Way,
     /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
-    /// run, step, row (digit, vector), lane of codes times 16 perhaps, with zeros for lanes beyond the run.
+    /// run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
     limbs: Vec<Lanes<i32>>,
-    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. (None for matrix instructions.)
+    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. For vectors only.
     less: Vec<i32>,
-    /// 2ᵉ: tile, run, vector.
+    /// 2ᵉ: tile, run, vector. (Not for bf16.)
     units: Vec<f32>,
     /// Sums of runs, for zero points and offsets: tile, run, vector.
     sums: Vec<f32>,
@@ -113,24 +144,28 @@ impl Inputs {
     /// `None` if there is no kernel for such rows here.
     pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
         let layout = Layout::new::<T>(bits, group, x.nrows())?;
-        let shape = if x.ncols() > TOGETHER { Shape::new(x.ncols(), &layout) } else { None };
-        Some(Self::laid_out(x, layout, shape))
+        let way = Way::new(x.ncols(), &layout);
+        Some(Self::laid_out(x, layout, way))
     }
 
-    /// Laid out for vectors, or for matrix instructions of a shape.
-    pub(super) fn laid_out<T: Real>(x: ArrayView2<'_, T>, layout: Layout, shape: Option<Shape>) -> Self {
-        let (vectors, rest, runs) = (x.ncols(), x.ncols() % TOGETHER, layout.runs);
-        let (padded, width) = match shape {
-            Some(shape) => (vectors.next_multiple_of(shape.inputs), shape.inputs),
-            None if rest == 0 => (vectors, TOGETHER),
-            None => (vectors - rest + rest.next_power_of_two(), TOGETHER),
+    /// Laid out for vectors, or for matrix instructions.
+    pub(super) fn laid_out<T: Real>(x: ArrayView2<'_, T>, layout: Layout, way: Way) -> Self {
+        let (vectors, rest, width) = (x.ncols(), x.ncols() % TOGETHER, way.width());
+        let runs = match way {
+            Way::Numbers(_) => few::Blocks::new(&layout).all(),
+            _ => layout.runs,
         };
-        let digits = match shape {
-            Some(shape) => runs * shape.run(&layout),
-            None => runs * (layout.run / EACH) * LIMBS * width,
+        let padded = match way {
+            Way::Vectors if rest > 0 => vectors - rest + rest.next_power_of_two(),
+            _ => vectors.next_multiple_of(width),
+        };
+        let digits = match way {
+            Way::Vectors => runs * (layout.run / EACH) * LIMBS * width,
+            Way::Bytes(shape) => runs * shape.run(&layout),
+            Way::Numbers(inputs) => runs * few::Blocks::new(&layout).steps() * DIGITS * inputs * LANES,
         };
         let mut limbs = vec![Lanes::default(); (digits * padded).div_ceil(width * LANES)];
-        let mut less = vec![0; if shape.is_some() { 0 } else { runs * LIMBS * padded }];
+        let mut less = vec![0; if way == Way::Vectors { runs * LIMBS * padded } else { 0 }];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
         let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
         let mut less_of = less.chunks_mut(width * runs * LIMBS);
@@ -144,15 +179,16 @@ impl Inputs {
             // SAFETY: the machine has the instructions, as `Layout::new` asked.
             #[allow(unsafe_code)]
             unsafe {
-                match (shape, count) {
-                    (Some(shape), count) => lay_out_rows(&layout, shape, tile, columns(&x, first, count, held)),
-                    (None, 1) => lay_out::<1>(&layout, tile, columns(&x, first, count, held)),
-                    (None, 2) => lay_out::<2>(&layout, tile, columns(&x, first, count, held)),
-                    (None, _) => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, count, held)),
+                match (way, count) {
+                    (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, columns(&x, first, count, held)),
+                    (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, columns(&x, first, count, held)),
+                    (Way::Vectors, 1) => lay_out::<1>(&layout, tile, columns(&x, first, count, held)),
+                    (Way::Vectors, 2) => lay_out::<2>(&layout, tile, columns(&x, first, count, held)),
+                    (Way::Vectors, _) => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, count, held)),
                 }
             }
         });
-        Inputs { layout, vectors, padded, shape, limbs, less, units, sums }
+        Inputs { layout, vectors, padded, way, limbs, less, units, sums }
     }
 
     /// Vectors of all tiles.
@@ -162,7 +198,7 @@ impl Inputs {
 
     /// First vector and number of vectors of each tile.
     pub(super) fn tiles(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + use<> {
-        let (padded, width) = (self.padded, self.shape.map_or(TOGETHER, |shape| shape.inputs));
+        let (padded, width) = (self.padded, self.way.width());
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
@@ -173,16 +209,28 @@ impl Inputs {
         &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
-    /// The digits of all tiles and runs, for matrix instructions.
+    /// The digits of all tiles and runs, for matrix instructions with bytes.
     #[inline(always)]
     pub(super) fn digits(&self) -> &[i32] {
         cast_slice(&self.limbs)
     }
 
-    /// Units and sums of the vectors of tiles in runs, of which there are so many before.
+    /// Those of all tiles, runs and steps, for matrix instructions with bf16.
     #[inline(always)]
-    pub(super) fn beside_all<const COUNT: usize>(&self, places: Range<usize>) -> (&[[f32; COUNT]], &[[f32; COUNT]]) {
-        (&self.units.as_chunks().0[places.clone()], &self.sums.as_chunks().0[places])
+    pub(super) fn numbers<const COUNT: usize>(&self) -> &[bfloat::Cut<COUNT>] {
+        self.limbs.as_chunks().0.as_chunks().0
+    }
+
+    /// Units of the vectors of tiles in runs, of which there are so many before.
+    #[inline(always)]
+    pub(super) fn units<const COUNT: usize>(&self, places: Range<usize>) -> &[[f32; COUNT]] {
+        &self.units.as_chunks().0[places]
+    }
+
+    /// Their sums.
+    #[inline(always)]
+    pub(super) fn sums<const COUNT: usize>(&self, places: Range<usize>) -> &[[f32; COUNT]] {
+        &self.sums.as_chunks().0[places]
     }
 
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
@@ -213,13 +261,12 @@ impl Inputs {
 /// Lays a tile out, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
-    let cut = Cut::new(Digits::Three, layout.parts);
+    let cut = Cut::new(layout.parts);
     let limbs = tile.limbs.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0.chunks_mut(layout.run / EACH);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
     let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
     for (run, ((limbs, less), (units, sums))) in limbs.zip(less).zip(beside).enumerate() {
-        let from = run * layout.run;
-        let x = x.map(|x| x.get(from..x.len().min(from + layout.run)).unwrap_or_default());
+        let x = x.map(|x| of_run(layout, run, x));
         *units = x.map(|x| unit(x));
         let mut totals = [_mm512_setzero_si512(); V];
         for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
@@ -237,22 +284,20 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
         }
         for v in 0..V {
             let total = totalled(totals[v]);
-            sums[v] = Digits::Three.sum(total, units[v]);
+            sums[v] = sum(total, units[v]);
             (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
         }
     }
 }
 
-/// Lays a tile out for matrix instructions, in which a missing input has no numbers.
+/// Lays a tile out for matrix instructions with bytes, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
-    let Shape { inputs, digits, lanes, .. } = shape;
-    let (cut, parts, width) = (Cut::new(digits, layout.parts), digits.parts(), shape.width());
+    let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(layout.parts));
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
     for (run, (to, (units, sums))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
-        let from = run * layout.run;
         for (v, x) in x.iter().take(inputs).enumerate() {
-            let x = x.get(from..x.len().min(from + layout.run)).unwrap_or_default();
+            let x = of_run(layout, run, x);
             units[v] = unit(x);
             let mut total = _mm512_setzero_si512();
             for (step, to) in to.chunks_mut(shape.step()).enumerate() {
@@ -260,16 +305,42 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
                     let bytes = cut.split(x.get((step * lanes + lane) * EACH..).unwrap_or_default(), units[v]);
                     total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
                     let bytes: [[i32; LANES / EACH]; EACH] = cast(bytes);
-                    for (byte, of) in bytes.iter().enumerate().take(digits.count() * parts) {
-                        // The larger part of a digit meets what comes last.
-                        let (digit, part) = (byte / parts, parts - 1 - byte % parts);
-                        to[(digit * inputs + v) * width + part * lanes + lane..][..LANES / EACH].copy_from_slice(of);
+                    for (limb, of) in bytes.iter().enumerate().take(LIMBS) {
+                        to[(limb * inputs + v) * lanes + lane..][..LANES / EACH].copy_from_slice(of);
                     }
                 }
             }
-            sums[v] = digits.sum(totalled(total), units[v]);
+            sums[v] = sum(totalled(total), units[v]);
         }
     }
+}
+
+/// Lays a tile out for matrix instructions with bf16, in which a missing input has no numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; LANES]) {
+    let cutting = Cutting::new(layout);
+    let limbs = tile.limbs.chunks_mut(few::Blocks::new(layout).steps() * DIGITS * inputs * LANES);
+    for (run, (to, sums)) in limbs.zip(tile.sums.chunks_mut(inputs)).enumerate() {
+        for (v, x) in x.iter().take(inputs).enumerate() {
+            let x = of_run(layout, run, x);
+            let mut total = _mm512_setzero_ps();
+            for (x, to) in x.chunks(bfloat::STEP).zip(to.chunks_mut(DIGITS * inputs * LANES)) {
+                let (digits, sums) = cutting.cut(x);
+                total = _mm512_add_ps(total, sums);
+                for (digit, to) in digits.iter().zip(to.chunks_mut(inputs * LANES)) {
+                    to[v * LANES..][..LANES].copy_from_slice(&digit.0);
+                }
+            }
+            sums[v] = _mm512_reduce_add_ps(total);
+        }
+    }
+}
+
+/// The columns of a run of an input.
+#[inline(always)]
+fn of_run<'x>(layout: &Layout, run: usize, x: &'x [f32]) -> &'x [f32] {
+    let from = run * layout.run;
+    x.get(from..x.len().min(from + layout.run)).unwrap_or_default()
 }
 
 /// The numbers of some columns from one on, V at most, in their order each; none of those that are missing.

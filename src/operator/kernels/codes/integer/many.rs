@@ -1,4 +1,4 @@
-//! Products with many inputs, by matrix instructions: some columns of some panels at a time.
+//! Products of codes with many inputs, by matrix instructions of bytes: some columns of some panels at a time.
 //!
 //! Of the columns of a block the nearest cache holds the digits of a tile of inputs, which come from the next cache once for
 //! some panels, and codes as bytes: of one panel while those of the next are unpacked, or of all that more than one tile
@@ -11,12 +11,10 @@ use std::ops::Range;
 
 use pulp::bytemuck::cast;
 
-use super::digits::Digits;
 use super::inputs::UNPACKED;
-use super::matrix::{Registers, Shape, Sums};
+use super::matrix::{Shape, Sums, Tiles};
 use super::panel::{Lanes, Unpacking, unpack};
-use super::{BANDS, EACH, Floats, Grids, Inputs, Panel, Scaling};
-use crate::simd::prefetch;
+use super::{BANDS, EACH, Inputs, LIMBS, Panel, Scaling};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
@@ -29,7 +27,7 @@ const PAGE: usize = 4096 / size_of::<[Lanes<i32>; BANDS]>();
 pub(super) struct Task<'a, 'p> {
     pub panels: &'a [Panel<'p>],
     pub x: &'a Inputs,
-    pub registers: &'a Registers,
+    pub tiles: &'a Tiles,
     pub unpacked: &'a mut [[Lanes<i32>; BANDS]],
     pub totals: &'a mut [[Lanes<f32>; BANDS]],
 }
@@ -52,12 +50,9 @@ pub(super) struct Blocks {
 impl Blocks {
     pub(super) fn new(x: &Inputs, shape: Shape) -> Self {
         let (run, runs) = (x.layout.run, (COLUMNS / x.layout.run).max(1));
-        let stride = match shape.digits {
-            Digits::Three => run / EACH,
-            Digits::Two => shape.width(),
-        };
+        let stride = run / EACH;
         // The last step may go beyond its run.
-        let lanes = (runs - 1) * stride + (shape.steps(run / EACH) * shape.width()).max(stride);
+        let lanes = (runs - 1) * stride + shape.steps(stride) * shape.lanes;
         let panels = (UNPACKED / (runs * run)).max(1);
         let places = if x.tiles().len() > 1 { panels + 1 } else { 2 };
         Blocks { runs, panels, stride, lanes: lanes.next_multiple_of(PAGE), places }
@@ -82,15 +77,15 @@ impl Blocks {
 
     /// Adds the products of as many panels as are together, or fewer, with all inputs, COUNT at a time.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const DIGITS: usize, const COUNT: usize>(
+    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const COUNT: usize>(
         &self,
         task: Task<'_, 'a>,
     ) {
-        let Task { panels, x, registers, unpacked, totals } = task;
+        let Task { panels, x, tiles, unpacked, totals } = task;
         let Some(one) = panels.first() else { return };
         let (layout, unpacking) = (&x.layout, Unpacking::new(one.bits));
-        let shape = Shape::of(COUNT, if DIGITS == 2 { Digits::Two } else { Digits::Three }, layout);
-        let registers = registers.of(shape);
+        let shape = Shape::of(COUNT, layout);
+        let registers = tiles.of(shape);
         // Lanes, steps and bytes of a run, and integers of its inputs.
         let (lanes, of_run, padded) = (layout.run / EACH, shape.run(layout), x.padded());
         let (steps, bytes) = (shape.steps(lanes), (lanes / PARTS * unpacking.chunk()).max(1));
@@ -106,7 +101,7 @@ impl Blocks {
         };
         let (codes, ahead) = codes_of(one, 0);
         for (codes, to) in codes.chunks(bytes).zip(unpacked[self.place(0)].chunks_mut(self.stride)) {
-            unpack::<KIND, PARTS, DIGITS>(&unpacking, less, codes, ahead, to, self.stride / 2);
+            unpack::<KIND, PARTS>(&unpacking, less, codes, ahead, to);
         }
         let mut start = 0;
         let mut sums = Sums::default();
@@ -124,7 +119,7 @@ impl Blocks {
             let mut number = start;
             for (tile, (begin, _)) in x.tiles().enumerate() {
                 let from = tile * layout.runs() + first;
-                let (units, whole) = x.beside_all::<COUNT>(from..from + runs);
+                let (units, whole) = (x.units::<COUNT>(from..from + runs), x.sums::<COUNT>(from..from + runs));
                 number = start;
                 for (at, panel) in panels.iter().enumerate() {
                     let places = [self.place(number), self.place(self.after(number))];
@@ -146,57 +141,39 @@ impl Blocks {
                         let piece = coming.next().unwrap_or_default();
                         registers.add_up::<0>(steps, codes, inputs);
                         registers.put::<1>(&mut sums);
-                        unpack::<KIND, PARTS, DIGITS>(&unpacking, less, piece, ahead, to, self.stride / 2);
-                        add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
+                        unpack::<KIND, PARTS>(&unpacking, less, piece, ahead, to);
+                        add::<COUNT, 1>(&upper, &sums, beside, totals, totals_of);
                         registers.add_up::<1>(steps, codes, inputs);
                         registers.put::<0>(&mut sums);
                         let group = panel.group + if run == 0 { first_group } else { layout.group_of(first + run) };
                         if tile == 0 {
-                            ask_for(panel.grids, group, groups_ahead);
+                            panel.grids.ask_for(group, groups_ahead);
                         }
                         let lower;
-                        [lower, upper] = scalings::<KIND, DIGITS, COUNT>(panel, group);
+                        [lower, upper] = scalings::<KIND, COUNT>(panel, group);
                         (beside, totals_of) = (all, at * padded + begin);
-                        add::<DIGITS, COUNT, 0>(&lower, &sums, beside, totals, totals_of);
+                        add::<COUNT, 0>(&lower, &sums, beside, totals, totals_of);
                     }
                 }
             }
             start = number;
         }
         registers.put::<1>(&mut sums);
-        add::<DIGITS, COUNT, 1>(&upper, &sums, beside, totals, totals_of);
+        add::<COUNT, 1>(&upper, &sums, beside, totals, totals_of);
     }
-}
-
-/// Asks for what belongs to the group that comes so many behind one.
-#[inline(always)]
-fn ask_for(grids: &Grids, group: usize, ahead: usize) {
-    fn ask<N>(of: &[N], group: usize, ahead: usize) {
-        of.get(group).iter().for_each(|of| prefetch(*of, ahead * size_of::<N>()));
-    }
-    for numbers in [&grids.scales, &grids.offsets] {
-        match numbers {
-            Floats::Half(all) => ask(all, group, ahead),
-            Floats::Wide(all) => ask(all, group, ahead),
-        }
-    }
-    ask(&grids.zeros, group, ahead);
 }
 
 /// What makes numbers of a group's sums, of each band. (Each kernel has its own, which compilers make part of the loop then.)
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn scalings<const KIND: u8, const DIGITS: usize, const COUNT: usize>(
-    panel: &Panel<'_>,
-    group: usize,
-) -> [Scaling; BANDS] {
-    [panel.scaling(group, 0), panel.scaling(group, 1)]
+fn scalings<const KIND: u8, const COUNT: usize>(panel: &Panel<'_>, group: usize) -> [Scaling; BANDS] {
+    panel.scalings(group)
 }
 
 /// Adds the sums of the digits of some inputs of some units and sums to totals from one on, of a band.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn add<const DIGITS: usize, const COUNT: usize, const BAND: usize>(
+fn add<const COUNT: usize, const BAND: usize>(
     scaling: &Scaling,
     sums: &Sums,
     (units, whole): (&[f32; COUNT], &[f32; COUNT]),
@@ -205,15 +182,14 @@ fn add<const DIGITS: usize, const COUNT: usize, const BAND: usize>(
 ) {
     let Some(totals) = totals[from..].first_chunk_mut::<COUNT>() else { return };
     let of = sums.0[BAND].as_chunks::<COUNT>().0;
-    let (high, middle, low) = (&of[0], &of[1], &of[DIGITS - 1]);
+    let (high, middle, low) = (&of[0], &of[1], &of[LIMBS - 1]);
     let (high, middle, low) = (high.as_chunks::<4>().0, middle.as_chunks::<4>().0, low.as_chunks::<4>().0);
     let (totals, units, whole) = (totals.as_chunks_mut::<4>().0, units.as_chunks::<4>().0, whole.as_chunks::<4>().0);
     for four in 0..COUNT / 4 {
         let (high, middle, low) = (&high[four], &middle[four], &low[four]);
         let (totals, units, whole) = (&mut totals[four], &units[four], &whole[four]);
         for v in 0..4 {
-            let mut of = [cast(high[v].0); DIGITS];
-            (of[1], of[DIGITS - 1]) = (cast(middle[v].0), cast(low[v].0));
+            let of = [cast(high[v].0), cast(middle[v].0), cast(low[v].0)];
             let total = &mut totals[v][BAND];
             *total = Lanes(cast(scaling.add(cast(total.0), of, units[v], whole[v])));
         }

@@ -8,7 +8,6 @@ use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use super::digits::Digits;
 use super::inputs::Layout;
 use super::panel::Lanes;
 use super::{BANDS, EACH, LANES, LIMBS};
@@ -16,21 +15,20 @@ use super::{BANDS, EACH, LANES, LIMBS};
 /// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory
 /// for the registers aside then for each thread that uses them.)
 pub(super) fn available() -> bool {
-    static ALLOWED: LazyLock<bool> = LazyLock::new(|| has_bytes() && permitted());
+    static ALLOWED: LazyLock<bool> = LazyLock::new(|| present() && permitted());
     *ALLOWED
 }
 
-/// Whether there are products of bytes in tiles.
+/// Whether there are products of bytes and of bf16 in tiles. (All processors with tiles have both.)
 #[allow(unsafe_code, unused_unsafe)]
-fn has_bytes() -> bool {
-    const TILES: u32 = 1 << 24;
-    const BYTES: u32 = 1 << 25;
+fn present() -> bool {
+    const ALL: u32 = 1 << 22 | 1 << 24 | 1 << 25;
     if !super::available() {
         return false;
     }
     // SAFETY: machines with AVX-512, as was asked, have the instruction and this leaf.
     let features = unsafe { std::arch::x86_64::__cpuid_count(7, 0) }.edx;
-    features & TILES != 0 && features & BYTES != 0
+    features & ALL == ALL
 }
 
 /// Asks for the registers, which Linux gives to those who ask.
@@ -54,7 +52,6 @@ fn permitted() -> bool {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
     pub inputs: usize,
-    pub digits: Digits,
     /// Lanes of codes of a step.
     pub lanes: usize,
     /// Registers that hold all digits of the inputs, and rows of each: as few as there can be, of one size.
@@ -63,31 +60,19 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// For so many inputs, eight or sixteen at a time; `None` without the instructions.
-    pub(super) fn new(inputs: usize, layout: &Layout) -> Option<Self> {
-        let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
-        (inputs > 0 && layout.run > 0 && available()).then(|| Self::of(together, layout.digits, layout))
-    }
-
     /// For so many inputs at a time, at most sixteen.
     #[inline(always)]
-    pub(super) fn of(inputs: usize, digits: Digits, layout: &Layout) -> Self {
-        let rows = inputs * digits.count();
+    pub(super) fn of(inputs: usize, layout: &Layout) -> Self {
+        let rows = inputs * LIMBS;
         let tiles = rows.div_ceil(LANES);
-        let lanes = (layout.run / EACH).next_multiple_of(4).min(LANES / digits.parts());
-        Shape { inputs, digits, lanes, tiles, rows: rows.div_ceil(tiles) }
-    }
-
-    /// Lanes of a step with those of codes that count again.
-    #[inline(always)]
-    pub(super) fn width(&self) -> usize {
-        self.lanes * self.digits.parts()
+        let lanes = (layout.run / EACH).next_multiple_of(4).min(LANES);
+        Shape { inputs, lanes, tiles, rows: rows.div_ceil(tiles) }
     }
 
     /// Integers of a register of inputs.
     #[inline(always)]
     pub(super) fn tile(&self) -> usize {
-        self.rows * self.width()
+        self.rows * self.lanes
     }
 
     /// Integers of a step's inputs.
@@ -141,6 +126,7 @@ macro_rules! tiles {
         )
     };
 }
+pub(super) use tiles;
 
 /// Assembly, for as many registers as have the sums of a band.
 macro_rules! with_sums {
@@ -158,35 +144,47 @@ macro_rules! with_sums {
 
 /// The tile registers of this thread, in use from the first word to the last.
 pub(super) struct Registers {
-    shape: Shape,
     /// They stay with their thread.
     here: PhantomData<*const ()>,
 }
 
 impl Registers {
-    #[allow(unsafe_code)]
+    /// Of so many rows of so many bytes each.
+    ///
     /// # Panics
-    /// Without the instructions, and for a shape of more than a register's rows and lanes, or of more than three registers.
-    pub(super) fn new(shape: Shape) -> Self {
-        let fits = (1..=LANES).contains(&shape.rows) && (1..=LANES).contains(&shape.width()) && shape.tiles <= LIMBS;
-        assert!(available() && fits, "registers for a shape");
-        let (rows, width) = (shape.rows as u8, shape.width() as u8);
+    /// Without the instructions, and for more than 16 rows of 64 bytes.
+    #[allow(unsafe_code)]
+    pub(super) fn new(registers: [(u8, u16); 8]) -> Self {
+        let fits = |&(rows, bytes): &(u8, u16)| (1..=16).contains(&rows) && (1..=64).contains(&bytes);
+        assert!(available() && registers.iter().all(fits), "registers that there are");
         let mut of = Configuration { palette: 1, start: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
-        // Six of sums, one of codes, one of inputs.
-        of.bytes[..7].fill(64);
-        of.rows[..6].fill(rows);
-        (of.rows[6], of.rows[7], of.bytes[7]) = (width, rows, 4 * u16::from(width));
+        for (at, (rows, bytes)) in registers.into_iter().enumerate() {
+            (of.rows[at], of.bytes[at]) = (rows, bytes);
+        }
         // SAFETY: the machine has the instruction and the system permits it. It reads the 64 bytes of the configuration, in
         // which no register has more than the 16 rows of 64 bytes that palette 1 allows, by the assertion. It writes tile
         // registers only, which compiled code does not use.
         unsafe {
             tiles!("ldtilecfg [{of}]"; of = in(reg) &raw const of,);
         }
-        Registers { shape, here: PhantomData }
+        Registers { here: PhantomData }
     }
+}
 
-    pub(super) fn shape(&self) -> Shape {
-        self.shape
+/// Registers for some shape.
+pub(super) struct Tiles {
+    shape: Shape,
+    registers: Registers,
+}
+
+impl Tiles {
+    /// # Panics
+    /// Without the instructions, and for a shape of more than a register's rows and lanes, or of more than three registers.
+    pub(super) fn new(shape: Shape) -> Self {
+        assert!(shape.rows <= LANES && shape.lanes <= LANES && shape.tiles <= LIMBS, "registers for a shape");
+        let (sums, codes) = ((shape.rows as u8, 64), (shape.lanes as u8, 64));
+        let inputs = (shape.rows as u8, (shape.lanes * size_of::<i32>()) as u16);
+        Tiles { shape, registers: Registers::new([sums, sums, sums, sums, sums, sums, codes, inputs]) }
     }
 
     /// Them, of the shape that they have: a compiler may know more of it.
@@ -196,7 +194,7 @@ impl Registers {
     #[inline(always)]
     pub(super) fn of(&self, shape: Shape) -> Shaped<'_> {
         assert!(self.shape == shape, "registers of this shape");
-        Shaped { shape, registers: PhantomData }
+        Shaped { shape, registers: &self.registers }
     }
 }
 
@@ -204,7 +202,8 @@ impl Registers {
 #[derive(Clone, Copy)]
 pub(super) struct Shaped<'r> {
     shape: Shape,
-    registers: PhantomData<&'r Registers>,
+    #[expect(dead_code, reason = "they are in use")]
+    registers: &'r Registers,
 }
 
 impl Shaped<'_> {
@@ -217,10 +216,10 @@ impl Shaped<'_> {
     pub(super) fn add_up<const BAND: usize>(self, steps: usize, codes: &[[Lanes<i32>; BANDS]], inputs: &[i32]) {
         const { assert!(BAND < BANDS) };
         let shape = self.shape;
-        let needed = steps.saturating_sub(1) * shape.lanes + shape.width();
+        let needed = steps.max(1) * shape.lanes;
         assert!(needed <= codes.len() && steps * shape.step() <= inputs.len(), "codes and inputs of all steps");
         let (mut codes, mut inputs) = (codes.as_ptr().cast::<Lanes<i32>>().wrapping_add(BAND), inputs.as_ptr());
-        let (row, tile) = (shape.width() * size_of::<i32>(), shape.tile() * size_of::<i32>());
+        let (row, tile) = (shape.lanes * size_of::<i32>(), shape.tile() * size_of::<i32>());
         macro_rules! step {
             ($($sums:literal)+) => {
                 tiles!(

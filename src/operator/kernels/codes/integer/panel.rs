@@ -130,44 +130,27 @@ impl Unpacking {
     }
 }
 
-/// Unpacks some chunks, less a number each, and asks for what is so many bytes ahead of them. For two digits codes times 16 stand
-/// that far behind the codes.
+/// Unpacks some chunks, less a number each, and asks for what is so many bytes ahead of them.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code)]
-pub(super) fn unpack<const KIND: u8, const PARTS: usize, const DIGITS: usize>(
+pub(super) fn unpack<const KIND: u8, const PARTS: usize>(
     unpacking: &Unpacking,
     less: __m512i,
     codes: &[u8],
     ahead: usize,
     to: &mut [[Lanes<i32>; BANDS]],
-    behind: usize,
 ) {
     // (That of whole vectors is known to the compiler.)
     let chunk = if KIND == 0 { unpacking.chunk() } else { BANDS * LINE };
-    let (to, times) = to.split_at_mut(if DIGITS == 2 { behind } else { to.len() });
-    let mut times = times.as_chunks_mut::<PARTS>().0.iter_mut();
     for (codes, to) in codes.chunks_exact(chunk).zip(to.as_chunks_mut::<PARTS>().0) {
         prefetch(&codes[0], ahead);
         prefetch(&codes[0], ahead + LINE);
         // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
         let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
-        let mut lanes = [[_mm512_setzero_si512(); BANDS]; PARTS];
-        for part in 0..PARTS {
+        for (part, to) in to.iter_mut().enumerate() {
             for band in 0..BANDS {
-                lanes[part][band] = _mm512_sub_epi8(unpacking.lane::<KIND>(loaded[band], part), less);
-                to[part][band] = Lanes(cast(lanes[part][band]));
-            }
-        }
-        if DIGITS == 2
-            && let Some(times) = times.next()
-        {
-            for part in 0..PARTS {
-                for band in 0..BANDS {
-                    let sixteen = _mm512_slli_epi32::<4>(lanes[part][band]);
-                    let sixteen = _mm512_and_si512(sixteen, _mm512_set1_epi8(0xf0_u8 as i8));
-                    times[part][band] = Lanes(cast(sixteen));
-                }
+                to[band] = Lanes(cast(_mm512_sub_epi8(unpacking.lane::<KIND>(loaded[band], part), less)));
             }
         }
     }

@@ -1,53 +1,69 @@
 use ndarray::Array2;
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
-use super::inputs::Layout;
 use super::*;
 
 /// Products with more than a few inputs by vectors, and by matrix instructions where the machine has both; none where it
-/// has neither.
-fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> Vec<Vec<f32>> {
+/// has neither. With the exact products, and
+/// with those of the sizes of what is added up.
+fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<Array2<f32>>, [Array2<f64>; 2]) {
     let (groups, levels) = (n.div_ceil(group), 1usize << bits);
     let scales: Vec<f32> = (0..m * groups).map(|g| 0.01 + (g % 7) as f32 / 64.0).collect();
     let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 5 % levels) as u8).collect();
+    let zeros = bits.is_multiple_of(2).then_some(&zeros[..]);
+    let code = |i: usize, j: usize| ((i * 29 + j * 13 + i * j) % levels) as u8;
     let mut codes = Vec::new();
     for i in 0..m {
-        pack(bits, &(0..n).map(|j| ((i * 29 + j * 13 + i * j) % levels) as u8).collect::<Vec<_>>(), &mut codes);
+        pack(bits, &(0..n).map(|j| code(i, j)).collect::<Vec<_>>(), &mut codes);
     }
-    let beside = Beside { scales: &scales, zeros: bits.is_multiple_of(2).then_some(&zeros), offsets: None };
+    let dense = Array2::from_shape_fn((m, n), |(i, j)| {
+        let group = i * groups + j / group;
+        let zero = zeros.map_or(1 << (bits - 1), |zeros| zeros[group]);
+        f64::from(scales[group]) * (f64::from(code(i, j)) - f64::from(zero))
+    });
+    let largest = Array2::from_shape_fn((m, n), |(i, j)| f64::from(scales[i * groups + j / group]) * levels as f64);
+    let exact = [dense.dot(&x.mapv(f64::from)), largest.dot(&x.mapv(|v| f64::from(v.abs())))];
+    let beside = Beside { scales: &scales, zeros, offsets: None };
     let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
     let rows = CodedRows { group, codes: &codes, groups, beside };
     let layout = Layout::new::<f32>(bits, group, n);
-    let vectors = layout.map(|layout| Inputs::laid_out(x.view(), layout, None));
-    let matrices = Inputs::new(x.view(), bits, group).filter(|x| x.shape.is_some());
+    let vectors = layout.map(|layout| Inputs::laid_out(x.view(), layout, Way::Vectors));
+    let matrices = Inputs::new(x.view(), bits, group).filter(|x| x.way != Way::Vectors);
     // The fastest there is was taken.
     assert_eq!((vectors.is_some(), matrices.is_some()), (available(), matrix::available()));
     let product = |x: Inputs| {
-        let mut y = vec![f32::NAN; m * x.vectors];
+        let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
         // Calls begin at panels.
-        for (at, y) in y.chunks_mut(64 * x.vectors).enumerate() {
+        for (at, y) in y.as_slice_mut().unwrap().chunks_mut(64 * x.vectors).enumerate() {
             products(&rows, at * 64..(at * 64 + 64).min(m), &x, y);
         }
         y
     };
-    vectors.into_iter().chain(matrices).map(product).collect()
+    (vectors.into_iter().chain(matrices).map(product).collect(), exact)
 }
 
 #[test]
-fn matrix_instructions_find_the_same_sums() {
-    let bits = |y: &[f32]| y.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+fn matrix_instructions_find_the_sums_of_vectors() {
     for (width, group, n) in (2..=8).flat_map(|width| {
-        // Lanes that fill steps and that do not, the last run a short one, whole rows.
-        [(32, 320), (64, 300), (128, 700), (96, 290), (16, 40), (1031, 1031), (70, 70)].map(|(g, n)| (width, g, n))
+        // Lanes that fill steps and that do not, blocks of runs, the last run a short one, whole rows.
+        [(32, 320), (32, 1064), (64, 300), (128, 700), (96, 290), (16, 40), (48, 500), (1031, 1031), (70, 70)]
+            .map(|(g, n)| (width, g, n))
     }) {
         for count in [5, 8, 16, 17, 40] {
             let x = Array2::from_shape_fn((n, count), |(j, v)| {
                 let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
             });
-            if let [vectors, matrices] = &all(width, group, (70, n), &x)[..] {
-                let what = format!("{width} bits, groups of {group}, {n} columns, {count} inputs");
-                assert_eq!(bits(vectors), bits(matrices), "{what}");
+            let (products, [exact, sizes]) = all(width, group, (327, n), &x);
+            let what = format!("{width} bits, groups of {group}, {n} columns, {count} inputs");
+            for (way, y) in products.iter().enumerate() {
+                let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size.max(1e-30);
+                let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
+                assert!(worst < 1e-6, "{what}, way {way}: off by {worst:e} of what is added up");
+            }
+            let numbers = Layout::new::<f32>(width, group, n).is_some_and(|layout| few::takes(width, layout.run));
+            if let ([vectors, matrices], false) = (&products[..], numbers) {
+                assert_eq!(vectors.mapv(f32::to_bits), matrices.mapv(f32::to_bits), "{what}");
             }
         }
     }
@@ -55,9 +71,12 @@ fn matrix_instructions_find_the_same_sums() {
 
 #[test]
 fn inputs_that_are_not_finite_make_no_numbers() {
-    let mut x = Array2::from_elem((256, 20), 0.5f32);
-    (x[[3, 7]], x[[200, 11]]) = (f32::NAN, f32::INFINITY);
-    for y in all(4, 64, (40, 256), &x) {
-        assert!(y.iter().enumerate().all(|(at, y)| y.is_nan() == [7, 11].contains(&(at % 20))));
+    for (bits, group) in [(4, 64), (3, 32), (8, 64)] {
+        let mut x = Array2::from_elem((256, 20), 0.5f32);
+        // (Of the last, what is left of a number that is cut is not all zero.)
+        (x[[3, 7]], x[[200, 11]], x[[77, 2]]) = (f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001));
+        for y in all(bits, group, (40, 256), &x).0 {
+            assert!(y.indexed_iter().all(|((_, v), y)| y.is_nan() == [2, 7, 11].contains(&v)));
+        }
     }
 }

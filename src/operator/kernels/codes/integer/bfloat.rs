@@ -1,0 +1,239 @@
+//! Codes of few bits and inputs as numbers of 16 bits, which matrix instructions multiply: bf16, the upper half of an `f32`.
+//!
+//! Codes that count from the middle of their levels are such numbers as they are. An input is the sum of three, x = a + b + c
+//! with eight bits each, without any rounding. `tdpbf16ps` adds up the products of pairs of columns of 16 rows with up to 16
+//! inputs, in `f32`: so one sum holds all three, and only has to be scaled. Numbers under 2⁻¹²⁶ count as zero.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use pulp::bytemuck::cast;
+
+use super::inputs::Layout;
+use super::matrix::{Registers, tiles};
+use super::panel::{Lanes, Unpacking};
+use super::digits::padded;
+use super::{BANDS, EACH, LANES};
+
+/// Bits of the widest codes: there are 32 numbers in the table of an instruction.
+pub(super) const WIDEST: u8 = 5;
+/// Columns that meet in an instruction.
+pub(super) const STEP: usize = 2 * LANES;
+/// Numbers of an input.
+pub(super) const DIGITS: usize = 3;
+
+/// Codes of a step: a pair of columns of 16 rows in each vector.
+pub(super) type Codes = [[Lanes<i32>; LANES]; BANDS];
+/// Inputs of a step: 32 columns each, those of pairs side by side, the largest digits first.
+pub(super) type Cut<const COUNT: usize> = [[Lanes<i32>; COUNT]; DIGITS];
+/// Sums of a run: of each band, an input's with its rows.
+pub(super) type Sums = [[Lanes<f32>; LANES]; BANDS];
+
+/// What makes numbers of codes.
+#[derive(Clone, Copy)]
+pub(super) struct Table {
+    numbers: __m512i,
+    unpacking: Unpacking,
+}
+
+impl Table {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(bits: u8) -> Self {
+        let (levels, half) = (1 << bits, f32::from(1u8 << (bits - 1)));
+        // An index has five bits: those above a code's do not count.
+        let numbers: [u16; STEP] = std::array::from_fn(|at| ((((at % levels) as f32) - half).to_bits() >> 16) as u16);
+        Table { numbers: cast(numbers), unpacking: Unpacking::new(bits) }
+    }
+
+    /// Numbers of a step, from its codes and others.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(super) fn all<const KIND: u8>(&self, codes: &[u8], to: &mut Codes) {
+        self.unpack::<KIND, 0>(codes, 0, to);
+        self.unpack::<KIND, 1>(codes, 0, to);
+        self.unpack::<KIND, 2>(codes, 0, to);
+        self.unpack::<KIND, 3>(codes, 0, to);
+    }
+
+    /// Numbers of a quarter of a step, from the codes of one or more steps; what has no codes there stays as it is.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[allow(unsafe_code)]
+    pub(super) fn unpack<const KIND: u8, const QUARTER: usize>(&self, codes: &[u8], ahead: usize, to: &mut Codes) {
+        // Chunks of 16, 8 or 4 columns, and the vectors that a quarter takes from each.
+        let (first, chunks, vectors) = match KIND {
+            2 => (QUARTER / 2, 1, 4),
+            4 => (QUARTER, 1, 4),
+            _ => (2 * QUARTER, 2, 2),
+        };
+        let bytes = if KIND == 0 { self.unpacking.chunk() } else { BANDS * size_of::<__m512i>() };
+        for chunk in 0..chunks {
+            let from = (first + chunk) * bytes;
+            let Some(codes) = codes.get(from..from + bytes) else { return };
+            super::prefetch(&codes[0], ahead);
+            super::prefetch(&codes[0], ahead + size_of::<__m512i>());
+            // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+            let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
+            for band in 0..BANDS {
+                let of = if KIND == 0 { self.unpacking.lane::<0>(loaded[band], 0) } else { loaded[band] };
+                for vector in 0..vectors {
+                    let shift = match KIND {
+                        2 => 2 * (QUARTER % 2 * 4 + vector),
+                        4 => 4 * vector,
+                        _ => 8 * vector,
+                    };
+                    let index = _mm512_srlv_epi16(of, _mm512_set1_epi16(shift as i16));
+                    let numbers = _mm512_permutexvar_epi16(index, self.numbers);
+                    to[band][4 * QUARTER + chunk * vectors + vector] = Lanes(cast(numbers));
+                }
+            }
+        }
+    }
+}
+
+/// Cuts inputs for codes of some layout.
+pub(super) struct Cutting {
+    /// The column of each number.
+    order: [__m512i; 2],
+}
+
+impl Cutting {
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(layout: &Layout) -> Self {
+        // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
+        let half = EACH * layout.parts / 2;
+        let column = |at: usize| (at / 2 / half * 2 * half + at / 2 % half + at % 2 * half) as i32;
+        Cutting { order: [0, LANES].map(|from| cast(std::array::from_fn::<_, LANES, _>(|at| column(from + at)))) }
+    }
+
+    /// The digits of up to 32 columns, and sums of some of them each; zeros where there are none.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+    pub(super) fn cut(&self, x: &[f32]) -> ([Lanes<i32>; DIGITS], __m512) {
+        let (first, second) = match x.as_chunks::<LANES>().0 {
+            [first, second, ..] => (*first, *second),
+            _ => (padded(x), padded(x.get(LANES..).unwrap_or_default())),
+        };
+        let (first, second): (__m512, __m512) = (cast(first), cast(second));
+        let sums = _mm512_add_ps(first, second);
+        let mut left = _mm512_permutex2var_ps(first, self.order[0], second);
+        let mut right = _mm512_permutex2var_ps(first, self.order[1], second);
+        let upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32 as i32));
+        let mut digits = [Lanes::default(); DIGITS];
+        for digit in &mut digits {
+            // What is cut off is exact, and so is the rest.
+            let (of_left, of_right) = (_mm512_and_ps(left, upper), _mm512_and_ps(right, upper));
+            (left, right) = (_mm512_sub_ps(left, of_left), _mm512_sub_ps(right, of_right));
+            let words = [_mm512_srli_epi32::<16>(cast(of_left)), _mm512_srli_epi32::<16>(cast(of_right))];
+            *digit = Lanes(cast([_mm512_cvtepi32_epi16(words[0]), _mm512_cvtepi32_epi16(words[1])]));
+        }
+        (digits, sums)
+    }
+}
+
+/// Assembly, for the registers that have the sums of a run.
+macro_rules! of_run {
+    ($run:expr, $code:ident) => {
+        match $run % 2 {
+            0 => $code!("tmm0", "tmm1"),
+            _ => $code!("tmm2", "tmm3"),
+        }
+    };
+}
+
+/// Tile registers: the sums of two bands of a run and of the next, and a step's codes of two bands and inputs of two digits.
+pub(super) struct Tiles<const COUNT: usize>(Registers);
+
+impl<const COUNT: usize> Tiles<COUNT> {
+    /// # Panics
+    /// Without the instructions.
+    pub(super) fn new() -> Self {
+        const { assert!(COUNT <= LANES) };
+        let (inputs, codes) = ((COUNT as u8, 64), (LANES as u8, 64));
+        Tiles(Registers::new([inputs, inputs, inputs, inputs, codes, codes, inputs, inputs]))
+    }
+
+    /// Begins a run.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn clear(&self, run: usize) {
+        macro_rules! clear {
+            ($first:literal, $second:literal) => {
+                tiles!(concat!("tilezero ", $first), concat!("tilezero ", $second);)
+            };
+        }
+        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
+        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
+        // system restores them for each thread. No memory is touched.
+        unsafe { of_run!(run, clear) }
+    }
+
+    /// Adds the products of the codes of a step with the largest digits of inputs. The codes stay for the other digits.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn first(&self, run: usize, codes: &Codes, x: &Cut<COUNT>) {
+        macro_rules! first {
+            ($first:literal, $second:literal) => {
+                tiles!(
+                    "tileloadd tmm4, [{codes} + {line}]",
+                    "tileloadd tmm6, [{x} + {line}]",
+                    concat!("tdpbf16ps ", $first, ", tmm6, tmm4"),
+                    "tileloadd tmm5, [{codes} + {line} + 1024]",
+                    concat!("tdpbf16ps ", $second, ", tmm6, tmm5");
+                    codes = in(reg) codes,
+                    x = in(reg) &raw const x[0],
+                    line = in(reg) size_of::<Lanes<i32>>(),
+                )
+            };
+        }
+        // SAFETY: the registers are configured, as above. Of each band of the codes 16 rows of 64 bytes are read, and of the
+        // digit one for each of COUNT inputs: as many as there are. No other memory is touched, nor the stack.
+        unsafe { of_run!(run, first) }
+    }
+
+    /// Adds the products of the codes of the step with other digits.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn next(&self, run: usize, x: &[Lanes<i32>; COUNT]) {
+        macro_rules! next {
+            ($first:literal, $second:literal) => {
+                tiles!(
+                    "tileloadd tmm7, [{x} + {line}]",
+                    concat!("tdpbf16ps ", $first, ", tmm7, tmm4"),
+                    concat!("tdpbf16ps ", $second, ", tmm7, tmm5");
+                    x = in(reg) x,
+                    line = in(reg) size_of::<Lanes<i32>>(),
+                )
+            };
+        }
+        // SAFETY: the registers are configured, as above. COUNT rows of 64 bytes are read: as many as there are. No other
+        // memory is touched, nor the stack.
+        unsafe { of_run!(run, next) }
+    }
+
+    /// Writes the sums of a band of a run.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn put<const BAND: usize>(&self, run: usize, to: &mut Sums) {
+        macro_rules! put {
+            ($first:literal, $second:literal) => {
+                match BAND {
+                    0 => tiles!(
+                        concat!("tilestored [{to} + {line}], ", $first);
+                        to = in(reg) &raw mut to[0],
+                        line = in(reg) size_of::<Lanes<f32>>(),
+                    ),
+                    _ => tiles!(
+                        concat!("tilestored [{to} + {line}], ", $second);
+                        to = in(reg) &raw mut to[1],
+                        line = in(reg) size_of::<Lanes<f32>>(),
+                    ),
+                }
+            };
+        }
+        // SAFETY: the registers are configured, as above. COUNT rows of 64 bytes are written: there are 16, no fewer. No other
+        // memory is touched, nor the stack.
+        unsafe { of_run!(run, put) }
+    }
+}
