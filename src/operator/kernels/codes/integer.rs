@@ -3,15 +3,14 @@
 //! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
-//! floats see the sum of a run only, which is scaled then, for 16 rows at once. What is unpacked stays in the nearest
-//! cache for all inputs. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than a few
+//! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than a few
 //! inputs meet the bytes in those ([`many`]), with the same sums; and codes of few bits as numbers, in sums of `f32` ([`few`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
-use pulp::bytemuck::{self, cast};
+use pulp::bytemuck::cast;
 
 mod bfloat;
 mod bytes;
@@ -29,7 +28,7 @@ pub(super) use self::inputs::Inputs;
 use self::inputs::{Layout, Way};
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
-use self::panel::{Lanes, Unpacking, kind, put, turned, unpack};
+use self::panel::{Lanes, Unpacking, kind, put, turned};
 use super::CodedRows;
 use super::packed::{Floats, Grids, LINE, PANEL};
 use crate::scalar::Real;
@@ -139,7 +138,7 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
-    Vectors(Vec<[Lanes<i32>; BANDS]>),
+    Vectors,
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
     Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
@@ -154,17 +153,14 @@ impl Meeting {
             }
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
-            Way::Vectors if x.vectors > TOGETHER => {
-                Meeting::Vectors(vec![[Lanes::default(); BANDS]; x.layout.together() * x.layout.run / EACH])
-            }
-            Way::Vectors => Meeting::Vectors(Vec::new()),
+            Way::Vectors => Meeting::Vectors,
         }
     }
 
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors(_) => 1,
+            Meeting::Vectors => 1,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
         }
@@ -179,9 +175,9 @@ impl Meeting {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
-            Meeting::Vectors(unpacked) => {
+            Meeting::Vectors => {
                 for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    panel.multiply::<KIND, PARTS>(x, unpacked, totals);
+                    panel.multiply::<KIND, PARTS>(x, totals);
                 }
             }
             Meeting::Bytes(tiles, blocks, unpacked) => {
@@ -213,40 +209,71 @@ struct Panel<'a> {
     starts: &'a [i32],
 }
 
-/// Runs of columns of some rows, as codes of another width have them perhaps.
-struct Runs<'a> {
-    of: &'a Panel<'a>,
-    numbers: Range<usize>,
-    codes: &'a [u8],
-    unpacking: Unpacking,
-}
-
 impl Panel<'_> {
-    /// The products with all inputs, with memory for the codes of some runs.
+    /// Adds the products with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    fn multiply<const KIND: u8, const PARTS: usize>(
+    fn multiply<const KIND: u8, const PARTS: usize>(&self, x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
+        for (first, count) in x.tiles() {
+            match count {
+                1 => self.tile::<KIND, PARTS, 1>(x, first, totals),
+                2 => self.tile::<KIND, PARTS, 2>(x, first, totals),
+                _ => self.tile::<KIND, PARTS, TOGETHER>(x, first, totals),
+            }
+        }
+    }
+
+    /// Adds the products with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
+    /// instructions: vectors would have to be in memory.)
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    #[allow(unsafe_code, clippy::needless_range_loop)]
+    fn tile<const KIND: u8, const PARTS: usize, const V: usize>(
         &self,
         x: &Inputs,
-        unpacked: &mut [[Lanes<i32>; BANDS]],
+        first: usize,
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
-        let (layout, unpacking) = (&x.layout, Unpacking::new(self.bits));
-        if KIND == 8 || x.vectors <= TOGETHER {
-            let runs = Runs { of: self, numbers: 0..layout.runs(), codes: self.packed, unpacking };
-            x.tiles().for_each(|tile| runs.tiles::<KIND, PARTS>(x, tile, totals));
-            return;
+        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
+        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| cast(band.0)));
+        let unpacking = Unpacking::new(self.bits);
+        let mut codes = self.packed.chunks_exact(unpacking.chunk());
+        for number in 0..x.layout.runs() {
+            let group = self.group + x.layout.group_of(number);
+            let Some(starts) = x.begin::<V>(self.starts, number, first) else { return };
+            let (units, whole) = x.beside(number, first, V);
+            let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
+            for limb in 0..LIMBS {
+                for v in 0..V {
+                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
+                }
+            }
+            let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
+            for (limbs, codes) in limbs.iter().zip(&mut codes) {
+                prefetch(&codes[0], AHEAD);
+                prefetch(&codes[0], AHEAD + 64);
+                // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+                let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
+                for part in 0..PARTS {
+                    for limb in 0..LIMBS {
+                        for v in 0..V {
+                            let input = _mm512_set1_epi32(limbs[part][limb][v]);
+                            for band in 0..BANDS {
+                                let lane = unpacking.lane::<KIND>(loaded[band], part);
+                                let sum = &mut sums[limb][v][band];
+                                *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+                            }
+                        }
+                    }
+                }
+            }
+            let scalings = self.scalings(group);
+            for (band, scaling) in scalings.iter().enumerate() {
+                for v in 0..V {
+                    let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
+                    totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);
+                }
+            }
         }
-        // What many inputs meet is unpacked once.
-        let (mut rest, together) = (self.packed, layout.together());
-        for first in (0..layout.runs()).step_by(together) {
-            let numbers = first..layout.runs().min(first + together);
-            let lanes = numbers.clone().map(|run| layout.lanes(run)).sum::<usize>();
-            let codes = rest.split_off(..lanes / PARTS * unpacking.chunk()).unwrap_or_default();
-            unpack::<KIND, PARTS>(&unpacking, _mm512_setzero_si512(), codes, AHEAD, unpacked);
-            let (codes, unpacking) = (bytemuck::cast_slice(&unpacked[..lanes]), Unpacking::new(8));
-            let runs = Runs { of: self, numbers, codes, unpacking };
-            x.tiles().for_each(|tile| runs.tiles::<8, 1>(x, tile, totals));
-        }
+        *to = totals.map(|of| of.map(|band| Lanes(cast(band))));
     }
 
     /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
@@ -302,76 +329,6 @@ fn numbers(of: &Floats, group: usize) -> [__m512; BANDS] {
             None => [_mm512_setzero_ps(); BANDS],
         },
         Floats::Wide(all) => all.get(group).map_or([_mm512_setzero_ps(); BANDS], |of| cast(*of)),
-    }
-}
-
-impl Runs<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    fn tiles<const KIND: u8, const PARTS: usize>(
-        &self,
-        x: &Inputs,
-        (first, count): (usize, usize),
-        totals: &mut [[Lanes<f32>; BANDS]],
-    ) {
-        match count {
-            1 => self.tile::<KIND, PARTS, 1>(x, first, totals),
-            2 => self.tile::<KIND, PARTS, 2>(x, first, totals),
-            _ => self.tile::<KIND, PARTS, TOGETHER>(x, first, totals),
-        }
-    }
-
-    /// Adds the products with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
-    /// instructions: vectors would have to be in memory.)
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    #[allow(unsafe_code, clippy::needless_range_loop)]
-    fn tile<const KIND: u8, const PARTS: usize, const V: usize>(
-        &self,
-        x: &Inputs,
-        first: usize,
-        totals: &mut [[Lanes<f32>; BANDS]],
-    ) {
-        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| cast(band.0)));
-        let Panel { group, starts, .. } = *self.of;
-        let mut codes = self.codes.chunks_exact(self.unpacking.chunk());
-        for number in self.numbers.clone() {
-            let group = group + x.layout.group_of(number);
-            let Some(starts) = x.begin::<V>(starts, number, first) else { return };
-            let (units, whole) = x.beside(number, first, V);
-            let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
-            for limb in 0..LIMBS {
-                for v in 0..V {
-                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
-                }
-            }
-            let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
-            for (limbs, codes) in limbs.iter().zip(&mut codes) {
-                prefetch(&codes[0], AHEAD);
-                prefetch(&codes[0], AHEAD + 64);
-                // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
-                let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
-                for part in 0..PARTS {
-                    for limb in 0..LIMBS {
-                        for v in 0..V {
-                            let input = _mm512_set1_epi32(limbs[part][limb][v]);
-                            for band in 0..BANDS {
-                                let lane = self.unpacking.lane::<KIND>(loaded[band], part);
-                                let sum = &mut sums[limb][v][band];
-                                *sum = _mm512_dpbusd_epi32(*sum, lane, input);
-                            }
-                        }
-                    }
-                }
-            }
-            let scalings = self.of.scalings(group);
-            for (band, scaling) in scalings.iter().enumerate() {
-                for v in 0..V {
-                    let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
-                    totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);
-                }
-            }
-        }
-        *to = totals.map(|of| of.map(|band| Lanes(cast(band))));
     }
 }
 

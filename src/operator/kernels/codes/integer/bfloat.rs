@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
+use super::digits::padded;
 use super::inputs::Layout;
 use super::matrix::{Registers, tiles};
 use super::panel::{Lanes, Unpacking};
-use super::digits::padded;
 use super::{BANDS, EACH, LANES};
 
 /// Bits of the widest codes: there are 32 numbers in the table of an instruction.

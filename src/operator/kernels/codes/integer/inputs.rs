@@ -9,8 +9,8 @@ use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::packed::chunk;
 use super::bfloat::{self, Cutting, DIGITS};
-use super::few;
 use super::digits::{Cut, padded, sum, totalled, unit};
+use super::few;
 use super::matrix::{self, Shape};
 use super::panel::{Lanes, put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available};
@@ -20,9 +20,6 @@ use crate::scalar::{DType, Real};
 /// Columns that share a unit at most: sums of their products with 8 bits still fit with 8 bits to spare, and a large
 /// input is felt no farther.
 const LONGEST: usize = 256;
-
-/// Columns whose codes are in the nearest cache as bytes: 16 KiB of the rows of a panel, or of as many in all as are together.
-pub(super) const UNPACKED: usize = 512;
 
 /// How the columns of a row are cut.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,11 +59,6 @@ impl Layout {
     #[inline(always)]
     pub(super) fn runs(&self) -> usize {
         self.runs
-    }
-
-    /// Runs whose codes are unpacked together, that many inputs meet them before the next ones.
-    pub(super) fn together(&self) -> usize {
-        (UNPACKED / self.run).max(1)
     }
 
     /// The group of a run.
@@ -181,7 +173,9 @@ impl Inputs {
             unsafe {
                 match (way, count) {
                     (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, columns(&x, first, count, held)),
-                    (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, columns(&x, first, count, held)),
+                    (Way::Numbers(inputs), _) => {
+                        lay_out_numbers(&layout, inputs, tile, columns(&x, first, count, held))
+                    }
                     (Way::Vectors, 1) => lay_out::<1>(&layout, tile, columns(&x, first, count, held)),
                     (Way::Vectors, 2) => lay_out::<2>(&layout, tile, columns(&x, first, count, held)),
                     (Way::Vectors, _) => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, count, held)),

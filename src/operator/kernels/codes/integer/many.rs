@@ -11,13 +11,15 @@ use std::ops::Range;
 
 use pulp::bytemuck::cast;
 
-use super::inputs::UNPACKED;
 use super::matrix::{Shape, Sums, Tiles};
 use super::panel::{Lanes, Unpacking, unpack};
 use super::{BANDS, EACH, Inputs, LIMBS, Panel, Scaling};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
+
+/// Columns of all blocks that inputs meet before the next: their codes are 16 KiB as bytes.
+const TOGETHER: usize = 512;
 
 /// Lanes of 4 KiB. A load waits for a store before it whose address differs by whole pages: codes that are unpacked should be
 /// so far from those that have just been loaded, not from those that come next.
@@ -53,7 +55,7 @@ impl Blocks {
         let stride = run / EACH;
         // The last step may go beyond its run.
         let lanes = (runs - 1) * stride + shape.steps(stride) * shape.lanes;
-        let panels = (UNPACKED / (runs * run)).max(1);
+        let panels = (TOGETHER / (runs * run)).max(1);
         let places = if x.tiles().len() > 1 { panels + 1 } else { 2 };
         Blocks { runs, panels, stride, lanes: lanes.next_multiple_of(PAGE), places }
     }
@@ -77,10 +79,7 @@ impl Blocks {
 
     /// Adds the products of as many panels as are together, or fewer, with all inputs, COUNT at a time.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const COUNT: usize>(
-        &self,
-        task: Task<'_, 'a>,
-    ) {
+    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const COUNT: usize>(&self, task: Task<'_, 'a>) {
         let Task { panels, x, tiles, unpacked, totals } = task;
         let Some(one) = panels.first() else { return };
         let (layout, unpacking) = (&x.layout, Unpacking::new(one.bits));
