@@ -3,8 +3,9 @@
 //! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
-//! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than a few
-//! inputs meet the bytes in those ([`many`]), with the same sums; and codes of few bits as numbers, in sums of `f32` ([`few`]).
+//! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
+//! Where there are matrix instructions, more than a few inputs meet the bytes in those ([`many`]), with the same sums, or codes
+//! of few bits in short groups as numbers, in sums of `f32` ([`few`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;
