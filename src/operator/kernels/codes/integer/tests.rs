@@ -80,3 +80,27 @@ fn inputs_that_are_not_finite_make_no_numbers() {
         }
     }
 }
+
+#[test]
+fn inputs_are_the_sums_of_their_numbers() {
+    // All exponents but the least, all lengths of numbers.
+    let x = Array2::from_shape_fn((320, LANES), |(j, v)| {
+        let bits = ((j * 31 + v * 7 + 1) as u32).wrapping_mul(0x9e37_79b9);
+        f32::from_bits((bits & 0x807f_ffff & !((1 << (j % 24)) - 1)) | (60 + (j * 5 + v) as u32 % 190) << 23)
+    });
+    // Where a chunk's codes begin in the same 16 bits: those of 4 columns and the next 4, of 8 and the next 8, of 2 and 2.
+    for (bits, half) in [(4, 4), (2, 8), (3, 2), (5, 2)] {
+        let Some(laid_out) = Inputs::new(x.view(), bits, 64).filter(|x| x.way == Way::Numbers(LANES)) else {
+            assert!(!matrix::available());
+            continue;
+        };
+        for (step, digits) in laid_out.numbers::<LANES>().iter().enumerate() {
+            for (v, at) in (0..LANES).flat_map(|v| (0..32).map(move |at| (v, at))) {
+                let word = |digit: usize| digits[digit][v].0[at / 2] as u32 >> (at % 2 * 16) << 16;
+                let number = |digit| f64::from(f32::from_bits(word(digit)));
+                let column = step * 32 + at / 2 / half * 2 * half + at / 2 % half + at % 2 * half;
+                assert_eq!(number(0) + number(1) + number(2), f64::from(x[[column, v]]), "{bits} bits, {column}, {v}");
+            }
+        }
+    }
+}
