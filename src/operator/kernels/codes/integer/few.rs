@@ -148,7 +148,7 @@ impl<const COUNT: usize> Beside<'_, COUNT> {
     /// Adds the products of a step. (Compilers make it part of what calls it, as each has but one caller.)
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi")]
-    fn step<const KIND: u8, const TURN: usize, const RUNS: usize, const STEP: usize>(
+    fn step<const KIND: u8, const TURN: usize, const RUNS: usize, const AT: usize>(
         &mut self,
         codes: &Codes,
         x: &Cut<COUNT>,
@@ -156,11 +156,11 @@ impl<const COUNT: usize> Beside<'_, COUNT> {
         now: &mut [Sums; STEPS],
         before: &mut [Sums; STEPS],
     ) {
-        let (table, tiles, coming, ahead) = (self.table, self.tiles, self.coming[STEP], self.ahead);
+        let (table, tiles, coming, ahead) = (self.table, self.tiles, self.coming[AT], self.ahead);
         // Sums are put where they belong when the next run has begun.
-        let begins = STEP < RUNS;
-        let run = if RUNS == 1 { TURN } else { STEP };
-        let last = if STEP == 0 { &mut before[RUNS - 1] } else { &mut now[0] };
+        let begins = AT < RUNS;
+        let run = if RUNS == 1 { TURN } else { AT };
+        let last = if AT == 0 { &mut before[RUNS - 1] } else { &mut now[0] };
         if begins {
             tiles.clear(run);
         }
@@ -174,12 +174,12 @@ impl<const COUNT: usize> Beside<'_, COUNT> {
             tiles.put::<1>(run + 1, last);
         }
         let fours = COUNT / FOUR / STEPS;
-        self.behind.add(STEP * fours, before, self.totals);
+        self.behind.add(AT * fours, before, self.totals);
         table.unpack::<KIND, 1>(coming, ahead, to);
         tiles.next(run, &x[2]);
         table.unpack::<KIND, 2>(coming, ahead, to);
         for four in 1..fours {
-            self.behind.add(STEP * fours + four, before, self.totals);
+            self.behind.add(AT * fours + four, before, self.totals);
         }
         table.unpack::<KIND, 3>(coming, ahead, to);
     }
