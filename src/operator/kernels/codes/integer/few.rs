@@ -213,6 +213,8 @@ pub(super) fn multiply<'p, const KIND: u8, const COUNT: usize>(
     let mut turn = 0;
     for number in 0..blocks.count {
         let first = number * blocks.runs;
+        // (A run that fills the last block has nothing to be scaled.)
+        let runs = blocks.runs.min(layout.runs() - first);
         let of_runs: [usize; STEPS] = std::array::from_fn(|run| layout.group_of(first + run));
         // What comes after the block: the next one, or that of the panels that come next, which follow in memory.
         let (ahead, groups_ahead) = match number + 1 < blocks.count {
@@ -221,7 +223,7 @@ pub(super) fn multiply<'p, const KIND: u8, const COUNT: usize>(
         };
         for tile in 0..of_tiles {
             let from = tile * blocks.all() + first;
-            let whole = x.sums::<COUNT>(from..from + blocks.runs);
+            let whole = x.sums::<COUNT>(from..from + runs);
             let x = &x.numbers::<COUNT>().as_chunks::<STEPS>().0[tile * blocks.count + number];
             for (at, panel) in panels.iter().enumerate() {
                 let coming = match panels.get(at + 1) {
@@ -237,7 +239,7 @@ pub(super) fn multiply<'p, const KIND: u8, const COUNT: usize>(
                 }
                 turn = 1 - turn;
                 (behind.whole, behind.totals) = (whole, at * padded + tile * COUNT);
-                for (scalings, group) in behind.scalings.iter_mut().zip(of_runs).take(blocks.runs) {
+                for (scalings, group) in behind.scalings.iter_mut().zip(of_runs).take(runs) {
                     if tile == 0 {
                         panel.grids.ask_for(panel.group + group, groups_ahead);
                     }

@@ -39,10 +39,10 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// `None` if there is no kernel for such rows here: for inputs in another dtype, groups that end within a lane, and
-    /// machines without the instructions.
+    /// `None` if there is no kernel for such rows here: for inputs in another dtype, rows without columns, groups that end within
+    /// a lane, and machines without the instructions.
     pub(super) fn new<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Self> {
-        if T::DTYPE != DType::F32 || !available() {
+        if T::DTYPE != DType::F32 || columns == 0 || !available() {
             return None;
         }
         let chunk = chunk(bits);
@@ -88,7 +88,7 @@ pub(super) enum Way {
 impl Way {
     /// For so many inputs: eight or sixteen at a time by matrix instructions, where there are such, but for a few.
     fn new(inputs: usize, layout: &Layout) -> Self {
-        if inputs <= TOGETHER || layout.run == 0 || !matrix::available() {
+        if inputs <= TOGETHER || !matrix::available() {
             return Way::Vectors;
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };

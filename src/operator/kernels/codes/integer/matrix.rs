@@ -174,7 +174,8 @@ impl Registers {
 /// Registers for some shape.
 pub(super) struct Tiles {
     shape: Shape,
-    registers: Registers,
+    /// In use as long as there are these.
+    _registers: Registers,
 }
 
 impl Tiles {
@@ -184,7 +185,7 @@ impl Tiles {
         assert!(shape.rows <= LANES && shape.lanes <= LANES && shape.tiles <= LIMBS, "registers for a shape");
         let (sums, codes) = ((shape.rows as u8, 64), (shape.lanes as u8, 64));
         let inputs = (shape.rows as u8, (shape.lanes * size_of::<i32>()) as u16);
-        Tiles { shape, registers: Registers::new([sums, sums, sums, sums, sums, sums, codes, inputs]) }
+        Tiles { shape, _registers: Registers::new([sums, sums, sums, sums, sums, sums, codes, inputs]) }
     }
 
     /// Them, of the shape that they have: a compiler may know more of it.
@@ -194,7 +195,7 @@ impl Tiles {
     #[inline(always)]
     pub(super) fn of(&self, shape: Shape) -> Shaped<'_> {
         assert!(self.shape == shape, "registers of this shape");
-        Shaped { shape, registers: &self.registers }
+        Shaped { shape, registers: PhantomData }
     }
 }
 
@@ -202,8 +203,7 @@ impl Tiles {
 #[derive(Clone, Copy)]
 pub(super) struct Shaped<'r> {
     shape: Shape,
-    #[expect(dead_code, reason = "they are in use")]
-    registers: &'r Registers,
+    registers: PhantomData<&'r Registers>,
 }
 
 impl Shaped<'_> {

@@ -104,3 +104,27 @@ fn inputs_are_the_sums_of_their_numbers() {
         }
     }
 }
+
+#[test]
+fn rows_without_columns_have_no_kernel() {
+    assert_eq!(Layout::new::<f32>(4, 32, 1).is_some(), available());
+    assert!([1, 32].iter().all(|&group| Layout::new::<f32>(4, group, 0).is_none()));
+}
+
+#[test]
+fn rows_know_nothing_of_the_scales_of_others() {
+    // Three runs, of which blocks have two: what would be the fourth belongs to the rows that come next.
+    let (m, n, group) = (64, 96, 32);
+    let scales: Vec<f32> = (0..m * 3).map(|at| if at < 32 * 3 { 0.5 } else { f32::MAX }).collect();
+    let (zeros, mut codes) = (vec![0; m * 3], Vec::new());
+    (0..m).for_each(|_| pack(4, &[1; 96], &mut codes));
+    let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
+    let codes = PackedCodes::new(4, group, (m, n), codes, beside);
+    let rows = CodedRows { group, codes: &codes, groups: 3, beside };
+    for count in [1, 8, 16] {
+        let Some(x) = Inputs::new(Array2::from_elem((n, count), 1f32).view(), 4, group) else { return };
+        let mut y = vec![f32::NAN; m * count];
+        products(&rows, 0..m, &x, &mut y);
+        assert!(y[..32 * count].iter().all(|&y| y == 48.0), "{count} inputs: {:?}", &y[..count]);
+    }
+}
