@@ -27,7 +27,7 @@ pub(crate) use self::grid::scale_dtype;
 pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 
 /// Rows of a call of the kernel that does not write them out, at least (it takes multiples of them) and at most.
-const TOGETHER: (usize, usize) = (32, 128);
+const TOGETHER: (usize, usize) = (32, 512);
 
 /// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
 fn panel_rows(vectors: usize) -> usize {

@@ -18,6 +18,7 @@ mod bytes;
 mod digits;
 mod few;
 mod inputs;
+mod layout;
 mod many;
 mod matrix;
 mod panel;
@@ -26,7 +27,7 @@ pub(super) use self::bytes::write;
 use self::digits::join;
 use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
-use self::inputs::{Layout, Way};
+use self::layout::{Layout, Way};
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
 use self::panel::{Lanes, Unpacking, kind, put, turned};
@@ -94,17 +95,19 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let panels: Vec<_> = panels.collect();
     let mut meeting = Meeting::new(x);
     let together = meeting.panels(x);
+    let mut totals = vec![[Lanes::default(); BANDS]; panels.len().min(together) * x.padded()];
     for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
-        let mut totals = vec![[Lanes::default(); BANDS]; panels.len() * x.padded()];
+        let totals = &mut totals[..panels.len() * x.padded()];
+        totals.fill([Lanes::default(); BANDS]);
         // SAFETY: the machine has the instructions, or there would be no `Inputs`: its constructor asks for each of the
         // features that the functions are compiled for.
         #[allow(unsafe_code)]
         unsafe {
             match kind(bits) {
-                8 => meeting.multiply::<8, 1>(panels, x, &mut totals),
-                4 => meeting.multiply::<4, 2>(panels, x, &mut totals),
-                2 => meeting.multiply::<2, 4>(panels, x, &mut totals),
-                _ => meeting.multiply::<0, 1>(panels, x, &mut totals),
+                8 => meeting.multiply::<8, 1>(panels, x, totals),
+                4 => meeting.multiply::<4, 2>(panels, x, totals),
+                2 => meeting.multiply::<2, 4>(panels, x, totals),
+                _ => meeting.multiply::<0, 1>(panels, x, totals),
             }
         }
         for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
@@ -196,7 +199,7 @@ impl Meeting {
 
 /// Whether inputs are laid out for such rows.
 pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
-    Layout::new::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(x.layout)
+    x.meet::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1)
 }
 
 /// Some rows.

@@ -73,15 +73,6 @@ pub(super) enum Floats {
 
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 impl Grids {
-    /// Whether there is more than scales.
-    pub(super) fn shifted(&self) -> bool {
-        let offsets = match &self.offsets {
-            Floats::Half(all) => all.is_empty(),
-            Floats::Wide(all) => all.is_empty(),
-        };
-        !self.zeros.is_empty() || !offsets
-    }
-
     /// Asks for what belongs to the group that comes so many behind one.
     #[inline(always)]
     pub(super) fn ask_for(&self, group: usize, ahead: usize) {

@@ -1,8 +1,10 @@
-//! Codes of few bits and inputs as numbers of 16 bits, which matrix instructions multiply: bf16, the upper half of an `f32`.
+//! Codes and inputs as numbers of 16 bits, which matrix instructions multiply: bf16, the upper half of an `f32`.
 //!
-//! Codes that count from the middle of their levels are such numbers as they are. An input is the sum of three, x = a + b + c
-//! with eight bits each, without any rounding. `tdpbf16ps` adds up the products of pairs of columns of 16 rows with up to 16
-//! inputs, in `f32`: so one sum holds all three, and only has to be scaled. Numbers under 2⁻¹²⁶ count as zero.
+//! A code of b bits, up to seven, is a number with it behind the leading bit of 2ᵇ: what all have too much, 2ᵇ and half of
+//! it, as codes count from the middle of their levels, leaves with the sum of the inputs. An input is the sum of three such
+//! numbers, x = a + b + c with eight bits each, without any rounding. `tdpbf16ps` adds up the products of pairs of columns of 16
+//! rows with up to 16 inputs, in `f32`: so one sum holds all three, and only has to be scaled. Numbers under 2⁻¹²⁶ count as
+//! zero.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -10,13 +12,14 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::digits::padded;
-use super::inputs::Layout;
+use super::layout::Layout;
 use super::matrix::{Registers, tiles};
 use super::panel::{Lanes, Unpacking};
-use super::{BANDS, EACH, LANES};
+use super::{BANDS, EACH, LANES, LINE};
+use crate::simd::prefetch_early;
 
-/// Bits of the widest codes: there are 32 numbers in the table of an instruction.
-pub(super) const WIDEST: u8 = 5;
+/// Bits of the widest codes: as many as a number has behind its leading bit.
+pub(super) const WIDEST: u8 = 7;
 /// Columns that meet in an instruction.
 pub(super) const STEP: usize = 2 * LANES;
 /// Numbers of an input.
@@ -32,18 +35,43 @@ pub(super) type Sums = [[Lanes<f32>; LANES]; BANDS];
 /// What makes numbers of codes.
 #[derive(Clone, Copy)]
 pub(super) struct Table {
-    numbers: __m512i,
+    bits: u8,
+    /// The bits that codes take, and those of the leading one.
+    codes: __m512i,
+    leading: __m512i,
     unpacking: Unpacking,
 }
 
 impl Table {
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw")]
     pub(super) fn new(bits: u8) -> Self {
-        let (levels, half) = (1 << bits, f32::from(1u8 << (bits - 1)));
-        // An index has five bits: those above a code's do not count.
-        let numbers: [u16; STEP] = std::array::from_fn(|at| ((((at % levels) as f32) - half).to_bits() >> 16) as u16);
-        Table { numbers: cast(numbers), unpacking: Unpacking::new(bits) }
+        let bits = bits.min(WIDEST);
+        let (codes, leading) = (((1 << bits) - 1) << (WIDEST - bits), (127 + i16::from(bits)) << 7);
+        let (codes, leading) = (_mm512_set1_epi16(codes), _mm512_set1_epi16(leading));
+        Table { bits, codes, leading, unpacking: Unpacking::new(bits) }
+    }
+
+    /// What numbers have more than codes that count from the middle.
+    #[inline]
+    pub(super) fn more(&self) -> f32 {
+        1.5 * f32::from(1u8 << self.bits)
+    }
+
+    /// Numbers of the codes that begin at some bit of each 16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn numbers<const KIND: u8>(&self, of: __m512i, at: u8) -> __m512i {
+        let bits = if KIND == 0 { self.bits } else { KIND };
+        let (left, right) = (WIDEST.saturating_sub(bits + at), (bits + at).saturating_sub(WIDEST));
+        // (The widths of lanes that are bytes are not known to the compiler, but which of them move right.)
+        let moves_right = if KIND == 0 { at > 0 } else { right > 0 };
+        let moved = match moves_right {
+            true => _mm512_srlv_epi16(of, _mm512_set1_epi16(i16::from(right))),
+            false => _mm512_sllv_epi16(of, _mm512_set1_epi16(i16::from(left))),
+        };
+        // Codes where they are, the leading bit beside them.
+        _mm512_ternarylogic_epi32::<0xea>(moved, self.codes, self.leading)
     }
 
     /// Numbers of a step, from its codes and others.
@@ -67,24 +95,23 @@ impl Table {
             4 => (QUARTER, 1, 4),
             _ => (2 * QUARTER, 2, 2),
         };
-        let bytes = if KIND == 0 { self.unpacking.chunk() } else { BANDS * size_of::<__m512i>() };
+        let bytes = if KIND == 0 { self.unpacking.chunk() } else { BANDS * LINE };
         for chunk in 0..chunks {
             let from = (first + chunk) * bytes;
             let Some(codes) = codes.get(from..from + bytes) else { return };
-            super::prefetch(&codes[0], ahead);
-            super::prefetch(&codes[0], ahead + size_of::<__m512i>());
+            prefetch_early(&codes[0], ahead);
+            prefetch_early(&codes[0], ahead + LINE);
             // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
             let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
             for band in 0..BANDS {
                 let of = if KIND == 0 { self.unpacking.lane::<0>(loaded[band], 0) } else { loaded[band] };
                 for vector in 0..vectors {
-                    let shift = match KIND {
+                    let at = match KIND {
                         2 => 2 * (QUARTER % 2 * 4 + vector),
                         4 => 4 * vector,
                         _ => 8 * vector,
                     };
-                    let index = _mm512_srlv_epi16(of, _mm512_set1_epi16(shift as i16));
-                    let numbers = _mm512_permutexvar_epi16(index, self.numbers);
+                    let numbers = self.numbers::<KIND>(of, at as u8);
                     to[band][4 * QUARTER + chunk * vectors + vector] = Lanes(cast(numbers));
                 }
             }
@@ -94,8 +121,8 @@ impl Table {
 
 /// Cuts inputs for codes of some layout.
 pub(super) struct Cutting {
-    /// The column of each number.
-    order: [__m512i; 2],
+    /// The upper halves of columns, in the order of codes.
+    order: __m512i,
 }
 
 impl Cutting {
@@ -103,8 +130,8 @@ impl Cutting {
     pub(super) fn new(layout: &Layout) -> Self {
         // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
         let half = EACH * layout.parts / 2;
-        let column = |at: usize| (at / 2 / half * 2 * half + at / 2 % half + at % 2 * half) as i32;
-        Cutting { order: [0, LANES].map(|from| cast(std::array::from_fn::<_, LANES, _>(|at| column(from + at)))) }
+        let column = |at: usize| at / 2 / half * 2 * half + at / 2 % half + at % 2 * half;
+        Cutting { order: cast(std::array::from_fn::<_, STEP, _>(|at| 2 * column(at) as u16 + 1)) }
     }
 
     /// The digits of up to 32 columns, and sums of some of them each; zeros where there are none.
@@ -115,18 +142,15 @@ impl Cutting {
             [first, second, ..] => (*first, *second),
             _ => (padded(x), padded(x.get(LANES..).unwrap_or_default())),
         };
-        let (first, second): (__m512, __m512) = (cast(first), cast(second));
+        let (mut first, mut second): (__m512, __m512) = (cast(first), cast(second));
         let sums = _mm512_add_ps(first, second);
-        let mut left = _mm512_permutex2var_ps(first, self.order[0], second);
-        let mut right = _mm512_permutex2var_ps(first, self.order[1], second);
         let upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32 as i32));
         let mut digits = [Lanes::default(); DIGITS];
         for digit in &mut digits {
+            *digit = Lanes(cast(_mm512_permutex2var_epi16(cast(first), self.order, cast(second))));
             // What is cut off is exact, and so is the rest.
-            let (of_left, of_right) = (_mm512_and_ps(left, upper), _mm512_and_ps(right, upper));
-            (left, right) = (_mm512_sub_ps(left, of_left), _mm512_sub_ps(right, of_right));
-            let words = [_mm512_srli_epi32::<16>(cast(of_left)), _mm512_srli_epi32::<16>(cast(of_right))];
-            *digit = Lanes(cast([_mm512_cvtepi32_epi16(words[0]), _mm512_cvtepi32_epi16(words[1])]));
+            first = _mm512_sub_ps(first, _mm512_and_ps(first, upper));
+            second = _mm512_sub_ps(second, _mm512_and_ps(second, upper));
         }
         (digits, sums)
     }

@@ -7,103 +7,15 @@ use std::ops::Range;
 use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
-use super::super::packed::chunk;
 use super::bfloat::{self, Cutting, DIGITS};
 use super::digits::{Cut, padded, sum, totalled, unit};
 use super::few;
-use super::matrix::{self, Shape};
+use super::layout::{Layout, Way};
+use super::matrix::Shape;
 use super::panel::{Lanes, put, turned};
-use super::{EACH, LANES, LIMBS, TOGETHER, available};
+use super::{EACH, LANES, LIMBS, TOGETHER};
 use crate::operator::sparse::each_panel;
-use crate::scalar::{DType, Real};
-
-/// Columns that share a unit at most: sums of their products with 8 bits still fit with 8 bits to spare, and a large
-/// input is felt no farther.
-const LONGEST: usize = 256;
-
-/// How the columns of a row are cut.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Layout {
-    columns: usize,
-    /// Codes that begin in the same byte of a vector, or 1: a lane of it has every such column of a chunk.
-    pub parts: usize,
-    /// Consecutive columns that share scales and units.
-    pub run: usize,
-    /// Whether matrix instructions take codes as bf16.
-    few: bool,
-    /// Runs of a group.
-    each: usize,
-    /// Runs of a row, and lanes of the last.
-    runs: usize,
-    last: usize,
-}
-
-impl Layout {
-    /// `None` if there is no kernel for such rows here: for inputs in another dtype, rows without columns, groups that end within
-    /// a lane, and machines without the instructions.
-    pub(super) fn new<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Self> {
-        if T::DTYPE != DType::F32 || columns == 0 || !available() {
-            return None;
-        }
-        let chunk = chunk(bits);
-        let run = match group {
-            group if group >= columns => columns.next_multiple_of(chunk).min(LONGEST),
-            group => (1..=LONGEST / chunk).rev().map(|k| k * chunk).find(|run| group.is_multiple_of(*run))?,
-        };
-        let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
-        let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
-        let few = few::takes(bits, run) && matrix::available();
-        Some(Layout { columns, parts: chunk / EACH, run, few, each, runs, last })
-    }
-
-    #[inline(always)]
-    pub(super) fn runs(&self) -> usize {
-        self.runs
-    }
-
-    /// The group of a run.
-    #[inline(always)]
-    pub(super) fn group_of(&self, run: usize) -> usize {
-        if self.each == 1 { run } else { run / self.each }
-    }
-
-    /// Lanes of a run.
-    #[inline(always)]
-    pub(super) fn lanes(&self, run: usize) -> usize {
-        if run + 1 < self.runs { self.run / EACH } else { self.last }
-    }
-}
-
-/// What inputs are laid out for.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Way {
-    /// Vectors.
-    Vectors,
-    /// Matrix instructions with bytes.
-    Bytes(Shape),
-    /// Matrix instructions with bf16, and so many inputs at a time.
-    Numbers(usize),
-}
-
-impl Way {
-    /// For so many inputs: eight or sixteen at a time by matrix instructions, where there are such, but for a few.
-    fn new(inputs: usize, layout: &Layout) -> Self {
-        if inputs <= TOGETHER || !matrix::available() {
-            return Way::Vectors;
-        }
-        let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
-        if layout.few { Way::Numbers(together) } else { Way::Bytes(Shape::of(together, layout)) }
-    }
-
-    /// Inputs at a time.
-    fn width(self) -> usize {
-        match self {
-            Way::Vectors => TOGETHER,
-            Way::Bytes(shape) => shape.inputs,
-            Way::Numbers(inputs) => inputs,
-        }
-    }
-}
+use crate::scalar::Real;
 
 /// Some inputs, for codes of any width that are cut the same way. There are none where [`available`] says no.
 #[derive(Debug)]
@@ -135,9 +47,13 @@ struct Tile<'a> {
 impl Inputs {
     /// `None` if there is no kernel for such rows here.
     pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
-        let layout = Layout::new::<T>(bits, group, x.nrows())?;
-        let way = Way::new(x.ncols(), &layout);
+        let (way, layout) = Way::new::<T>(x.ncols(), bits, group, x.nrows())?;
         Some(Self::laid_out(x, layout, way))
+    }
+
+    /// Whether they are laid out for such rows.
+    pub(in super::super) fn meet<T: Real>(&self, bits: u8, group: usize, columns: usize) -> bool {
+        self.way.layout::<T>(bits, group, columns) == Some(self.layout)
     }
 
     /// Laid out for vectors, or for matrix instructions.
@@ -145,7 +61,7 @@ impl Inputs {
         let (vectors, rest, width) = (x.ncols(), x.ncols() % TOGETHER, way.width());
         let runs = match way {
             Way::Numbers(_) => few::Blocks::new(&layout).all(),
-            _ => layout.runs,
+            _ => layout.runs(),
         };
         let padded = match way {
             Way::Vectors if rest > 0 => vectors - rest + rest.next_power_of_two(),
@@ -199,7 +115,7 @@ impl Inputs {
     /// A tile's limbs of a run, for vectors.
     #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        let from = (first * self.layout.runs + run * width) * (self.layout.run / EACH) * LIMBS;
+        let from = (first * self.layout.runs() + run * width) * (self.layout.run / EACH) * LIMBS;
         &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * LIMBS * width]
     }
 
@@ -241,13 +157,13 @@ impl Inputs {
         run: usize,
         first: usize,
     ) -> Option<&'a [[i32; V]; LIMBS]> {
-        starts[LIMBS * (first * self.layout.runs + run * V)..].as_chunks().0.first_chunk()
+        starts[LIMBS * (first * self.layout.runs() + run * V)..].as_chunks().0.first_chunk()
     }
 
     /// Units and sums of a tile in a run.
     #[inline(always)]
     pub(super) fn beside(&self, run: usize, first: usize, width: usize) -> (&[f32], &[f32]) {
-        let at = first * self.layout.runs + run * width;
+        let at = first * self.layout.runs() + run * width;
         (&self.units[at..at + width], &self.sums[at..at + width])
     }
 }

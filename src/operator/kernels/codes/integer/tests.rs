@@ -49,7 +49,7 @@ fn matrix_instructions_find_the_sums_of_vectors() {
         [(32, 320), (32, 1064), (64, 300), (128, 700), (96, 290), (16, 40), (48, 500), (1031, 1031), (70, 70)]
             .map(|(g, n)| (width, g, n))
     }) {
-        for count in [5, 8, 16, 17, 40] {
+        for count in [5, 8, 11, 16, 17, 40] {
             let x = Array2::from_shape_fn((n, count), |(j, v)| {
                 let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
@@ -61,7 +61,8 @@ fn matrix_instructions_find_the_sums_of_vectors() {
                 let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
                 assert!(worst < 1e-6, "{what}, way {way}: off by {worst:e} of what is added up");
             }
-            let numbers = Layout::new::<f32>(width, group, n).is_some_and(|layout| few::takes(width, layout.run));
+            let way = Way::new::<f32>(count, width, group, n);
+            let numbers = way.is_some_and(|(way, _)| matches!(way, Way::Numbers(_)));
             if let ([vectors, matrices], false) = (&products[..], numbers) {
                 assert_eq!(vectors.mapv(f32::to_bits), matrices.mapv(f32::to_bits), "{what}");
             }
@@ -126,5 +127,21 @@ fn rows_know_nothing_of_the_scales_of_others() {
         let mut y = vec![f32::NAN; m * count];
         products(&rows, 0..m, &x, &mut y);
         assert!(y[..32 * count].iter().all(|&y| y == 48.0), "{count} inputs: {:?}", &y[..count]);
+    }
+}
+
+#[test]
+fn inputs_of_one_sign_are_no_less_exact() {
+    // What numbers of codes have too much is several times the codes themselves, and all of one sign then.
+    for (bits, group, n) in
+        (2..=7).flat_map(|bits| [(32, 32), (32, 640), (64, 64), (128, 128), (512, 512)].map(|(g, n)| (bits, g, n)))
+    {
+        let x = Array2::from_shape_fn((n, 16), |(j, v)| 1.0 + ((j * 37 + v * 11 + j * j * 3) % 1009) as f32 / 1009.0);
+        let (products, [exact, sizes]) = all(bits, group, (96, n), &x);
+        for (way, y) in products.iter().enumerate() {
+            let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size;
+            let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
+            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {n} columns, way {way}: off by {worst:e}");
+        }
     }
 }
