@@ -76,9 +76,10 @@ impl Blocks {
         self.steps / self.runs
     }
 
-    /// Panels that so many tiles of inputs meet before the next block: more of them if the tiles come from farther away.
+    /// Panels that so many tiles of inputs meet before the next block: more of them if a block has more of the inputs, or if the
+    /// tiles come from farther away.
     pub(super) fn panels(&self, tiles: usize) -> usize {
-        4 * tiles.clamp(1, 4)
+        2 * self.steps * tiles.clamp(1, 4)
     }
 }
 
