@@ -49,7 +49,7 @@ impl Scratch {
 /// How rows are cut into blocks.
 #[derive(Clone, Copy)]
 pub(super) struct Blocks {
-    /// Runs of a block: two of a step each, or one of two or four.
+    /// Runs of a block: two of one step each or of two, or one of four.
     pub runs: usize,
     steps: usize,
     /// Blocks of a row.
@@ -60,7 +60,7 @@ impl Blocks {
     pub(super) fn new(layout: &Layout) -> Self {
         let (runs, steps) = match layout.run {
             ..=STEP => (2, 2),
-            run if run <= 2 * STEP => (1, 2),
+            run if run <= 2 * STEP => (2, 4),
             _ => (1, 4),
         };
         Blocks { runs, steps, count: layout.runs().div_ceil(runs) }
@@ -220,7 +220,7 @@ pub(super) fn multiply<const KIND: u8, const COUNT: usize>(
     }
     match (blocks.steps, blocks.runs) {
         (2, 2) => blocks.multiply::<KIND, COUNT, 2, 2>(panels, x, tiles, scratch, totals),
-        (2, _) => blocks.multiply::<KIND, COUNT, 2, 1>(panels, x, tiles, scratch, totals),
+        (4, 2) => blocks.multiply::<KIND, COUNT, 4, 2>(panels, x, tiles, scratch, totals),
         _ => blocks.multiply::<KIND, COUNT, 4, 1>(panels, x, tiles, scratch, totals),
     }
 }
@@ -241,9 +241,11 @@ impl Blocks {
         let (padded, of_tiles, more) = (x.padded(), x.tiles().len(), _mm512_set1_ps(table.more()));
         let groups = layout.group_of(layout.runs().saturating_sub(1)) + 1;
         let bytes = |columns: usize| columns * PANEL * usize::from(one.bits) / 8;
-        let (block, step) = (bytes(OF * layout.run), bytes(layout.run.min(STEP)));
+        let (block, of_run, step) = (bytes(OF * layout.run), bytes(layout.run), bytes(layout.run.min(STEP)));
+        // Where the codes of a step begin, in a block of some number.
+        let begin = |number: usize, at: usize| number * block + at / (STEPS / OF) * of_run + at % (STEPS / OF) * step;
         for (at, to) in scratch.codes.iter_mut().enumerate().take(LATER) {
-            table.all::<KIND>(one.packed.get(at * step..).unwrap_or_default(), to);
+            table.all::<KIND>(one.packed.get(begin(0, at)..).unwrap_or_default(), to);
         }
         let nothing = Scaling { scales: _mm512_setzero_ps(), shift: _mm512_setzero_ps() };
         let mut behind = Behind { scalings: [[nothing; BANDS]; RUNS], whole: &[], totals: 0 };
@@ -270,8 +272,8 @@ impl Blocks {
                     let mut later = [&[][..]; STEPS];
                     for (at, later) in later.iter_mut().enumerate() {
                         let (of, from) = match at + LATER < STEPS {
-                            true => (panel, number * block + (at + LATER) * step),
-                            false => (next, then * block + (at + LATER - STEPS) * step),
+                            true => (panel, begin(number, at + LATER)),
+                            false => (next, begin(then, at + LATER - STEPS)),
                         };
                         *later = of.packed.get(from..).unwrap_or_default();
                     }
