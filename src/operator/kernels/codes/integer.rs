@@ -5,7 +5,7 @@
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
 //! Where there are matrix instructions, more than a few inputs meet the bytes in those ([`many`]), with the same sums, or codes
-//! of few bits in short groups as numbers, in sums of `f32` ([`few`]).
+//! of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;

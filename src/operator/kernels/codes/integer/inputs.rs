@@ -1,5 +1,5 @@
 //! Inputs, laid out as codes meet them: in fixed point an input beside the other for vectors of codes, each by itself for matrix
-//! instructions; and in bf16 for those of few bits.
+//! instructions with bytes; and in bf16 for those with numbers.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
