@@ -25,10 +25,11 @@ const RUNS: usize = 2;
 /// Inputs that are scaled together.
 const FOUR: usize = 4;
 
-/// Whether this is the way for codes of so many bits in runs of so many columns, which are no longer than here, with so many
-/// inputs: short ones, and long ones that fill their steps with one full tile.
-pub(super) fn takes(bits: u8, run: usize, short: bool, inputs: usize) -> bool {
-    bits <= WIDEST && if run > 2 * STEP { run > LONGEST - STEP && LANES / 2 < inputs && inputs <= LANES } else { short }
+/// Whether this is the way for so many inputs and codes of so many bits, in runs of so many columns, which may be parts of
+/// longer ones: short ones that are not, and long ones that fill their steps, with one tile of more than half of the inputs.
+pub(super) fn takes(bits: u8, run: usize, part: bool, inputs: usize) -> bool {
+    let long = run > LONGEST - STEP && inputs > LANES / 2 && inputs <= LANES;
+    bits <= WIDEST && if run > 2 * STEP { long } else { !part }
 }
 
 /// Memory for the codes of some steps and the sums of two blocks.

@@ -85,7 +85,7 @@ impl Way {
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
         match Layout::cut(bits, group, columns, few::LONGEST) {
-            Some(cut) if few::takes(bits, cut.run, cut == layout, inputs) => Some((Way::Numbers(together), cut)),
+            Some(cut) if few::takes(bits, cut.run, cut != layout, inputs) => Some((Way::Numbers(together), cut)),
             _ => Some((Way::Bytes(Shape::of(together, &layout)), layout)),
         }
     }
