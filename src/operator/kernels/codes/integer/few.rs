@@ -25,11 +25,11 @@ const RUNS: usize = 2;
 /// Inputs that are scaled together.
 const FOUR: usize = 4;
 
-/// Whether this is the way for so many inputs and codes of so many bits, in runs of so many columns, which may be parts of
-/// longer ones: short ones that are not, and long ones that fill their steps, with one tile of more than half of the inputs.
-pub(super) fn takes(bits: u8, run: usize, part: bool, inputs: usize) -> bool {
+/// Whether this is the faster way for so many inputs and codes that have such numbers, in runs of so many columns, which may be
+/// parts of longer ones: short ones that are not, and long ones that fill their steps, with more than half a tile of inputs.
+pub(super) fn takes(run: usize, part: bool, inputs: usize) -> bool {
     let long = run > LONGEST - STEP && inputs > LANES / 2 && inputs <= LANES;
-    bits <= WIDEST && if run > 2 * STEP { long } else { !part }
+    if run > 2 * STEP { long } else { !part }
 }
 
 /// Memory for the codes of some steps and the sums of two blocks.
@@ -51,10 +51,10 @@ impl Scratch {
 #[derive(Clone, Copy)]
 pub(super) struct Blocks {
     /// Runs of a block: two of one step each or of two, or one of four.
-    pub runs: usize,
+    runs: usize,
     steps: usize,
     /// Blocks of a row.
-    pub count: usize,
+    count: usize,
 }
 
 impl Blocks {
@@ -214,11 +214,11 @@ pub(super) fn multiply<const KIND: u8, const COUNT: usize>(
     scratch: &mut Scratch,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
-    let blocks = Blocks::new(&x.layout);
-    // (Codes of eight bits have no such numbers; this keeps what is compiled for them small.)
+    // (Codes of eight bits have no such numbers, so that inputs are never laid out so for them: no code is made for those.)
     if KIND > WIDEST {
         return;
     }
+    let blocks = Blocks::new(&x.layout);
     match (blocks.steps, blocks.runs) {
         (2, 2) => blocks.multiply::<KIND, COUNT, 2, 2>(panels, x, tiles, scratch, totals),
         (4, 2) => blocks.multiply::<KIND, COUNT, 4, 2>(panels, x, tiles, scratch, totals),

@@ -84,8 +84,9 @@ impl Way {
             return Some((Way::Vectors, layout));
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
-        match Layout::cut(bits, group, columns, few::LONGEST) {
-            Some(cut) if few::takes(bits, cut.run, cut != layout, inputs) => Some((Way::Numbers(together), cut)),
+        let numbers = Way::Numbers(together);
+        match numbers.layout::<T>(bits, group, columns) {
+            Some(cut) if few::takes(cut.run, cut != layout, inputs) => Some((numbers, cut)),
             _ => Some((Way::Bytes(Shape::of(together, &layout)), layout)),
         }
     }
