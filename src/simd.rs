@@ -225,7 +225,7 @@ pub(crate) fn prefetch<L>(of: &L, ahead: usize) {
 
 /// The same for what comes much later: into the second cache, so that the nearest one keeps what is at work.
 #[inline(always)]
-#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn prefetch_early<L>(of: &L, ahead: usize) {
     ask::<false, L>(of, ahead);
 }

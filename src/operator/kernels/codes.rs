@@ -10,7 +10,7 @@ use ndarray::{ArrayView1, ArrayView2};
 use pulp::Arch;
 
 mod aligned;
-#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+#[cfg(target_arch = "x86_64")]
 mod integer;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
@@ -112,7 +112,7 @@ impl<'a, T: Real> CodedRows<'a, T> {
     /// If they are not as long as a row.
     pub(crate) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
         assert_eq!(x.nrows(), self.codes.shape().1, "rows of x");
-        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        #[cfg(target_arch = "x86_64")]
         if self.codes.panels().is_some() {
             return integer::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
         }
@@ -124,7 +124,7 @@ impl<'a, T: Real> CodedRows<'a, T> {
     pub(crate) fn meets(&self, x: &Inputs<T>) -> bool {
         match &x.0 {
             Kind::Plain(group, _) => *group == self.group && self.codes.panels().is_none(),
-            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            #[cfg(target_arch = "x86_64")]
             Kind::Fixed(x) => self.codes.panels().is_some() && integer::meets(self, x),
         }
     }
@@ -137,7 +137,7 @@ impl<'a, T: Real> CodedRows<'a, T> {
                 let codes = self.codes.rows(range.clone());
                 self.each(range, &codes).zip(y.chunks_mut(x.len().max(1))).for_each(|(row, y)| row.dots(arch, x, y));
             }
-            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+            #[cfg(target_arch = "x86_64")]
             Kind::Fixed(x) => integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y)),
         }
     }
@@ -151,7 +151,7 @@ pub(crate) struct Inputs<T>(Kind<T>);
 enum Kind<T> {
     /// With the length of groups.
     Plain(usize, Vec<Plain<T>>),
-    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[cfg(target_arch = "x86_64")]
     Fixed(integer::Inputs),
 }
 
@@ -187,7 +187,7 @@ impl<T: Real> CodedRow<'_, T> {
 
     /// The row without its offsets.
     fn scaled(&self, arch: Arch, to: &mut [T]) {
-        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        #[cfg(target_arch = "x86_64")]
         if integer::write(self, to) {
             return;
         }

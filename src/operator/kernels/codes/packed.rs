@@ -71,7 +71,7 @@ pub(super) enum Floats {
     Wide(Vec<[f32; PANEL]>),
 }
 
-#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+#[cfg(target_arch = "x86_64")]
 impl Grids {
     /// Asks for what belongs to the group that comes so many behind one.
     #[inline(always)]
@@ -116,9 +116,9 @@ impl PackedCodes {
         rows: Vec<u8>,
         of: Beside<'_, T>,
     ) -> Self {
-        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        #[cfg(target_arch = "x86_64")]
         let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
-        #[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
+        #[cfg(not(target_arch = "x86_64"))]
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows.into() };
         let groups = n.div_ceil(group);
@@ -201,7 +201,7 @@ impl PackedCodes {
     }
 
     /// What the rows of panels have for each group, panel by panel.
-    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn grids(&self) -> &Grids {
         &self.grids
     }
@@ -225,7 +225,7 @@ fn beside<N>(m: usize, groups: usize, of: impl Fn(usize) -> N) -> Vec<[N; PANEL]
 }
 
 /// The same of chunks of 32 bits, by vectors of rows; false, and nothing done, where there are none.
-#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+#[cfg(target_arch = "x86_64")]
 fn gather(panel: &[u8], first: usize, width: usize, to: &mut [u8]) -> bool {
     for (line, chunks) in panel[..width.div_ceil(4) * 4 * PANEL].chunks(LINE * PANEL).enumerate() {
         let mut block = [0; LINE * PANEL];
@@ -240,7 +240,7 @@ fn gather(panel: &[u8], first: usize, width: usize, to: &mut [u8]) -> bool {
     true
 }
 
-#[cfg(not(all(target_arch = "x86_64", feature = "avx512")))]
+#[cfg(not(target_arch = "x86_64"))]
 fn gather(_: &[u8], _: usize, _: usize, _: &mut [u8]) -> bool {
     false
 }

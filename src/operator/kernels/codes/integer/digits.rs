@@ -14,9 +14,9 @@ pub(super) fn join([high, middle, low]: [__m512i; LIMBS]) -> __m512 {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
 }
 
-/// What inputs of some unit come to, from what their digits come to.
-pub(super) fn sum([high, middle, low, _]: [i32; EACH], unit: f32) -> f32 {
-    let whole = (i64::from(high) << 16) + (i64::from(middle) << 8) + i64::from(low);
+/// What inputs of some unit come to, from what their digits of so many bits come to, the largest first.
+pub(super) fn sum(digits: &[i32], bits: u32, unit: f32) -> f32 {
+    let whole = digits.iter().fold(0, |whole, &digit| (whole << bits) + i64::from(digit));
     (whole as f64 * f64::from(unit)) as f32
 }
 
@@ -70,18 +70,13 @@ pub(super) fn padded(of: &[f32]) -> [f32; LANES] {
     std::array::from_fn(|i| of.get(i).copied().unwrap_or_default())
 }
 
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite. (Vectors of the caller's
+/// instructions: it is part of it.)
+#[inline(always)]
 pub(super) fn unit(x: &[f32]) -> f32 {
     const LARGEST: f32 = (127 << 16) as f32;
     // NaN and infinity have the largest bits.
-    let (whole, rest) = x.as_chunks();
-    let (mut largest, absolute) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
-    for &sixteen in whole.iter().chain((!rest.is_empty()).then_some(&padded(rest))) {
-        largest = _mm512_max_epu32(largest, _mm512_and_si512(cast::<[f32; LANES], _>(sixteen), absolute));
-    }
-    let largest = f32::from_bits(_mm512_reduce_max_epu32(largest));
+    let largest = f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1))));
     if !largest.is_finite() {
         return f32::NAN;
     }

@@ -13,7 +13,8 @@ use super::bfloat::{Codes, Cut, STEP, Sums, Table, Tiles, WIDEST};
 use super::inputs::Inputs;
 use super::layout::Layout;
 use super::panel::Lanes;
-use super::{BANDS, LANES, PANEL, Panel, Scaling};
+use super::vectors::{Panel, Scaling};
+use super::{BANDS, LANES, PANEL};
 
 /// Columns of the longest runs.
 pub(super) const LONGEST: usize = 4 * STEP;

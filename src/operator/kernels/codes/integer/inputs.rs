@@ -9,11 +9,10 @@ use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::bfloat::{self, Cutting, DIGITS};
 use super::digits::{Cut, padded, sum, totalled, unit};
-use super::few;
 use super::layout::{Layout, Way};
 use super::matrix::Shape;
 use super::panel::{Lanes, put, turned};
-use super::{EACH, LANES, LIMBS, TOGETHER};
+use super::{EACH, LANES, LIMBS, TOGETHER, available, avx2, few};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
 
@@ -37,11 +36,11 @@ pub(in super::super) struct Inputs {
 }
 
 /// A tile of them.
-struct Tile<'a> {
-    limbs: &'a mut [i32],
-    less: &'a mut [i32],
-    units: &'a mut [f32],
-    sums: &'a mut [f32],
+pub(super) struct Tile<'a> {
+    pub limbs: &'a mut [i32],
+    pub less: &'a mut [i32],
+    pub units: &'a mut [f32],
+    pub sums: &'a mut [f32],
 }
 
 impl Inputs {
@@ -64,19 +63,25 @@ impl Inputs {
             _ => layout.runs(),
         };
         let padded = match way {
-            Way::Vectors if rest > 0 => vectors - rest + rest.next_power_of_two(),
+            Way::Vectors | Way::Narrow(_) if rest > 0 => vectors - rest + rest.next_power_of_two(),
             _ => vectors.next_multiple_of(width),
         };
         let digits = match way {
             Way::Vectors => runs * (layout.run / EACH) * LIMBS * width,
+            Way::Narrow(digits) => runs * (layout.run / EACH) * digits.words() * width,
             Way::Bytes(shape) => runs * shape.run(&layout),
             Way::Numbers(inputs) => runs * few::Blocks::new(&layout).steps() * DIGITS * inputs * LANES,
         };
         let mut limbs = vec![Lanes::default(); (digits * padded).div_ceil(width * LANES)];
-        let mut less = vec![0; if way == Way::Vectors { runs * LIMBS * padded } else { 0 }];
+        let starts = match way {
+            Way::Vectors => LIMBS,
+            Way::Narrow(digits) => digits.count(),
+            Way::Bytes(_) | Way::Numbers(_) => 0,
+        };
+        let mut less = vec![0; runs * starts * padded];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
         let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
-        let mut less_of = less.chunks_mut(width * runs * LIMBS);
+        let mut less_of = less.chunks_mut((width * runs * starts).max(1));
         let tiles = counts.zip(cast_slice_mut(&mut limbs).chunks_mut(digits)).map(|((units, sums), limbs)| {
             let less = less_of.next().unwrap_or_default();
             Tile { limbs, less, units, sums }
@@ -84,17 +89,19 @@ impl Inputs {
         // An entry takes a dozen steps or so.
         each_panel(tiles, 16 * x.len(), |held: &mut Vec<T>, (at, tile)| {
             let (first, count) = (at * width, tile.units.len() / runs);
-            // SAFETY: the machine has the instructions, as `Layout::new` asked.
+            let x = columns(&x, first, count, held);
+            // SAFETY: the machine has the instructions, as `Layout::new` asked, and `Digits::all` of those that it has.
             #[allow(unsafe_code)]
             unsafe {
                 match (way, count) {
-                    (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, columns(&x, first, count, held)),
-                    (Way::Numbers(inputs), _) => {
-                        lay_out_numbers(&layout, inputs, tile, columns(&x, first, count, held))
-                    }
-                    (Way::Vectors, 1) => lay_out::<1>(&layout, tile, columns(&x, first, count, held)),
-                    (Way::Vectors, 2) => lay_out::<2>(&layout, tile, columns(&x, first, count, held)),
-                    (Way::Vectors, _) => lay_out::<TOGETHER>(&layout, tile, columns(&x, first, count, held)),
+                    (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
+                    (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
+                    (Way::Vectors, 1) => lay_out(&layout, tile, [x[0]]),
+                    (Way::Vectors, 2) => lay_out(&layout, tile, [x[0], x[1]]),
+                    (Way::Vectors, _) => lay_out(&layout, tile, [x[0], x[1], x[2], x[3]]),
+                    (Way::Narrow(digits), 1) => avx2::lay_out(digits, &layout, tile, [x[0]]),
+                    (Way::Narrow(digits), 2) => avx2::lay_out(digits, &layout, tile, [x[0], x[1]]),
+                    (Way::Narrow(digits), _) => avx2::lay_out(digits, &layout, tile, [x[0], x[1], x[2], x[3]]),
                 }
             }
         });
@@ -115,8 +122,20 @@ impl Inputs {
     /// A tile's limbs of a run, for vectors.
     #[inline(always)]
     pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        let from = (first * self.layout.runs() + run * width) * (self.layout.run / EACH) * LIMBS;
-        &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * LIMBS * width]
+        self.lanes(LIMBS, run, first, width)
+    }
+
+    /// A tile's words of a run, for vectors of eight rows: of each lane, so many of V inputs.
+    #[inline(always)]
+    pub(super) fn words<const WORDS: usize, const V: usize>(&self, run: usize, first: usize) -> &[[[i32; V]; WORDS]] {
+        self.lanes(WORDS, run, first, V).as_chunks().0.as_chunks().0
+    }
+
+    /// A tile's lanes of a run, of so many words.
+    #[inline(always)]
+    fn lanes(&self, words: usize, run: usize, first: usize, width: usize) -> &[i32] {
+        let from = (first * self.layout.runs() + run * width) * (self.layout.run / EACH) * words;
+        &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * words * width]
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.
@@ -151,13 +170,13 @@ impl Inputs {
 
     /// Starts of a tile in a run.
     #[inline(always)]
-    pub(super) fn begin<'a, const V: usize>(
+    pub(super) fn begin<'a, const DIGITS: usize, const V: usize>(
         &self,
         starts: &'a [i32],
         run: usize,
         first: usize,
-    ) -> Option<&'a [[i32; V]; LIMBS]> {
-        starts[LIMBS * (first * self.layout.runs() + run * V)..].as_chunks().0.first_chunk()
+    ) -> Option<&'a [[i32; V]; DIGITS]> {
+        starts[DIGITS * (first * self.layout.runs() + run * V)..].as_chunks().0.first_chunk()
     }
 
     /// Units and sums of a tile in a run.
@@ -194,7 +213,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
         }
         for v in 0..V {
             let total = totalled(totals[v]);
-            sums[v] = sum(total, units[v]);
+            sums[v] = sum(&total[..LIMBS], 8, units[v]);
             (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
         }
     }
@@ -220,7 +239,7 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
                     }
                 }
             }
-            sums[v] = sum(totalled(total), units[v]);
+            sums[v] = sum(&totalled(total)[..LIMBS], 8, units[v]);
         }
     }
 }
@@ -248,27 +267,33 @@ fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; L
 
 /// The columns of a run of an input.
 #[inline(always)]
-fn of_run<'x>(layout: &Layout, run: usize, x: &'x [f32]) -> &'x [f32] {
+pub(super) fn of_run<'x>(layout: &Layout, run: usize, x: &'x [f32]) -> &'x [f32] {
     let from = run * layout.run;
     x.get(from..x.len().min(from + layout.run)).unwrap_or_default()
 }
 
-/// The numbers of some columns from one on, V at most, in their order each; none of those that are missing.
-#[target_feature(enable = "avx512f")]
-fn columns<'a, T: Real, const V: usize>(
+/// The numbers of some columns from one on, sixteen at most, in their order each; none of those that are missing.
+fn columns<'a, T: Real>(
     x: &'a ArrayView2<'_, T>,
     first: usize,
     count: usize,
     held: &'a mut Vec<T>,
-) -> [&'a [f32]; V] {
-    let ((n, b), count) = (x.dim(), count.min(V).min(x.ncols() - first));
+) -> [&'a [f32]; LANES] {
+    let ((n, b), count) = (x.dim(), count.min(LANES).min(x.ncols() - first));
     let in_order = n == 1 || x.strides()[0] == 1;
     if !in_order {
-        held.resize(n * V, T::zero());
+        held.resize(n * LANES, T::zero());
         match x.as_slice() {
-            Some(all) => gather(cast_slice(all), b, first, cast_slice_mut(&mut held[..n * count])),
-            None => (0..count).for_each(|v| {
-                held[v * n..].iter_mut().zip(x.column(first + v)).for_each(|(to, &value)| *to = value);
+            Some(all) if available() => {
+                let to = cast_slice_mut(&mut held[..n * count]);
+                // SAFETY: the machine has the instructions, as was asked.
+                #[allow(unsafe_code)]
+                unsafe {
+                    gather(cast_slice(all), b, first, to);
+                }
+            }
+            _ => x.rows().into_iter().enumerate().for_each(|(j, row)| {
+                (0..count).for_each(|v| held[v * n + j] = row[first + v]);
             }),
         }
     }

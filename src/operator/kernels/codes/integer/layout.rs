@@ -1,6 +1,7 @@
 //! How columns of rows are cut, and which way inputs meet them.
 
 use super::super::packed::chunk;
+use super::avx2::Digits;
 use super::matrix::{self, Shape};
 use super::{EACH, LANES, TOGETHER, available, bfloat, few};
 use crate::scalar::{DType, Real};
@@ -28,7 +29,8 @@ impl Layout {
     /// `None` if there is no kernel for such rows here: for inputs in another dtype, rows without columns, groups that end within
     /// a lane, and machines without the instructions.
     pub(super) fn new<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Self> {
-        if T::DTYPE != DType::F32 || columns == 0 || !available() {
+        let present = available() || Digits::all(bits).next().is_some();
+        if T::DTYPE != DType::F32 || columns == 0 || !present {
             return None;
         }
         Layout::cut(bits, group, columns, LONGEST)
@@ -69,6 +71,8 @@ impl Layout {
 pub(super) enum Way {
     /// Vectors.
     Vectors,
+    /// Vectors of eight rows, in such digits.
+    Narrow(Digits),
     /// Matrix instructions with bytes.
     Bytes(Shape),
     /// Matrix instructions with bf16, and so many inputs at a time.
@@ -80,6 +84,9 @@ impl Way {
     /// but for a few. `None` if there is no kernel for such rows here.
     pub(super) fn new<T: Real>(inputs: usize, bits: u8, group: usize, columns: usize) -> Option<(Self, Layout)> {
         let layout = Layout::new::<T>(bits, group, columns)?;
+        if !available() {
+            return Digits::all(bits).next().map(|digits| (Way::Narrow(digits), layout));
+        }
         if inputs <= TOGETHER || !matrix::available() {
             return Some((Way::Vectors, layout));
         }
@@ -104,7 +111,7 @@ impl Way {
     /// Inputs at a time.
     pub(super) fn width(self) -> usize {
         match self {
-            Way::Vectors => TOGETHER,
+            Way::Vectors | Way::Narrow(_) => TOGETHER,
             Way::Bytes(shape) => shape.inputs,
             Way::Numbers(inputs) => inputs,
         }

@@ -13,7 +13,8 @@ use pulp::bytemuck::cast;
 
 use super::matrix::{Shape, Sums, Tiles};
 use super::panel::{Lanes, Unpacking, unpack};
-use super::{BANDS, EACH, Inputs, LIMBS, Panel, Scaling};
+use super::vectors::{Panel, Scaling};
+use super::{BANDS, EACH, Inputs, LIMBS};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;

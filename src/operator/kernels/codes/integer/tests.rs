@@ -1,12 +1,12 @@
 use ndarray::Array2;
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
+use super::avx2::Digits;
 use super::*;
 
-/// Products with more than a few inputs by vectors, and by matrix instructions where the machine has both; none where it
-/// has neither. With the exact products, and
-/// with those of the sizes of what is added up.
-fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<Array2<f32>>, [Array2<f64>; 2]) {
+/// Products with inputs by vectors of eight rows in all digits there are, by those of sixteen, and by matrix instructions, of
+/// what the machine has; with the exact products, and with those of the sizes of what is added up.
+fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<(Way, Array2<f32>)>, [Array2<f64>; 2]) {
     let (groups, levels) = (n.div_ceil(group), 1usize << bits);
     let scales: Vec<f32> = (0..m * groups).map(|g| 0.01 + (g % 7) as f32 / 64.0).collect();
     let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 5 % levels) as u8).collect();
@@ -27,10 +27,13 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
     let rows = CodedRows { group, codes: &codes, groups, beside };
     let layout = Layout::new::<f32>(bits, group, n);
-    let vectors = layout.map(|layout| Inputs::laid_out(x.view(), layout, Way::Vectors));
-    let matrices = Inputs::new(x.view(), bits, group).filter(|x| x.way != Way::Vectors);
+    let narrow: Vec<Way> = Digits::all(bits).map(Way::Narrow).collect();
+    let few = [Way::Vectors].into_iter().filter(|_| available());
+    let laid_out = |way| layout.map(|layout| Inputs::laid_out(x.view(), layout, way));
+    let matrices = Inputs::new(x.view(), bits, group).filter(|x| matches!(x.way, Way::Bytes(_) | Way::Numbers(_)));
     // The fastest there is was taken.
-    assert_eq!((vectors.is_some(), matrices.is_some()), (available(), matrix::available()));
+    assert_eq!(matrices.is_some(), matrix::available() && x.ncols() > TOGETHER);
+    assert!(layout.is_some() == (available() || !narrow.is_empty()));
     let product = |x: Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
         // Calls begin at panels.
@@ -39,11 +42,12 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
         }
         y
     };
-    (vectors.into_iter().chain(matrices).map(product).collect(), exact)
+    let all = narrow.into_iter().chain(few).filter_map(laid_out).chain(matrices);
+    (all.map(|x| (x.way, product(x))).collect(), exact)
 }
 
 #[test]
-fn matrix_instructions_find_the_sums_of_vectors() {
+fn all_instructions_find_the_same_sums() {
     for (width, group, n) in (2..=8).flat_map(|width| {
         // Lanes that fill steps and that do not, blocks of runs, the last run a short one, whole rows.
         [
@@ -60,22 +64,25 @@ fn matrix_instructions_find_the_sums_of_vectors() {
         ]
         .map(|(g, n)| (width, g, n))
     }) {
-        for count in [5, 8, 11, 16, 17, 40] {
+        for count in [1, 2, 3, 5, 8, 11, 16, 17, 40] {
             let x = Array2::from_shape_fn((n, count), |(j, v)| {
                 let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
             });
             let (products, [exact, sizes]) = all(width, group, (327, n), &x);
             let what = format!("{width} bits, groups of {group}, {n} columns, {count} inputs");
-            for (way, y) in products.iter().enumerate() {
+            for (way, y) in &products {
                 let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size.max(1e-30);
                 let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
-                assert!(worst < 1e-6, "{what}, way {way}: off by {worst:e} of what is added up");
+                assert!(worst < 1e-6, "{what}, {way:?}: off by {worst:e} of what is added up");
             }
-            let way = Way::new::<f32>(count, width, group, n);
-            let numbers = way.is_some_and(|(way, _)| matches!(way, Way::Numbers(_)));
-            if let ([vectors, matrices], false) = (&products[..], numbers) {
-                assert_eq!(vectors.mapv(f32::to_bits), matrices.mapv(f32::to_bits), "{what}");
+            // Bytes have the same sums, whatever adds them up.
+            let bytes = |way: &Way| !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve));
+            let mut bytes = products.iter().filter(|(way, _)| bytes(way));
+            if let Some((first, sums)) = bytes.next() {
+                for (way, y) in bytes {
+                    assert_eq!(sums.mapv(f32::to_bits), y.mapv(f32::to_bits), "{what}, {first:?}, {way:?}");
+                }
             }
         }
     }
@@ -87,8 +94,8 @@ fn inputs_that_are_not_finite_make_no_numbers() {
         let mut x = Array2::from_elem((256, 20), 0.5f32);
         // (Of the last, what is left of a number that is cut is not all zero.)
         (x[[3, 7]], x[[200, 11]], x[[77, 2]]) = (f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001));
-        for y in all(bits, group, (40, 256), &x).0 {
-            assert!(y.indexed_iter().all(|((_, v), y)| y.is_nan() == [2, 7, 11].contains(&v)));
+        for (way, y) in all(bits, group, (40, 256), &x).0 {
+            assert!(y.indexed_iter().all(|((_, v), y)| y.is_nan() == [2, 7, 11].contains(&v)), "{way:?}");
         }
     }
 }
@@ -121,7 +128,7 @@ fn inputs_are_the_sums_of_their_numbers() {
 
 #[test]
 fn rows_without_columns_have_no_kernel() {
-    assert_eq!(Layout::new::<f32>(4, 32, 1).is_some(), available());
+    assert_eq!(Layout::new::<f32>(4, 32, 1).is_some(), available() || Digits::all(4).next().is_some());
     assert!([1, 32].iter().all(|&group| Layout::new::<f32>(4, group, 0).is_none()));
 }
 
@@ -154,10 +161,10 @@ fn inputs_of_one_sign_are_no_less_exact() {
     {
         let x = Array2::from_shape_fn((n, 16), |(j, v)| 1.0 + ((j * 37 + v * 11 + j * j * 3) % 1009) as f32 / 1009.0);
         let (products, [exact, sizes]) = all(bits, group, (96, n), &x);
-        for (way, y) in products.iter().enumerate() {
+        for (way, y) in products {
             let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size;
             let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
-            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {n} columns, way {way}: off by {worst:e}");
+            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {n} columns, {way:?}: off by {worst:e}");
         }
     }
 }
