@@ -68,7 +68,7 @@ pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
 /// Sixteen chunks of 32 bits of all rows of a panel as the rows have them; `None` without the instructions.
 pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> {
     if !available() {
-        return None;
+        return avx2::lines(chunks);
     }
     let all: [[[i32; LANES]; BANDS]; LINE / EACH] = cast(*chunks);
     let mut lines = [[0; LINE]; PANEL];

@@ -12,7 +12,7 @@ use super::super::packed::{Floats, Grids};
 use super::inputs::Inputs;
 use super::panel::Lanes;
 use super::vectors::Panel;
-use super::{AHEAD, BANDS, LANES, LINE, PANEL, TOGETHER};
+use super::{BANDS, LANES, LINE, PANEL, TOGETHER};
 use crate::simd::prefetch;
 
 mod cut;
@@ -22,6 +22,8 @@ pub(super) use self::cut::lay_out;
 /// Rows in a vector, and vectors of the rows of a panel.
 const ROWS: usize = 8;
 const VECTORS: usize = PANEL / ROWS;
+/// Bytes between what is multiplied and what is asked for.
+const AHEAD: usize = 1536;
 
 /// Digits that inputs are cut into.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,6 +56,11 @@ impl Digits {
         if self == Digits::Twelve { 12 } else { 8 }
     }
 
+    /// Inputs for which this is faster than to write rows out, at most.
+    pub(super) fn most(self) -> usize {
+        if self == Digits::Bytes { usize::MAX } else { 32 }
+    }
+
     /// Words of 32 bits in which the digits of four columns lie.
     pub(super) fn words(self) -> usize {
         if self == Digits::Twelve { 4 } else { 3 }
@@ -67,13 +74,61 @@ fn available() -> bool {
 
 /// Whether it has products of four bytes at a time, besides.
 fn dots() -> bool {
-    available() && is_x86_feature_detected!("avxvnni")
+    available() && is_x86_feature_detected!("avxvnni") && std::env::var_os("WP_PLAIN").is_none()
 }
 
 /// The bytes of a chunk of columns, eight rows after the others.
 type Chunk = [[u8; 4 * ROWS]; VECTORS];
 /// Sums of the products of digits with some inputs, for some vectors of rows.
 type Sums<const DIGITS: usize, const V: usize, const B: usize> = [[[__m256i; B]; V]; DIGITS];
+
+/// Sixteen chunks of 32 bits of all rows of a panel as the rows have them; `None` without the instructions.
+pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> {
+    // SAFETY: the machine has the instructions, as is asked.
+    #[allow(unsafe_code)]
+    available().then(|| unsafe { squares(pulp::bytemuck::cast_ref(chunks)) })
+}
+
+/// The same by squares of eight.
+#[target_feature(enable = "avx2")]
+fn squares(chunks: &[[Chunk; ROWS]; LINE / (4 * ROWS)]) -> [[u8; LINE]; PANEL] {
+    let mut lines = [[0; LINE]; PANEL];
+    for (at, chunks) in chunks.iter().enumerate() {
+        for vector in 0..VECTORS {
+            let rows = turned(std::array::from_fn(|chunk| cast(chunks[chunk][vector])));
+            for (line, row) in lines[vector * ROWS..].iter_mut().zip(rows) {
+                let row: [u8; 4 * ROWS] = cast(row);
+                line[at * 4 * ROWS..][..4 * ROWS].copy_from_slice(&row);
+            }
+        }
+    }
+    lines
+}
+
+/// Turns a square around: vector i of the result has element i of each.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn turned(rows: [__m256i; ROWS]) -> [__m256i; ROWS] {
+    let mut pairs = rows;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Element c of half j of `fours[4q + c]` is column 4j + c of the rows from 4q on.
+    let mut fours = pairs;
+    for q in 0..2 {
+        fours[4 * q] = _mm256_unpacklo_epi64(pairs[4 * q], pairs[4 * q + 2]);
+        fours[4 * q + 1] = _mm256_unpackhi_epi64(pairs[4 * q], pairs[4 * q + 2]);
+        fours[4 * q + 2] = _mm256_unpacklo_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
+        fours[4 * q + 3] = _mm256_unpackhi_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
+    }
+    let mut columns = fours;
+    for c in 0..4 {
+        columns[c] = _mm256_permute2x128_si256::<0x20>(fours[c], fours[4 + c]);
+        columns[4 + c] = _mm256_permute2x128_si256::<0x31>(fours[c], fours[4 + c]);
+    }
+    columns
+}
 
 /// Adds the products of a panel with all inputs.
 pub(super) fn multiply(digits: Digits, panel: &Panel<'_>, x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
@@ -102,7 +157,7 @@ fn few<const KIND: u8, const PARTS: usize>(
             (Digits::Bytes, 1) => by_bytes::<KIND, PARTS, 1, 4>(panel, x, first, totals),
             (Digits::Bytes, 2) => by_bytes::<KIND, PARTS, 2, 2>(panel, x, first, totals),
             (Digits::Bytes, _) => by_bytes::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
-            (Digits::Pairs, 1) => by_pairs::<KIND, PARTS, 1, 4>(panel, x, first, totals),
+            (Digits::Pairs, 1) => by_pairs::<KIND, PARTS, 1, 2>(panel, x, first, totals),
             (Digits::Pairs, 2) => by_pairs::<KIND, PARTS, 2, 2>(panel, x, first, totals),
             (Digits::Pairs, _) => by_pairs::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
             (Digits::Twelve, 1) => by_twelve::<KIND, PARTS, 1, 4>(panel, x, first, totals),
@@ -124,7 +179,7 @@ macro_rules! tile {
         ) {
             let Some(to) = totals.first_chunk_mut::<V>() else { return };
             let mut totals: [[__m256; VECTORS]; V] = to.map(|of| cast(of.map(|band| band.0)));
-            let mut codes = panel.packed.as_chunks::<{ VECTORS * 4 * ROWS }>().0;
+            let mut codes: &[Chunk] = panel.packed.as_chunks().0.as_chunks().0;
             for number in 0..x.layout.runs() {
                 let Some((of_run, rest)) = codes.split_at_checked(x.layout.lanes(number) / PARTS) else { return };
                 codes = rest;
@@ -159,33 +214,39 @@ tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 3, 3, 8);
 tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 3, 3, 8);
 tile!(by_twelve, "avx2,fma,f16c", sums_of_twelve, 2, 4, 12);
 
-/// The vectors of a chunk, and what comes so much later asked for with the first.
+/// Calls what is generic over the part for each lane that the bytes of a chunk have, one after the other: the registers hold
+/// sums and little more.
+macro_rules! parts {
+    ($parts:expr, $add:ident::<$kind:ident, $v:ident, $b:ident>($($of:expr),*)) => {
+        $add::<$kind, 0, $v, $b>($($of),*);
+        if $parts > 1 {
+            $add::<$kind, 1, $v, $b>($($of),*);
+        }
+        if $parts > 2 {
+            $add::<$kind, 2, $v, $b>($($of),*);
+            $add::<$kind, 3, $v, $b>($($of),*);
+        }
+    };
+}
+
+/// A lane of some vectors of a chunk, in bytes; and with the first what comes so much later is asked for.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load<const B: usize>(chunk: &[u8; VECTORS * 4 * ROWS], some: usize) -> [__m256i; B] {
-    if some == 0 {
+fn lanes<const KIND: u8, const PART: usize, const B: usize>(chunk: &Chunk, some: usize) -> [__m256i; B] {
+    if PART == 0 && some == 0 {
         prefetch(&chunk[0], AHEAD);
         prefetch(&chunk[0], AHEAD + LINE);
     }
-    let all: &Chunk = pulp::bytemuck::cast_ref(chunk);
-    all.as_chunks::<B>().0[some].map(cast)
-}
-
-/// One of the lanes of a chunk, in bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn lane<const KIND: u8>(codes: __m256i, part: usize) -> __m256i {
-    match KIND {
-        8 => codes,
-        _ => {
-            let moved = if part == 0 {
-                codes
-            } else {
-                _mm256_srlv_epi32(codes, _mm256_set1_epi32(i32::from(KIND) * part as i32))
-            };
-            _mm256_and_si256(moved, _mm256_set1_epi8((1 << KIND) - 1))
+    let mut codes: [__m256i; B] = chunk.as_chunks().0[some].map(cast::<[u8; 4 * ROWS], _>);
+    for codes in &mut codes {
+        if PART > 0 {
+            *codes = _mm256_srlv_epi32(*codes, _mm256_set1_epi32(i32::from(KIND) * PART as i32));
+        }
+        if KIND < 8 {
+            *codes = _mm256_and_si256(*codes, _mm256_set1_epi8((1 << KIND) - 1));
         }
     }
+    codes
 }
 
 /// What sums begin with.
@@ -204,34 +265,42 @@ fn begun<const DIGITS: usize, const V: usize, const B: usize>(starts: &[[i32; V]
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
 fn sums_of_bytes<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
-    codes: &[[u8; VECTORS * 4 * ROWS]],
+    codes: &[Chunk],
     words: &[[[[i32; V]; 3]; PARTS]],
     starts: &[[i32; V]; 3],
     some: usize,
 ) -> Sums<3, V, B> {
     let mut sums = begun(starts);
+    parts!(PARTS, add_bytes::<KIND, V, B>(codes, words, some, &mut sums));
+    sums
+}
+
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn add_bytes<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
+    codes: &[Chunk],
+    words: &[impl AsRef<[[[i32; V]; 3]]>],
+    some: usize,
+    sums: &mut Sums<3, V, B>,
+) {
     for (codes, words) in codes.iter().zip(words) {
-        let codes: [__m256i; B] = load(codes, some);
-        for part in 0..PARTS {
+        let (codes, words) = (lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
+        for b in 0..B {
             for digit in 0..3 {
                 for v in 0..V {
-                    let input = _mm256_set1_epi32(words[part][digit][v]);
-                    for b in 0..B {
-                        let sum = &mut sums[digit][v][b];
-                        *sum = _mm256_dpbusd_avx_epi32(*sum, lane::<KIND>(codes[b], part), input);
-                    }
+                    let input = _mm256_set1_epi32(words[digit][v]);
+                    sums[digit][v][b] = _mm256_dpbusd_avx_epi32(sums[digit][v][b], codes[b], input);
                 }
             }
         }
     }
-    sums
 }
 
-/// Codes of less than eight bits: products of so many chunks are added up in 16 bits.
+/// Codes of less than eight bits: products of some chunks are added up in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn sums_of_pairs<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
-    codes: &[[u8; VECTORS * 4 * ROWS]],
+    codes: &[Chunk],
     words: &[[[[i32; V]; 3]; PARTS]],
     starts: &[[i32; V]; 3],
     some: usize,
@@ -240,21 +309,8 @@ fn sums_of_pairs<const KIND: u8, const PARTS: usize, const V: usize, const B: us
     let together = if KIND == 4 { 8 / PARTS } else { 40 / PARTS };
     let mut sums = begun(starts);
     for (codes, words) in codes.chunks(together).zip(words.chunks(together)) {
-        let mut halves = [[[_mm256_setzero_si256(); B]; V]; 3];
-        for (codes, words) in codes.iter().zip(words) {
-            let codes: [__m256i; B] = load(codes, some);
-            for part in 0..PARTS {
-                for digit in 0..3 {
-                    for v in 0..V {
-                        let input = _mm256_set1_epi32(words[part][digit][v]);
-                        for b in 0..B {
-                            let of_two = _mm256_maddubs_epi16(lane::<KIND>(codes[b], part), input);
-                            halves[digit][v][b] = _mm256_add_epi16(halves[digit][v][b], of_two);
-                        }
-                    }
-                }
-            }
-        }
+        let mut halves = begun(&[[0; V]; 3]);
+        parts!(PARTS, add_pairs::<KIND, V, B>(codes, words, some, &mut halves));
         for digit in 0..3 {
             for v in 0..V {
                 for b in 0..B {
@@ -267,35 +323,64 @@ fn sums_of_pairs<const KIND: u8, const PARTS: usize, const V: usize, const B: us
     sums
 }
 
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_pairs<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
+    codes: &[Chunk],
+    words: &[impl AsRef<[[[i32; V]; 3]]>],
+    some: usize,
+    halves: &mut Sums<3, V, B>,
+) {
+    for (codes, words) in codes.iter().zip(words) {
+        let (codes, words) = (lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
+        for b in 0..B {
+            for digit in 0..3 {
+                for v in 0..V {
+                    let input = _mm256_set1_epi32(words[digit][v]);
+                    let of_two = _mm256_maddubs_epi16(codes[b], input);
+                    halves[digit][v][b] = _mm256_add_epi16(halves[digit][v][b], of_two);
+                }
+            }
+        }
+    }
+}
+
 /// Codes of eight bits: of the four of a row the first and the third meet the words of these, and so do the others.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn sums_of_twelve<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
-    codes: &[[u8; VECTORS * 4 * ROWS]],
+    codes: &[Chunk],
     words: &[[[[i32; V]; 4]; PARTS]],
     starts: &[[i32; V]; 2],
     some: usize,
 ) -> Sums<2, V, B> {
     let mut sums = begun(starts);
+    parts!(PARTS, add_twelve::<KIND, V, B>(codes, words, some, &mut sums));
+    sums
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_twelve<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
+    codes: &[Chunk],
+    words: &[impl AsRef<[[[i32; V]; 4]]>],
+    some: usize,
+    sums: &mut Sums<2, V, B>,
+) {
     for (codes, words) in codes.iter().zip(words) {
-        let codes: [__m256i; B] = load(codes, some);
-        for part in 0..PARTS {
+        let (codes, words) = (lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
+        for b in 0..B {
+            let (even, odd) = (_mm256_and_si256(codes[b], _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(codes[b]));
             for digit in 0..2 {
                 for v in 0..V {
-                    let [even, odd] = [2 * digit, 2 * digit + 1].map(|at| words[part][at][v]);
-                    let (even, odd) = (_mm256_set1_epi32(even), _mm256_set1_epi32(odd));
-                    for b in 0..B {
-                        let bytes = lane::<KIND>(codes[b], part);
-                        let (first, second) =
-                            (_mm256_and_si256(bytes, _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(bytes));
-                        let of_four = _mm256_add_epi32(_mm256_madd_epi16(first, even), _mm256_madd_epi16(second, odd));
-                        sums[digit][v][b] = _mm256_add_epi32(sums[digit][v][b], of_four);
-                    }
+                    let of_even = _mm256_madd_epi16(even, _mm256_set1_epi32(words[2 * digit][v]));
+                    let of_odd = _mm256_madd_epi16(odd, _mm256_set1_epi32(words[2 * digit + 1][v]));
+                    let of_four = _mm256_add_epi32(of_even, of_odd);
+                    sums[digit][v][b] = _mm256_add_epi32(sums[digit][v][b], of_four);
                 }
             }
         }
     }
-    sums
 }
 
 /// The sum of the products of all digits, of so many bits.

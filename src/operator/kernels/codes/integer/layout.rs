@@ -81,11 +81,12 @@ pub(super) enum Way {
 
 impl Way {
     /// For so many inputs, and how columns are cut then: eight or sixteen at a time by matrix instructions, where there are such,
-    /// but for a few. `None` if there is no kernel for such rows here.
+    /// but for a few. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written out.
     pub(super) fn new<T: Real>(inputs: usize, bits: u8, group: usize, columns: usize) -> Option<(Self, Layout)> {
         let layout = Layout::new::<T>(bits, group, columns)?;
         if !available() {
-            return Digits::all(bits).next().map(|digits| (Way::Narrow(digits), layout));
+            let digits = Digits::all(bits).next().filter(|digits| inputs <= digits.most());
+            return digits.map(|digits| (Way::Narrow(digits), layout));
         }
         if inputs <= TOGETHER || !matrix::available() {
             return Some((Way::Vectors, layout));

@@ -168,3 +168,13 @@ fn inputs_of_one_sign_are_no_less_exact() {
         }
     }
 }
+
+#[test]
+fn lines_are_the_same_by_all_instructions() {
+    let chunks = std::array::from_fn(|at| (at * 31 + at / 256) as u8);
+    let exact: [[u8; LINE]; PANEL] =
+        std::array::from_fn(|row| std::array::from_fn(|at| chunks[(at / EACH * PANEL + row) * EACH + at % EACH]));
+    for found in [lines(&chunks), avx2::lines(&chunks)] {
+        assert!(found.is_none_or(|found| found == exact));
+    }
+}
