@@ -1,8 +1,8 @@
 //! Products with rows of packed codes of 2 to 8 bits.
 //!
-//! AVX-512 with VNNI: inputs in fixed point, sums of integers ([`integer`]), for any number of vectors. AVX2: eight codes of
-//! any width at a time ([`narrow`]), for a few. Elsewhere, and where groups are odd, a row is unpacked into memory that
-//! stays in the nearest cache.
+//! AVX-512 with VNNI, or AVX2: inputs in fixed point, sums of integers ([`integer`]), of panels of rows side by side. Where
+//! there are too few rows for a panel, or groups do not end with whole chunks of codes: eight codes of any width at a time for a
+//! few vectors ([`narrow`], AVX2), and elsewhere a row is unpacked into memory that stays in the nearest cache.
 
 use std::ops::Range;
 

@@ -1,11 +1,12 @@
-//! Products with codes in integers: AVX-512 with VNNI and VBMI.
+//! Products with codes in integers: AVX-512 with VNNI and VBMI, or AVX2.
 //!
 //! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
 //! Where there are matrix instructions, more than a few inputs meet the bytes in those ([`many`]), with the same sums, or codes
-//! of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]).
+//! of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the
+//! same codes meet inputs in vectors of 8 rows ([`avx2`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -94,7 +95,7 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
         Panel { bits, packed, grids, group, starts: &starts }
     });
     let panels: Vec<_> = panels.collect();
-    let mut meeting = Meeting::new(x);
+    let mut meeting = Meeting::new(x, bits);
     let together = meeting.panels(x);
     let mut totals = vec![[Lanes::default(); BANDS]; panels.len().min(together) * x.padded()];
     for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
@@ -139,14 +140,14 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
     Vectors,
-    Narrow(avx2::Digits),
+    Narrow(avx2::Digits, avx2::Spread),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
     Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
 }
 
 impl Meeting {
-    fn new(x: &Inputs) -> Self {
+    fn new(x: &Inputs, bits: u8) -> Self {
         match x.way {
             Way::Bytes(shape) => {
                 let blocks = Blocks::new(x, shape);
@@ -155,14 +156,14 @@ impl Meeting {
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
             Way::Vectors => Meeting::Vectors,
-            Way::Narrow(digits) => Meeting::Narrow(digits),
+            Way::Narrow(digits) => Meeting::Narrow(digits, avx2::Spread::new(bits)),
         }
     }
 
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors | Meeting::Narrow(_) => 1,
+            Meeting::Vectors | Meeting::Narrow(..) => 1,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
         }
@@ -170,9 +171,9 @@ impl Meeting {
 
     /// Adds the products of some panels with all inputs.
     fn multiply(&mut self, panels: &[Panel<'_>], x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
-        if let Meeting::Narrow(digits) = self {
+        if let Meeting::Narrow(digits, spread) = self {
             let of = panels.iter().zip(totals.chunks_mut(x.padded()));
-            return of.for_each(|(panel, totals)| avx2::multiply(*digits, panel, x, totals));
+            return of.for_each(|(panel, totals)| avx2::multiply(*digits, spread, panel, x, totals));
         }
         // SAFETY: the machine has the instructions, or there would be no such `Inputs`: `Way::new` asks for each of the features
         // that the functions are compiled for.
@@ -210,7 +211,7 @@ impl Meeting {
             }
             Meeting::Eight(tiles, scratch) => few::multiply::<KIND, { LANES / 2 }>(panels, x, tiles, scratch, totals),
             Meeting::Sixteen(tiles, scratch) => few::multiply::<KIND, LANES>(panels, x, tiles, scratch, totals),
-            Meeting::Narrow(_) => {}
+            Meeting::Narrow(..) => {}
         }
     }
 }

@@ -1,0 +1,112 @@
+//! Codes of any width as bytes of vectors of eight rows.
+
+use std::arch::x86_64::*;
+
+use pulp::bytemuck::cast;
+
+use super::super::LINE;
+use super::super::panel::kind;
+use super::{AHEAD, Chunk, ROWS, VECTORS};
+use crate::simd::prefetch;
+
+/// Codes of a row in a chunk, and bytes of half a vector.
+const CODES: usize = 4;
+const HALF: usize = 2 * ROWS;
+
+/// How codes of some bits become bytes.
+pub(in super::super) struct Spread {
+    pub(super) bits: u8,
+    /// Bytes of a chunk of the rows of a panel.
+    bytes: usize,
+    /// Where, of each vector, the sixteen bytes begin from which the codes of four rows come, and of the next four.
+    begin: [[usize; 2]; VECTORS],
+    /// Of each, the two bytes that have a code, for the codes of even places in a row and of odd ones.
+    order: [[[u8; 2 * HALF]; 2]; VECTORS],
+    /// What moves them to the upper byte.
+    factors: [[i16; HALF]; 2],
+}
+
+impl Spread {
+    pub(in super::super) fn new(bits: u8) -> Self {
+        let width = usize::from(bits);
+        let bytes = if kind(bits) == 0 { HALF * width } else { size_of::<Chunk>() };
+        // (The bytes of a vector may be fewer than sixteen, but not those of a chunk.)
+        let begin =
+            std::array::from_fn(|vector| [0, 1].map(|half| ((2 * vector + half) * 2 * width).min(bytes - HALF)));
+        // The codes of two rows are as many bytes as one has bits.
+        let bit = |place: usize, odd: usize| (2 * (place % 4) + odd) * width;
+        let order = std::array::from_fn(|vector| {
+            [0, 1].map(|odd| {
+                std::array::from_fn(|at| {
+                    let (half, place) = (at / HALF, at % HALF / 2);
+                    let first = (2 * vector + half) * 2 * width - begin[vector][half];
+                    (first + place / 4 * width + bit(place, odd) / 8 + at % 2) as u8
+                })
+            })
+        });
+        let factors = [0, 1].map(|odd| std::array::from_fn(|place| 1 << (8 - bit(place, odd) % 8)));
+        Spread { bits, bytes, begin, order, factors }
+    }
+
+    /// Bytes of a chunk.
+    #[inline(always)]
+    pub(super) fn chunk<const KIND: u8>(&self) -> usize {
+        if KIND == 0 { self.bytes } else { size_of::<Chunk>() }
+    }
+
+    /// A lane of some vectors of a chunk, in bytes; and with the first what comes so much later is asked for.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn lanes<const KIND: u8, const PART: usize, const B: usize>(
+        &self,
+        chunk: &[u8],
+        some: usize,
+    ) -> [__m256i; B] {
+        if PART == 0 && some == 0 {
+            prefetch(&chunk[0], AHEAD);
+            prefetch(&chunk[0], AHEAD + LINE);
+        }
+        let mut lanes = [_mm256_setzero_si256(); B];
+        for b in 0..B {
+            let vector = some * B + b;
+            lanes[b] = if KIND == 0 { self.bytes_of(chunk, vector) } else { lane::<KIND, PART>(chunk, vector) };
+        }
+        lanes
+    }
+
+    /// Codes that do not lie in halves or quarters of bytes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn bytes_of(&self, chunk: &[u8], vector: usize) -> __m256i {
+        assert!(chunk.len() >= self.bytes, "a whole chunk");
+        let from = chunk.as_ptr();
+        let [lower, upper] = self.begin[vector];
+        // SAFETY: both begin sixteen bytes before the end of a chunk at the latest, as `new` says, and there is a whole one.
+        #[allow(unsafe_code)]
+        let (lower, upper) =
+            unsafe { (_mm_loadu_si128(from.add(lower).cast()), _mm_loadu_si128(from.add(upper).cast())) };
+        let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(lower), upper);
+        let [even, odd] = [0, 1].map(|odd| {
+            let pairs = _mm256_shuffle_epi8(both, cast(self.order[vector][odd]));
+            _mm256_mullo_epi16(pairs, cast(self.factors[odd]))
+        });
+        let odd = _mm256_and_si256(odd, _mm256_set1_epi16(0xff00_u16 as i16));
+        let all = _mm256_or_si256(_mm256_srli_epi16::<8>(even), odd);
+        _mm256_and_si256(all, _mm256_set1_epi8((u8::MAX >> (8 - self.bits)) as i8))
+    }
+}
+
+/// Codes of 8, 4 or 2 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lane<const KIND: u8, const PART: usize>(chunk: &[u8], vector: usize) -> __m256i {
+    let Some(chunk) = chunk.as_chunks().0.as_chunks::<VECTORS>().0.first() else { return _mm256_setzero_si256() };
+    let mut codes: __m256i = cast::<[u8; CODES * ROWS], _>(chunk[vector]);
+    if PART > 0 {
+        codes = _mm256_srlv_epi32(codes, _mm256_set1_epi32(i32::from(KIND) * PART as i32));
+    }
+    if KIND < 8 {
+        codes = _mm256_and_si256(codes, _mm256_set1_epi8((1 << KIND) - 1));
+    }
+    codes
+}
