@@ -104,6 +104,7 @@ impl Way {
         let layout = Layout::new::<T>(bits, group, columns)?;
         match self {
             Way::Numbers(_) if bits > bfloat::WIDEST => None,
+            Way::Narrow(digits) if !Digits::all(bits).any(|of| of == digits) => None,
             Way::Numbers(_) => Layout::cut(bits, group, columns, few::LONGEST),
             _ => Some(layout),
         }

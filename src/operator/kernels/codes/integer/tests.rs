@@ -178,3 +178,17 @@ fn lines_are_the_same_by_all_instructions() {
         assert!(found.is_none_or(|found| found == exact));
     }
 }
+
+#[test]
+fn digits_meet_no_codes_that_do_not_fit_them() {
+    // (Codes of three and of eight bits are cut the same way.)
+    let x = Array2::from_elem((64, 2), 1f32);
+    for (bits, digits) in [3u8, 7, 8].into_iter().flat_map(|bits| Digits::all(bits).map(move |digits| (bits, digits))) {
+        let Some(layout) = Layout::new::<f32>(bits, 64, 64) else { continue };
+        let x = Inputs::laid_out(x.view(), layout, Way::Narrow(digits));
+        for other in [3, 7, 8] {
+            let fits = digits == Digits::Bytes || (bits == 8) == (other == 8);
+            assert_eq!(x.meet::<f32>(other, 64, 64), fits, "{digits:?} of {bits} bits with {other}");
+        }
+    }
+}
