@@ -140,7 +140,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
     Vectors,
-    Narrow(avx2::Digits, avx2::Spread),
+    Narrow(avx2::Digits, Box<avx2::Spread>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
     Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
@@ -156,7 +156,7 @@ impl Meeting {
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
             Way::Vectors => Meeting::Vectors,
-            Way::Narrow(digits) => Meeting::Narrow(digits, avx2::Spread::new(bits)),
+            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits))),
         }
     }
 

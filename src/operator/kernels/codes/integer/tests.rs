@@ -4,9 +4,12 @@ use super::super::{Beside, CodedRows, PackedCodes, pack};
 use super::avx2::Digits;
 use super::*;
 
+/// With the way that was taken.
+type Products = Vec<(Way, Array2<f32>)>;
+
 /// Products with inputs by vectors of eight rows in all digits there are, by those of sixteen, and by matrix instructions, of
 /// what the machine has; with the exact products, and with those of the sizes of what is added up.
-fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<(Way, Array2<f32>)>, [Array2<f64>; 2]) {
+fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Products, [Array2<f64>; 2]) {
     let (groups, levels) = (n.div_ceil(group), 1usize << bits);
     let scales: Vec<f32> = (0..m * groups).map(|g| 0.01 + (g % 7) as f32 / 64.0).collect();
     let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 5 % levels) as u8).collect();

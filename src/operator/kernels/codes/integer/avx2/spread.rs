@@ -67,9 +67,9 @@ impl Spread {
             prefetch(&chunk[0], AHEAD + LINE);
         }
         let mut lanes = [_mm256_setzero_si256(); B];
-        for b in 0..B {
+        for (b, to) in lanes.iter_mut().enumerate() {
             let vector = some * B + b;
-            lanes[b] = if KIND == 0 { self.bytes_of(chunk, vector) } else { lane::<KIND, PART>(chunk, vector) };
+            *to = if KIND == 0 { self.bytes_of(chunk, vector) } else { lane::<KIND, PART>(chunk, vector) };
         }
         lanes
     }
