@@ -61,7 +61,7 @@ pub enum Error {
         value: f64,
     },
     /// The metric asks for statistics that were not given; the whole list, found before any work.
-    #[error("missing statistics: {}", list(.missing))]
+    #[error("missing statistics: {} (another metric needs none or others; a rule's `match` can leave weights out)", list(.missing))]
     MissingStats {
         /// The keys that are missing, e.g. `model.layers.0.mlp.up_proj.weight.gram`.
         missing: Vec<String>,
