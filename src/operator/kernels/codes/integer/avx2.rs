@@ -1,7 +1,7 @@
 //! Products with codes in integers by vectors of eight rows: AVX2, with AVX-VNNI where there is that.
 //!
 //! Codes lie in the order that wider vectors take, of which each is two here. Inputs are in fixed point too, in digits that the
-//! machine has products for ([`Digits`]); what they cannot add up in one instruction costs them twice as much for each input.
+//! machine has products for ([`Digits`]).
 
 use std::arch::x86_64::*;
 

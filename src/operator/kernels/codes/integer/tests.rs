@@ -195,3 +195,27 @@ fn digits_meet_no_codes_that_do_not_fit_them() {
         }
     }
 }
+
+#[test]
+fn no_sum_of_the_largest_products_overflows() {
+    // Bytes -126, -128, -128 and 126, 127, 127 of units of one, with the largest codes.
+    for (bits, n, whole) in (2..=8)
+        .flat_map(|bits| [(64, -8_290_432.0), (512, -8_290_432.0), (512, 8_290_175.0)].map(|(n, w)| (bits, n, w)))
+    {
+        let (m, most) = (32, f64::from(u8::MAX >> (8 - bits)));
+        let (scales, zeros, mut codes) = (vec![1f32; m], vec![0; m], Vec::new());
+        (0..m).for_each(|_| pack(bits, &vec![most as u8; n], &mut codes));
+        let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
+        let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
+        let rows = CodedRows { group: n, codes: &codes, groups: 1, beside };
+        let Some(layout) = Layout::new::<f32>(bits, n, n) else { continue };
+        let ways = Digits::all(bits).map(Way::Narrow).chain(available().then_some(Way::Vectors));
+        for (way, count) in ways.flat_map(|way| [1, 2, 4].map(|count| (way, count))) {
+            let x = Inputs::laid_out(Array2::from_elem((n, count), whole as f32).view(), layout, way);
+            let (mut y, exact) = (vec![f32::NAN; m * count], most * whole * n as f64);
+            products(&rows, 0..m, &x, &mut y);
+            let off = y.iter().map(|&y| (f64::from(y) - exact).abs() / exact.abs()).fold(0.0, f64::max);
+            assert!(off < 1e-6, "{bits} bits, {n} columns, {count} inputs, {way:?}: off by {off:e}");
+        }
+    }
+}
