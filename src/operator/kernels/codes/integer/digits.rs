@@ -70,13 +70,22 @@ pub(super) fn padded(of: &[f32]) -> [f32; LANES] {
     std::array::from_fn(|i| of.get(i).copied().unwrap_or_default())
 }
 
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite. (Vectors of the caller's
-/// instructions: it is part of it.)
-#[inline(always)]
+/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 pub(super) fn unit(x: &[f32]) -> f32 {
-    const LARGEST: f32 = (127 << 16) as f32;
     // NaN and infinity have the largest bits.
-    let largest = f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1))));
+    let (whole, rest) = x.as_chunks();
+    let (mut largest, absolute) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
+    for &sixteen in whole.iter().chain((!rest.is_empty()).then_some(&padded(rest))) {
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(cast::<[f32; LANES], _>(sixteen), absolute));
+    }
+    unit_of(f32::from_bits(_mm512_reduce_max_epu32(largest)))
+}
+
+/// The same of the largest.
+pub(super) fn unit_of(largest: f32) -> f32 {
+    const LARGEST: f32 = (127 << 16) as f32;
     if !largest.is_finite() {
         return f32::NAN;
     }

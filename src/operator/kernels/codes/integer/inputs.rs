@@ -196,7 +196,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
     let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
     for (run, ((limbs, less), (units, sums))) in limbs.zip(less).zip(beside).enumerate() {
         let x = x.map(|x| of_run(layout, run, x));
-        *units = x.map(unit);
+        *units = x.map(|x| unit(x));
         let mut totals = [_mm512_setzero_si512(); V];
         for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
             let mut digits = [_mm512_setzero_si512(); V];
