@@ -90,7 +90,7 @@ impl Inputs {
         each_panel(tiles, 16 * x.len(), |held: &mut Vec<T>, (at, tile)| {
             let (first, count) = (at * width, tile.units.len() / runs);
             let x = columns(&x, first, count, held);
-            // SAFETY: the machine has the instructions, as `Layout::new` asked, and `Digits::all` of those that it has.
+            // SAFETY: the machine has the instructions: `Way::new` asks before it takes a way, and `Digits::all` for digits.
             #[allow(unsafe_code)]
             unsafe {
                 match (way, count) {
@@ -282,10 +282,10 @@ fn columns<'a, T: Real>(
     let ((n, b), count) = (x.dim(), count.min(LANES).min(x.ncols() - first));
     let in_order = n == 1 || x.strides()[0] == 1;
     if !in_order {
-        held.resize(n * LANES, T::zero());
+        held.resize(n * count, T::zero());
         match x.as_slice() {
             Some(all) if available() => {
-                let to = cast_slice_mut(&mut held[..n * count]);
+                let to = cast_slice_mut(held);
                 // SAFETY: the machine has the instructions, as was asked.
                 #[allow(unsafe_code)]
                 unsafe {
