@@ -33,40 +33,82 @@ fn begun<const DIGITS: usize, const V: usize, const B: usize>(starts: &[[i32; V]
     sums
 }
 
-#[inline]
-#[target_feature(enable = "avx2,avxvnni")]
-pub(super) fn sums_of_bytes<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
-    spread: &Spread,
-    codes: &[u8],
-    words: &[[[[i32; V]; 3]; PARTS]],
-    starts: &[[i32; V]; 3],
-    some: usize,
-) -> Sums<3, V, B> {
-    let mut sums = begun(starts);
-    parts!(PARTS, add_bytes::<KIND, V, B>(spread, codes, words, some, &mut sums));
-    sums
-}
-
-#[inline]
-#[target_feature(enable = "avx2,avxvnni")]
-fn add_bytes<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
-    spread: &Spread,
-    codes: &[u8],
-    words: &[impl AsRef<[[[i32; V]; 3]]>],
-    some: usize,
-    sums: &mut Sums<3, V, B>,
-) {
-    for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
-        let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
-        for b in 0..B {
-            for digit in 0..3 {
-                for v in 0..V {
-                    let input = _mm256_set1_epi32(words[digit][v]);
-                    sums[digit][v][b] = _mm256_dpbusd_avx_epi32(sums[digit][v][b], codes[b], input);
+/// A function that adds the products of one lane of all chunks, and how codes meet the words of a digit.
+macro_rules! add {
+    ($name:ident, $features:literal, $digits:literal of $each:literal, $product:ident) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $name<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
+            spread: &Spread,
+            codes: &[u8],
+            words: &[impl AsRef<[[[i32; V]; $digits * $each]]>],
+            some: usize,
+            sums: &mut Sums<$digits, V, B>,
+        ) {
+            for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
+                let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
+                for b in 0..B {
+                    for digit in 0..$digits {
+                        for v in 0..V {
+                            let mut of = [_mm256_setzero_si256(); $each];
+                            for (at, of) in of.iter_mut().enumerate() {
+                                *of = _mm256_set1_epi32(words[$each * digit + at][v]);
+                            }
+                            sums[digit][v][b] = $product(sums[digit][v][b], codes[b], of);
+                        }
+                    }
                 }
             }
         }
-    }
+    };
+}
+
+/// A function that finds the sums of a run, where products are added to those themselves.
+macro_rules! sums {
+    ($name:ident, $features:literal, $digits:literal of $each:literal, $add:ident) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(super) fn $name<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+            spread: &Spread,
+            codes: &[u8],
+            words: &[[[[i32; V]; $digits * $each]; PARTS]],
+            starts: &[[i32; V]; $digits],
+            some: usize,
+        ) -> Sums<$digits, V, B> {
+            let mut sums = begun(starts);
+            parts!(PARTS, $add::<KIND, V, B>(spread, codes, words, some, &mut sums));
+            sums
+        }
+    };
+}
+
+add!(add_bytes, "avx2,avxvnni", 3 of 1, fours);
+add!(add_pairs, "avx2", 3 of 1, pairs);
+add!(add_twelve, "avx2", 2 of 2, halves);
+sums!(sums_of_bytes, "avx2,avxvnni", 3 of 1, add_bytes);
+sums!(sums_of_twelve, "avx2", 2 of 2, add_twelve);
+
+/// Of four bytes, in 32 bits.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn fours(sum: __m256i, codes: __m256i, [word]: [__m256i; 1]) -> __m256i {
+    _mm256_dpbusd_avx_epi32(sum, codes, word)
+}
+
+/// Of two bytes, in 16 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn pairs(sum: __m256i, codes: __m256i, [word]: [__m256i; 1]) -> __m256i {
+    _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word))
+}
+
+/// Of four bytes with 16 bits: the first and the third of a row meet one word, and the others the next.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn halves(sum: __m256i, codes: __m256i, [even, odd]: [__m256i; 2]) -> __m256i {
+    let of_even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), even);
+    let of_odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd);
+    _mm256_add_epi32(sum, _mm256_add_epi32(of_even, of_odd))
 }
 
 /// Codes of less than eight bits: products of some chunks are added up in 16 bits.
@@ -96,67 +138,4 @@ pub(super) fn sums_of_pairs<const KIND: u8, const PARTS: usize, const V: usize, 
         }
     }
     sums
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn add_pairs<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
-    spread: &Spread,
-    codes: &[u8],
-    words: &[impl AsRef<[[[i32; V]; 3]]>],
-    some: usize,
-    halves: &mut Sums<3, V, B>,
-) {
-    for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
-        let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
-        for b in 0..B {
-            for digit in 0..3 {
-                for v in 0..V {
-                    let input = _mm256_set1_epi32(words[digit][v]);
-                    let of_two = _mm256_maddubs_epi16(codes[b], input);
-                    halves[digit][v][b] = _mm256_add_epi16(halves[digit][v][b], of_two);
-                }
-            }
-        }
-    }
-}
-
-/// Codes of eight bits: of the four of a row the first and the third meet the words of these, and so do the others.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn sums_of_twelve<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
-    spread: &Spread,
-    codes: &[u8],
-    words: &[[[[i32; V]; 4]; PARTS]],
-    starts: &[[i32; V]; 2],
-    some: usize,
-) -> Sums<2, V, B> {
-    let mut sums = begun(starts);
-    parts!(PARTS, add_twelve::<KIND, V, B>(spread, codes, words, some, &mut sums));
-    sums
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn add_twelve<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
-    spread: &Spread,
-    codes: &[u8],
-    words: &[impl AsRef<[[[i32; V]; 4]]>],
-    some: usize,
-    sums: &mut Sums<2, V, B>,
-) {
-    for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
-        let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
-        for b in 0..B {
-            let (even, odd) = (_mm256_and_si256(codes[b], _mm256_set1_epi16(0xff)), _mm256_srli_epi16::<8>(codes[b]));
-            for digit in 0..2 {
-                for v in 0..V {
-                    let of_even = _mm256_madd_epi16(even, _mm256_set1_epi32(words[2 * digit][v]));
-                    let of_odd = _mm256_madd_epi16(odd, _mm256_set1_epi32(words[2 * digit + 1][v]));
-                    let of_four = _mm256_add_epi32(of_even, of_odd);
-                    sums[digit][v][b] = _mm256_add_epi32(sums[digit][v][b], of_four);
-                }
-            }
-        }
-    }
 }
