@@ -19,6 +19,7 @@ mod bytes;
 mod digits;
 mod few;
 mod inputs;
+mod kept;
 mod layout;
 mod many;
 mod matrix;
@@ -97,11 +98,11 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let panels: Vec<_> = panels.collect();
     let mut meeting = Meeting::new(x, bits);
     let together = meeting.panels(x);
-    let mut totals = vec![[Lanes::default(); BANDS]; panels.len().min(together) * x.padded()];
+    let mut totals = Vec::with_capacity(panels.len().min(together) * x.padded());
     for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
-        let totals = &mut totals[..panels.len() * x.padded()];
-        totals.fill([Lanes::default(); BANDS]);
-        meeting.multiply(panels, x, totals);
+        totals.clear();
+        totals.resize(panels.len() * x.padded(), [Lanes::default(); BANDS]);
+        meeting.multiply(panels, x, &mut totals);
         for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
             by_rows(totals, vectors, y);
         }

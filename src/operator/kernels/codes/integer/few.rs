@@ -7,7 +7,8 @@
 
 use std::arch::x86_64::*;
 
-use pulp::bytemuck::cast;
+use pulp::bytemuck::allocation::zeroed_box;
+use pulp::bytemuck::{Zeroable, cast};
 
 use super::bfloat::{Codes, Cut, STEP, Sums, Table, Tiles, WIDEST};
 use super::inputs::Inputs;
@@ -41,10 +42,14 @@ pub(super) struct Scratch {
     sums: [[Sums; RUNS]; 2],
 }
 
+// SAFETY: it has numbers of 32 bits only, all bytes of which may be zero.
+#[allow(unsafe_code)]
+unsafe impl Zeroable for Scratch {}
+
 impl Scratch {
+    /// (It is too large to be made elsewhere and moved for each product.)
     pub(super) fn new() -> Box<Self> {
-        let (codes, sums) = ([[Lanes::default(); LANES]; BANDS], [[Lanes::default(); LANES]; BANDS]);
-        Box::new(Scratch { codes: [codes; RING], sums: [[sums; RUNS]; 2] })
+        zeroed_box()
     }
 }
 

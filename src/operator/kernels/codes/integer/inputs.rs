@@ -9,9 +9,10 @@ use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::bfloat::{self, Cutting, DIGITS};
 use super::digits::{Cut, padded, sum, totalled, unit};
+use super::kept::Kept;
 use super::layout::{Layout, Way};
 use super::matrix::Shape;
-use super::panel::{Lanes, put, turned};
+use super::panel::{put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available, avx2, few};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
@@ -26,7 +27,7 @@ pub(in super::super) struct Inputs {
     pub(super) way: Way,
     /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
     /// run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
-    limbs: Vec<Lanes<i32>>,
+    limbs: Kept,
     /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. For vectors only.
     less: Vec<i32>,
     /// 2ᵉ: tile, run, vector. (Not for bf16.)
@@ -72,7 +73,7 @@ impl Inputs {
             Way::Bytes(shape) => runs * shape.run(&layout),
             Way::Numbers(inputs) => runs * few::Blocks::new(&layout).steps() * DIGITS * inputs * LANES,
         };
-        let mut limbs = vec![Lanes::default(); (digits * padded).div_ceil(width * LANES)];
+        let mut limbs = Kept::new((digits * padded).div_ceil(width * LANES));
         let starts = match way {
             Way::Vectors => LIMBS,
             Way::Narrow(digits) => digits.count(),
@@ -82,7 +83,7 @@ impl Inputs {
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
         let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
         let mut less_of = less.chunks_mut((width * runs * starts).max(1));
-        let tiles = counts.zip(cast_slice_mut(&mut limbs).chunks_mut(digits)).map(|((units, sums), limbs)| {
+        let tiles = counts.zip(cast_slice_mut(&mut limbs[..]).chunks_mut(digits)).map(|((units, sums), limbs)| {
             let less = less_of.next().unwrap_or_default();
             Tile { limbs, less, units, sums }
         });
@@ -135,13 +136,13 @@ impl Inputs {
     #[inline(always)]
     fn lanes(&self, words: usize, run: usize, first: usize, width: usize) -> &[i32] {
         let from = (first * self.layout.runs() + run * width) * (self.layout.run / EACH) * words;
-        &cast_slice(&self.limbs)[from..from + self.layout.lanes(run) * words * width]
+        &cast_slice(&self.limbs[..])[from..from + self.layout.lanes(run) * words * width]
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.
     #[inline(always)]
     pub(super) fn digits(&self) -> &[i32] {
-        cast_slice(&self.limbs)
+        cast_slice(&self.limbs[..])
     }
 
     /// Those of all tiles, runs and steps, for matrix instructions with bf16.
@@ -187,7 +188,7 @@ impl Inputs {
     }
 }
 
-/// Lays a tile out, in which a missing input has no numbers.
+/// Lays a tile out, in which a missing input has no numbers. (All that products read is written, as it was not empty.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
     let cut = Cut::new(layout.parts);
@@ -253,8 +254,8 @@ fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; L
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = of_run(layout, run, x);
             let mut total = _mm512_setzero_ps();
-            for (x, to) in x.chunks(bfloat::STEP).zip(to.chunks_mut(DIGITS * inputs * LANES)) {
-                let (digits, sums) = cutting.cut(x);
+            for (step, to) in to.chunks_mut(DIGITS * inputs * LANES).enumerate() {
+                let (digits, sums) = cutting.cut(x.get(step * bfloat::STEP..).unwrap_or_default());
                 total = _mm512_add_ps(total, sums);
                 for (digit, to) in digits.iter().zip(to.chunks_mut(inputs * LANES)) {
                     to[v * LANES..][..LANES].copy_from_slice(&digit.0);
