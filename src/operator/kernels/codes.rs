@@ -12,12 +12,20 @@ use pulp::Arch;
 mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod integer;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod layout;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod packed;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
+#[cfg(target_arch = "x86_64")]
+use self::integer as panels;
+#[cfg(target_arch = "aarch64")]
+use self::neon as panels;
 pub(crate) use self::packed::{Beside, PackedCodes, width};
 use crate::scalar::Real;
 
@@ -112,9 +120,9 @@ impl<'a, T: Real> CodedRows<'a, T> {
     /// If they are not as long as a row.
     pub(crate) fn inputs(&self, x: ArrayView2<'_, T>) -> Option<Inputs<T>> {
         assert_eq!(x.nrows(), self.codes.shape().1, "rows of x");
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if self.codes.panels().is_some() {
-            return integer::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
+            return panels::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
         }
         let plain = || x.columns().into_iter().map(|x| Plain::new(x, self.group)).collect();
         (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(self.group, plain())))
@@ -124,8 +132,8 @@ impl<'a, T: Real> CodedRows<'a, T> {
     pub(crate) fn meets(&self, x: &Inputs<T>) -> bool {
         match &x.0 {
             Kind::Plain(group, _) => *group == self.group && self.codes.panels().is_none(),
-            #[cfg(target_arch = "x86_64")]
-            Kind::Fixed(x) => self.codes.panels().is_some() && integer::meets(self, x),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Kind::Fixed(x) => self.codes.panels().is_some() && panels::meets(self, x),
         }
     }
 
@@ -137,8 +145,8 @@ impl<'a, T: Real> CodedRows<'a, T> {
                 let codes = self.codes.rows(range.clone());
                 self.each(range, &codes).zip(y.chunks_mut(x.len().max(1))).for_each(|(row, y)| row.dots(arch, x, y));
             }
-            #[cfg(target_arch = "x86_64")]
-            Kind::Fixed(x) => integer::products(self, range, x, pulp::bytemuck::cast_slice_mut(y)),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Kind::Fixed(x) => panels::products(self, range, x, pulp::bytemuck::cast_slice_mut(y)),
         }
     }
 }
@@ -151,8 +159,8 @@ pub(crate) struct Inputs<T>(Kind<T>);
 enum Kind<T> {
     /// With the length of groups.
     Plain(usize, Vec<Plain<T>>),
-    #[cfg(target_arch = "x86_64")]
-    Fixed(integer::Inputs),
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    Fixed(panels::Inputs),
 }
 
 /// An input as it is.

@@ -20,21 +20,23 @@ mod digits;
 mod few;
 mod inputs;
 mod kept;
-mod layout;
+
 mod many;
 mod matrix;
 mod panel;
 mod vectors;
+mod way;
 
 pub(super) use self::bytes::write;
 use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
-use self::layout::{Layout, Way};
+use self::way::{Layout, Way};
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
 use self::panel::{Lanes, kind, put, turned};
 use self::vectors::Panel;
 use super::CodedRows;
+use super::layout::EACH;
 use super::packed::{LINE, PANEL};
 use crate::scalar::Real;
 
@@ -42,8 +44,6 @@ use crate::scalar::Real;
 const LANES: usize = 16;
 /// Vectors of rows that are multiplied together.
 const BANDS: usize = PANEL / LANES;
-/// Codes in a lane of a vector.
-const EACH: usize = 4;
 /// Signed bytes of an input.
 const LIMBS: usize = 3;
 /// Inputs that meet codes together, at most: their sums fill the registers.

@@ -116,9 +116,9 @@ impl PackedCodes {
         rows: Vec<u8>,
         of: Beside<'_, T>,
     ) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let panels = m >= PANEL && super::integer::takes::<T>(bits, group, n);
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        let panels = m >= PANEL && super::panels::takes::<T>(bits, group, n);
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows.into() };
         let groups = n.div_ceil(group);
@@ -201,7 +201,7 @@ impl PackedCodes {
     }
 
     /// What the rows of panels have for each group, panel by panel.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(super) fn grids(&self) -> &Grids {
         &self.grids
     }

@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::digits::padded;
-use super::layout::Layout;
+use super::way::Layout;
 use super::matrix::{Registers, tiles};
 use super::panel::{Lanes, Unpacking};
 use super::{BANDS, EACH, LANES, LINE};

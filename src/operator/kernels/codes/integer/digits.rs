@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
+use super::super::layout::unit_of;
 use super::{EACH, LANES, LIMBS};
 
 /// Sums of the products of all digits, from those of each.
@@ -12,12 +13,6 @@ use super::{EACH, LANES, LIMBS};
 pub(super) fn join([high, middle, low]: [__m512i; LIMBS]) -> __m512 {
     let rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low);
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
-}
-
-/// What inputs of some unit come to, from what their digits of so many bits come to, the largest first.
-pub(super) fn sum(digits: &[i32], bits: u32, unit: f32) -> f32 {
-    let whole = digits.iter().fold(0, |whole, &digit| (whole << bits) + i64::from(digit));
-    (whole as f64 * f64::from(unit)) as f32
 }
 
 /// Cuts numbers of a layout.
@@ -81,16 +76,4 @@ pub(super) fn unit(x: &[f32]) -> f32 {
         largest = _mm512_max_epu32(largest, _mm512_and_si512(cast::<[f32; LANES], _>(sixteen), absolute));
     }
     unit_of(f32::from_bits(_mm512_reduce_max_epu32(largest)))
-}
-
-/// The same of the largest.
-pub(super) fn unit_of(largest: f32) -> f32 {
-    const LARGEST: f32 = (127 << 16) as f32;
-    if !largest.is_finite() {
-        return f32::NAN;
-    }
-    // The power of two at or above the quotient; the least normal number serves what is smaller still.
-    let quotient = (largest / LARGEST).max(f32::MIN_POSITIVE);
-    let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
-    if below < quotient { below * 2.0 } else { below }
 }

@@ -12,7 +12,7 @@ use pulp::bytemuck::{Zeroable, cast};
 
 use super::bfloat::{Codes, Cut, STEP, Sums, Table, Tiles, WIDEST};
 use super::inputs::Inputs;
-use super::layout::Layout;
+use super::way::Layout;
 use super::panel::Lanes;
 use super::vectors::{Panel, Scaling};
 use super::{BANDS, LANES, PANEL};

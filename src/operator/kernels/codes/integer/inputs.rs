@@ -8,9 +8,10 @@ use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::bfloat::{self, Cutting, DIGITS};
-use super::digits::{Cut, padded, sum, totalled, unit};
+use super::super::layout::sum;
+use super::digits::{Cut, padded, totalled, unit};
 use super::kept::Kept;
-use super::layout::{Layout, Way};
+use super::way::{Layout, Way};
 use super::matrix::Shape;
 use super::panel::{put, turned};
 use super::{EACH, LANES, LIMBS, TOGETHER, available, avx2, few};
@@ -196,7 +197,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
     let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
     for (run, ((limbs, less), (units, sums))) in limbs.zip(less).zip(beside).enumerate() {
-        let x = x.map(|x| of_run(layout, run, x));
+        let x = x.map(|x| layout.of_run(run, x));
         *units = x.map(|x| unit(x));
         let mut totals = [_mm512_setzero_si512(); V];
         for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
@@ -227,7 +228,7 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
     for (run, (to, (units, sums))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
-            let x = of_run(layout, run, x);
+            let x = layout.of_run(run, x);
             units[v] = unit(x);
             let mut total = _mm512_setzero_si512();
             for (step, to) in to.chunks_mut(shape.step()).enumerate() {
@@ -252,7 +253,7 @@ fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; L
     let limbs = tile.limbs.chunks_mut(few::Blocks::new(layout).steps() * DIGITS * inputs * LANES);
     for (run, (to, sums)) in limbs.zip(tile.sums.chunks_mut(inputs)).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
-            let x = of_run(layout, run, x);
+            let x = layout.of_run(run, x);
             let mut total = _mm512_setzero_ps();
             for (step, to) in to.chunks_mut(DIGITS * inputs * LANES).enumerate() {
                 let (digits, sums) = cutting.cut(x.get(step * bfloat::STEP..).unwrap_or_default());
@@ -264,13 +265,6 @@ fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; L
             sums[v] = _mm512_reduce_add_ps(total);
         }
     }
-}
-
-/// The columns of a run of an input.
-#[inline(always)]
-pub(super) fn of_run<'x>(layout: &Layout, run: usize, x: &'x [f32]) -> &'x [f32] {
-    let from = run * layout.run;
-    x.get(from..x.len().min(from + layout.run)).unwrap_or_default()
 }
 
 /// The numbers of some columns from one on, sixteen at most, in their order each; none of those that are missing.

@@ -8,7 +8,7 @@ use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use super::layout::Layout;
+use super::way::Layout;
 use super::panel::Lanes;
 use super::{BANDS, EACH, LANES, LIMBS};
 

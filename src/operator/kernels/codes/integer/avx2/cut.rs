@@ -4,9 +4,8 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::digits::{sum, unit_of};
-use super::super::inputs::{Tile, of_run};
-use super::super::layout::Layout;
+use super::super::inputs::Tile;
+use super::super::super::layout::{Layout, sum, unit_of};
 use super::super::{EACH, LANES};
 use super::Digits;
 
@@ -19,7 +18,7 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
     let less = tile.less.as_chunks_mut::<V>().0.chunks_mut(digits.count());
     for (run, ((to, less), (units, sums))) in runs.zip(less).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate() {
-            let x = of_run(layout, run, x);
+            let x = layout.of_run(run, x);
             // (NaN and infinity have the largest bits.)
             let largest = x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1)));
             units[v] = unit_of(f32::from_bits(largest));

@@ -1,29 +1,11 @@
-//! How columns of rows are cut, and which way inputs meet them.
+//! Which way inputs meet the columns of rows.
 
-use super::super::packed::chunk;
+pub(super) use super::super::layout::Layout;
+use super::super::layout::LONGEST;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
-use super::{EACH, LANES, TOGETHER, available, bfloat, few};
+use super::{LANES, TOGETHER, available, bfloat, few};
 use crate::scalar::{DType, Real};
-
-/// Columns that share a unit at most: sums of their products with 8 bits still fit with 8 bits to spare, and a large
-/// input is felt no farther.
-const LONGEST: usize = 256;
-
-/// How the columns of a row are cut.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Layout {
-    columns: usize,
-    /// Codes that begin in the same byte of a vector, or 1: a lane of it has every such column of a chunk.
-    pub parts: usize,
-    /// Consecutive columns that share scales and units.
-    pub run: usize,
-    /// Runs of a group.
-    each: usize,
-    /// Runs of a row, and lanes of the last.
-    runs: usize,
-    last: usize,
-}
 
 impl Layout {
     /// `None` if there is no kernel for such rows here: for inputs in another dtype, rows without columns, groups that end within
@@ -34,35 +16,6 @@ impl Layout {
             return None;
         }
         Layout::cut(bits, group, columns, LONGEST)
-    }
-
-    /// With runs of so many columns at most.
-    fn cut(bits: u8, group: usize, columns: usize, longest: usize) -> Option<Self> {
-        let chunk = chunk(bits);
-        let run = match group {
-            group if group >= columns => columns.next_multiple_of(chunk).min(longest),
-            group => (1..=longest / chunk).rev().map(|k| k * chunk).find(|run| group.is_multiple_of(*run))?,
-        };
-        let (each, runs) = (if group >= columns { usize::MAX } else { group / run }, columns.div_ceil(run));
-        let last = columns.saturating_sub(runs.saturating_sub(1) * run).next_multiple_of(chunk) / EACH;
-        Some(Layout { columns, parts: chunk / EACH, run, each, runs, last })
-    }
-
-    #[inline(always)]
-    pub(super) fn runs(&self) -> usize {
-        self.runs
-    }
-
-    /// The group of a run.
-    #[inline(always)]
-    pub(super) fn group_of(&self, run: usize) -> usize {
-        if self.each == 1 { run } else { run / self.each }
-    }
-
-    /// Lanes of a run.
-    #[inline(always)]
-    pub(super) fn lanes(&self, run: usize) -> usize {
-        if run + 1 < self.runs { self.run / EACH } else { self.last }
     }
 }
 
