@@ -1,8 +1,8 @@
 //! Products with rows of packed codes of 2 to 8 bits.
 //!
-//! AVX-512 with VNNI, or AVX2: inputs in fixed point, sums of integers ([`integer`]), of panels of rows side by side. Where
-//! there are too few rows for a panel, or groups do not end with whole chunks of codes: eight codes of any width at a time for a
-//! few vectors ([`narrow`], AVX2), and elsewhere a row is unpacked into memory that stays in the nearest cache.
+//! AVX-512 with VNNI, AVX2, or NEON with `dotprod`: inputs in fixed point, sums of integers ([`integer`], `neon`), of panels of
+//! rows side by side. Where there are too few rows for a panel, or groups do not end with whole chunks of codes: eight codes of any
+//! width at a time for a few vectors ([`narrow`], AVX2), and elsewhere a row is unpacked into memory that stays in the nearest cache.
 
 use std::ops::Range;
 
@@ -358,6 +358,36 @@ mod tests {
                 rows.write(0..m, fastest, &mut all);
                 let exact = |at: usize| all[at] == value(at / n, at % n) as f32;
                 assert!((0..m * n).all(exact), "{bits} bits, groups of {group}");
+            }
+        }
+    }
+
+    /// With one number in each input nothing hides what its last bits make.
+    #[test]
+    fn a_number_alone_is_multiplied_with_all_its_bits() {
+        let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (40, 300) };
+        for (bits, group) in (2..=8).flat_map(|bits| [32, 64, 128, n].map(|group| (bits, group))) {
+            let (groups, levels) = (n.div_ceil(group), 1usize << bits);
+            let number = |i: usize, j: usize| ((i * 31 + j * 17 + i * j) % levels) as u8;
+            let mut codes = Vec::new();
+            (0..m).for_each(|i| pack(bits, &(0..n).map(|j| number(i, j)).collect::<Vec<_>>(), &mut codes));
+            let scales = vec![1.0f32; m * groups];
+            let beside = Beside { scales: &scales, zeros: None, offsets: None };
+            let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
+            let rows = CodedRows { group, codes: &codes, groups, beside };
+            for count in [1, 2, 4, 5, 9, 17] {
+                let at = |v: usize| (v * 89 + group + 7 * count) % n;
+                let value = |v: usize| (0.123_456_7 + v as f32) * if v.is_multiple_of(2) { 1.0 } else { -1e-5 };
+                let x = Array2::from_shape_fn((n, count), |(j, v)| if j == at(v) { value(v) } else { 0.0 });
+                let (Some(x), mut y) = (rows.inputs(x.view()), vec![f32::NAN; m * count]) else { continue };
+                rows.products(0..m, if cfg!(miri) { Arch::Scalar } else { Arch::new() }, &x, &mut y);
+                for (place, &y) in y.iter().enumerate() {
+                    let (i, v) = (place / count, place % count);
+                    let expected = (f32::from(number(i, at(v))) - levels as f32 / 2.0) * value(v);
+                    // (Some kernels multiply numbers of the size of all levels.)
+                    let slack = 2.0 * levels as f32 * value(v).abs() * f32::EPSILON;
+                    assert!((y - expected).abs() <= slack, "{bits} bits, groups of {group}: {y} {expected}");
+                }
             }
         }
     }

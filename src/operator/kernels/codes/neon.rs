@@ -205,16 +205,15 @@ impl Panel<'_> {
         }
     }
 
-    /// Where so many codes begin in the same byte: the fewer inputs there are, the more rows at a time, so that sums fill the
-    /// registers.
+    /// Where so many codes begin in the same byte: as many rows at a time as there are registers for sums, codes and inputs.
     fn parts<const KIND: u8, const PARTS: usize>(&self, x: &Inputs, totals: &mut [[f32; PANEL]]) {
         for (first, count) in tiles(x.padded) {
             // SAFETY: the machine has the instructions: there are inputs only where `available` says so.
             #[allow(unsafe_code)]
             unsafe {
                 match count {
-                    1 => self.tile::<KIND, PARTS, 1, VECTORS>(x, first, totals),
-                    2 => self.tile::<KIND, PARTS, 2, { VECTORS / 2 }>(x, first, totals),
+                    1 => self.tile::<KIND, PARTS, 1, { VECTORS / 2 }>(x, first, totals),
+                    2 => self.tile::<KIND, PARTS, 2, { VECTORS / 4 }>(x, first, totals),
                     _ => self.tile::<KIND, PARTS, TOGETHER, { VECTORS / 4 }>(x, first, totals),
                 }
             }
@@ -223,6 +222,7 @@ impl Panel<'_> {
 
     /// Adds the products with V inputs from one on, B vectors of rows at a time.
     #[target_feature(enable = "neon,dotprod")]
+    #[allow(clippy::needless_range_loop)]
     fn tile<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
         &self,
         x: &Inputs,
@@ -249,7 +249,7 @@ impl Panel<'_> {
                     let vector = some * B + b;
                     let (scales, shift) = (four(&scales, vector), four(&shift, vector));
                     for v in 0..V {
-                        let of = join([sums[0][v][b], sums[1][v][b], sums[2][v][b]]);
+                        let of = join(sums[0][v][b], sums[1][v][b], sums[2][v][b]);
                         let scale = vmulq_n_f32(scales, units[v]);
                         let total = vfmaq_f32(four(&totals[v], vector), of, scale);
                         let total = vfmaq_n_f32(total, shift, whole[v]);
@@ -264,13 +264,24 @@ impl Panel<'_> {
     /// have signs.)
     #[inline]
     #[target_feature(enable = "neon")]
+    #[allow(clippy::needless_range_loop)]
     fn begun<const KIND: u8, const V: usize, const B: usize>(&self, less: &[[i32; V]; LIMBS]) -> Sums<V, B> {
-        less.map(|of| of.map(|sum| [vdupq_n_s32(if KIND == 8 { 0 } else { sum << (self.bits - 1) }); B]))
+        let mut sums = [[[vdupq_n_s32(0); B]; V]; LIMBS];
+        if KIND < 8 {
+            for limb in 0..LIMBS {
+                for v in 0..V {
+                    sums[limb][v] = [vdupq_n_s32(less[limb][v] << (self.bits - 1)); B];
+                }
+            }
+        }
+        sums
     }
 
-    /// Adds the products of a chunk of columns.
+    /// Adds the products of a chunk of columns. (No closures: they are compiled without the instructions, and sums would have to
+    /// be in memory.)
     #[inline]
     #[target_feature(enable = "neon,dotprod")]
+    #[allow(clippy::needless_range_loop)]
     fn add<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
         &self,
         codes: &[u8],
@@ -278,13 +289,16 @@ impl Panel<'_> {
         some: usize,
         sums: &mut Sums<V, B>,
     ) {
-        for (part, words) in words.iter().enumerate() {
-            let words = words.map(|of| of.map(|word| vreinterpretq_s8_s32(vdupq_n_s32(word))));
+        for part in 0..PARTS {
+            let mut of_rows = [vdupq_n_s8(0); B];
             for b in 0..B {
-                let codes = self.spread.lane::<KIND>(codes, part, some * B + b);
-                for (limb, words) in words.iter().enumerate() {
-                    for (v, &word) in words.iter().enumerate() {
-                        sums[limb][v][b] = dots(sums[limb][v][b], codes, word);
+                of_rows[b] = self.spread.lane::<KIND>(codes, part, some * B + b);
+            }
+            for limb in 0..LIMBS {
+                for v in 0..V {
+                    let word = vreinterpretq_s8_s32(vdupq_n_s32(words[part][limb][v]));
+                    for b in 0..B {
+                        sums[limb][v][b] = dots(sums[limb][v][b], of_rows[b], word);
                     }
                 }
             }
@@ -313,7 +327,7 @@ fn dots(mut sums: int32x4_t, codes: int8x16_t, words: int8x16_t) -> int32x4_t {
 /// The sum of the products of all bytes.
 #[inline]
 #[target_feature(enable = "neon")]
-fn join([high, middle, low]: [int32x4_t; LIMBS]) -> float32x4_t {
+fn join(high: int32x4_t, middle: int32x4_t, low: int32x4_t) -> float32x4_t {
     let rest = vaddq_s32(vshlq_n_s32::<8>(middle), low);
     vfmaq_n_f32(vcvtq_f32_s32(rest), vcvtq_f32_s32(high), 65_536.0)
 }

@@ -1,8 +1,8 @@
 //! The packed codes of a matrix, in the order in which the machine takes them.
 //!
 //! On disk a row is a stream of bits that ends on a whole byte, and so it is here, unless there is a kernel for panels of
-//! rows side by side: then a chunk of columns of each of 32 rows follow each other, as [`integer`](super::integer) puts them
-//! into the lanes of vectors. There are as many bytes either way, but for rows that fill the last panel: fewer than there are,
+//! rows side by side: then a chunk of columns of each of 32 rows follow each other, as kernels put them into the lanes of
+//! vectors. There are as many bytes either way, but for rows that fill the last panel: fewer than there are,
 //! as a matrix of fewer rows than a panel stays as it is.
 
 use std::borrow::Cow;

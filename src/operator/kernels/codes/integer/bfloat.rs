@@ -12,9 +12,9 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::digits::padded;
-use super::way::Layout;
 use super::matrix::{Registers, tiles};
 use super::panel::{Lanes, Unpacking};
+use super::way::Layout;
 use super::{BANDS, EACH, LANES, LINE};
 use crate::simd::prefetch_early;
 

@@ -12,9 +12,9 @@ use pulp::bytemuck::{Zeroable, cast};
 
 use super::bfloat::{Codes, Cut, STEP, Sums, Table, Tiles, WIDEST};
 use super::inputs::Inputs;
-use super::way::Layout;
 use super::panel::Lanes;
 use super::vectors::{Panel, Scaling};
+use super::way::Layout;
 use super::{BANDS, LANES, PANEL};
 
 /// Columns of the longest runs.

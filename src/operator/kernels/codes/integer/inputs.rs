@@ -7,13 +7,13 @@ use std::ops::Range;
 use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
-use super::bfloat::{self, Cutting, DIGITS};
 use super::super::layout::sum;
+use super::bfloat::{self, Cutting, DIGITS};
 use super::digits::{Cut, padded, totalled, unit};
 use super::kept::Kept;
-use super::way::{Layout, Way};
 use super::matrix::Shape;
 use super::panel::{put, turned};
+use super::way::{Layout, Way};
 use super::{EACH, LANES, LIMBS, TOGETHER, available, avx2, few};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;

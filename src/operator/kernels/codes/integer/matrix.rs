@@ -8,8 +8,8 @@ use std::arch::asm;
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use super::way::Layout;
 use super::panel::Lanes;
+use super::way::Layout;
 use super::{BANDS, EACH, LANES, LIMBS};
 
 /// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory

@@ -1,7 +1,7 @@
 //! Which way inputs meet the columns of rows.
 
-pub(super) use super::super::layout::Layout;
 use super::super::layout::LONGEST;
+pub(super) use super::super::layout::Layout;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
 use super::{LANES, TOGETHER, available, bfloat, few};

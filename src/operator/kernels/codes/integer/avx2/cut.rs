@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::inputs::Tile;
 use super::super::super::layout::{Layout, sum, unit_of};
+use super::super::inputs::Tile;
 use super::super::{EACH, LANES};
 use super::Digits;
 
