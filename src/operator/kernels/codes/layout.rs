@@ -68,7 +68,15 @@ pub(super) fn sum(digits: &[i32], bits: u32, unit: f32) -> f32 {
     (whole as f64 * f64::from(unit)) as f32
 }
 
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if it is not finite.
+/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite. (Vectors of the caller's
+/// instructions: it is part of it.)
+#[inline(always)]
+pub(super) fn unit(x: &[f32]) -> f32 {
+    // NaN and infinity have the largest bits.
+    unit_of(f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1)))))
+}
+
+/// The same of the largest.
 pub(super) fn unit_of(largest: f32) -> f32 {
     const LARGEST: f32 = (127 << 16) as f32;
     if !largest.is_finite() {

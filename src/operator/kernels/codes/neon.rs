@@ -14,7 +14,7 @@ use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice};
 
 use super::CodedRows;
-use super::layout::{EACH, LONGEST, Layout, sum, unit_of};
+use super::layout::{EACH, LONGEST, Layout, sum, unit};
 use super::packed::{Floats, Grids, PANEL};
 use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
@@ -139,9 +139,7 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
     for (run, ((words, less), (units, sums))) in words.zip(less).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate() {
             let x = layout.of_run(run, x);
-            // (NaN and infinity have the largest bits.)
-            let largest = x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1)));
-            units[v] = unit_of(f32::from_bits(largest));
+            units[v] = unit(x);
             let per_unit = units[v].recip();
             let mut totals = [0; LIMBS];
             for (lane, to) in words[..layout.lanes(run)].iter_mut().enumerate() {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::super::layout::{Layout, sum, unit_of};
+use super::super::super::layout::{Layout, sum, unit};
 use super::super::inputs::Tile;
 use super::super::{EACH, LANES};
 use super::Digits;
@@ -19,9 +19,7 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
     for (run, ((to, less), (units, sums))) in runs.zip(less).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate() {
             let x = layout.of_run(run, x);
-            // (NaN and infinity have the largest bits.)
-            let largest = x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1)));
-            units[v] = unit_of(f32::from_bits(largest));
+            units[v] = unit(x);
             let mut total = _mm256_setzero_si256();
             for (step, to) in to[..layout.lanes(run) * words].chunks_mut(LANES / EACH * words).enumerate() {
                 let halves = cut.split(x.get(step * LANES..).unwrap_or_default(), units[v]);
