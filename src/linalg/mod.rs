@@ -15,6 +15,7 @@ use crate::scalar::Real;
 pub mod conformance;
 mod dct;
 mod faer;
+mod few;
 pub mod krylov;
 #[cfg(feature = "lapack")]
 mod lapack;

@@ -1,7 +1,8 @@
-//! The matrix product on ndarray views of any strides, by the `gemm` crate; that with one vector by a kernel of its own.
+//! The matrix product on ndarray views of any strides, by the `gemm` crate; that with one vector or a few by kernels of their own.
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
+use super::few::{MOST, multiply_few};
 use super::vector::multiply_vector;
 use crate::scalar::Real;
 
@@ -25,7 +26,15 @@ pub(crate) fn matmul_into<T: Real>(
     if m == 0 || n == 0 {
         return;
     }
-    if n == 1 && multiply_vector(alpha, a, b, beta, &mut c) {
+    // A few rows times a matrix are the transposed matrix times a few vectors.
+    if m < n && m <= MOST {
+        return matmul_into(alpha, b.reversed_axes(), a.reversed_axes(), beta, c.reversed_axes());
+    }
+    let by_vectors = match n {
+        1 => multiply_vector(alpha, a, b, beta, &mut c),
+        _ => multiply_few(alpha, a, b, beta, &mut c),
+    };
+    if by_vectors {
         return;
     }
     if costly_to_pack(&a, &b, &c) {

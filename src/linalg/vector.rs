@@ -3,6 +3,8 @@
 //!
 //! Each sum has an order of its own, whatever rows it is computed beside and on however many threads.
 
+use std::ops::Range;
+
 use ndarray::{ArrayView2, ArrayViewMut2, s};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -15,8 +17,8 @@ use crate::simd::prefetch;
 const ROWS: usize = 4;
 /// Vectors of a row at a time, and sums of each.
 const UNROLL: usize = 4;
-/// Bytes between what is multiplied and what is asked for, in long rows; from short ones, the next [`ROWS`].
-const AHEAD: usize = 8192;
+/// Bytes between what is multiplied and what is asked for.
+const AHEAD: usize = 2048;
 
 /// C ← α·A·b + β·C for b of one column, if A's rows or its columns lie in order in memory; else nothing, and false.
 pub(super) fn multiply_vector<T: Real>(
@@ -73,12 +75,12 @@ pub(crate) fn rows_times_to<T: Real>(a: ArrayView2<'_, T>, x: &[T], y: &mut [T],
 }
 
 /// Whether a product stays on this thread.
-fn alone<T>(a: &ArrayView2<'_, T>) -> bool {
+pub(super) fn alone<T>(a: &ArrayView2<'_, T>) -> bool {
     a.len() < PARALLEL_FROM || rayon::current_thread_index().is_some()
 }
 
 /// Parts of a product with so many sums: some for each thread, none without a vector or two.
-fn share(sums: usize) -> usize {
+pub(super) fn share(sums: usize) -> usize {
     sums.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64)
 }
 
@@ -108,10 +110,35 @@ fn columns_times<T: Real>(a: ArrayView2<'_, T>, x: &[T], y: &mut [T]) {
     });
 }
 
-/// How far to ask ahead of rows of `length` numbers.
-fn ahead<T>(length: usize) -> usize {
-    let row = length * size_of::<T>();
-    if row < AHEAD { ROWS * row } else { AHEAD }
+/// How far to ask ahead: some bytes in most of a row, and at its end for what follows in the rows that come next.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    row: usize,
+    next: usize,
+}
+
+impl Ahead {
+    /// For so many rows of A at a time.
+    pub(super) fn new<T>(a: &ArrayView2<'_, T>, rows: usize) -> Self {
+        Ahead { row: a.ncols() * size_of::<T>(), next: rows * a.strides()[0].unsigned_abs() * size_of::<T>() }
+    }
+
+    /// Both parts of a row of `count` pieces of type V, and how far ahead in each.
+    #[inline(always)]
+    pub(super) fn parts<V>(self, count: usize) -> [(Range<usize>, usize); 2] {
+        let most = self.row.saturating_sub(AHEAD) / size_of::<V>();
+        [(0..most, AHEAD), (most..count, (AHEAD.min(self.row) + self.next).saturating_sub(self.row))]
+    }
+}
+
+/// Parts of rows.
+#[inline(always)]
+pub(super) fn parts<'a, V, const R: usize>(rows: &[&'a [V]; R], part: &Range<usize>) -> [&'a [V]; R] {
+    let mut parts = [&[][..]; R];
+    for r in 0..R {
+        parts[r] = &rows[r][part.start..part.end];
+    }
+    parts
 }
 
 /// Asks for what lies `ahead` bytes later, where vectors fill cache lines.
@@ -135,7 +162,7 @@ impl<T: Real, E: FnMut(&[T])> WithSimd for Rows<'_, T, E> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) {
         let Rows { a, x, mut each } = self;
-        let (m, ahead) = (a.nrows(), ahead::<T>(x.len()));
+        let (m, ahead) = (a.nrows(), Ahead::new(&a, ROWS));
         let row = |i: usize| a.row(i).to_slice().unwrap_or_default();
         let groups = m / ROWS * ROWS;
         for i in (0..groups).step_by(ROWS) {
@@ -148,7 +175,7 @@ impl<T: Real, E: FnMut(&[T])> WithSimd for Rows<'_, T, E> {
 
 /// Several rows times x, each the same whatever it stands beside.
 #[inline(always)]
-fn dots<S: Simd, T: Real, const R: usize>(s: S, rows: [&[T]; R], x: &[T], ahead: usize) -> [T; R] {
+fn dots<S: Simd, T: Real, const R: usize>(s: S, rows: [&[T]; R], x: &[T], ahead: Ahead) -> [T; R] {
     let zero = T::splat(s, T::zero());
     let (x, x_rest) = T::vectors::<S>(x);
     let (groups, last) = x.as_chunks::<UNROLL>();
@@ -160,13 +187,16 @@ fn dots<S: Simd, T: Real, const R: usize>(s: S, rows: [&[T]; R], x: &[T], ahead:
         (whole[r], others[r]) = (&chunks[..groups.len()], (&after[..last.len()], rest));
     }
     let mut sums = [[zero; UNROLL]; R];
-    for k in 0..groups.len() {
-        let x = groups[k];
-        for r in 0..R {
-            let row = &whole[r][k];
-            ask(row, ahead);
-            for u in 0..UNROLL {
-                sums[r][u] = T::fma(s, row[u], x[u], sums[r][u]);
+    for (part, ahead) in ahead.parts::<[T::V<S>; UNROLL]>(groups.len()) {
+        let (groups, whole) = (&groups[part.clone()], parts(&whole, &part));
+        for k in 0..groups.len() {
+            let x = groups[k];
+            for r in 0..R {
+                let row = &whole[r][k];
+                ask(row, ahead);
+                for u in 0..UNROLL {
+                    sums[r][u] = T::fma(s, row[u], x[u], sums[r][u]);
+                }
             }
         }
     }
@@ -202,7 +232,7 @@ impl<T: Real> WithSimd for Columns<'_, T> {
     fn with_simd<S: Simd>(self, s: S) {
         let Columns { a, x, y } = self;
         y.fill(T::zero());
-        let ahead = ahead::<T>(y.len());
+        let ahead = Ahead::new(&a, ROWS);
         let row = |i: usize| a.row(i).to_slice().unwrap_or_default();
         let groups = x.len() / ROWS * ROWS;
         for i in (0..groups).step_by(ROWS) {
@@ -214,7 +244,7 @@ impl<T: Real> WithSimd for Columns<'_, T> {
 
 /// Adds multiples of rows to y, one after the other.
 #[inline(always)]
-fn add<S: Simd, T: Real, const R: usize>(s: S, rows: [(T, &[T]); R], y: &mut [T], ahead: usize) {
+fn add<S: Simd, T: Real, const R: usize>(s: S, rows: [(T, &[T]); R], y: &mut [T], ahead: Ahead) {
     let factors = rows.map(|(factor, _)| T::splat(s, factor));
     let (y, y_rest) = T::vectors_mut::<S>(y);
     let (groups, last) = y.as_chunks_mut::<UNROLL>();
@@ -224,16 +254,19 @@ fn add<S: Simd, T: Real, const R: usize>(s: S, rows: [(T, &[T]); R], y: &mut [T]
         let (chunks, after) = row.as_chunks::<UNROLL>();
         (whole[r], others[r]) = (&chunks[..groups.len()], (&after[..last.len()], rest));
     }
-    for k in 0..groups.len() {
-        let mut sums = groups[k];
-        for r in 0..R {
-            let row = &whole[r][k];
-            ask(row, ahead);
-            for u in 0..UNROLL {
-                sums[u] = T::fma(s, row[u], factors[r], sums[u]);
+    for (part, ahead) in ahead.parts::<[T::V<S>; UNROLL]>(groups.len()) {
+        let (groups, whole) = (&mut groups[part.clone()], parts(&whole, &part));
+        for k in 0..groups.len() {
+            let mut sums = groups[k];
+            for r in 0..R {
+                let row = &whole[r][k];
+                ask(row, ahead);
+                for u in 0..UNROLL {
+                    sums[u] = T::fma(s, row[u], factors[r], sums[u]);
+                }
             }
+            groups[k] = sums;
         }
-        groups[k] = sums;
     }
     for r in 0..R {
         let (row, rest) = others[r];
@@ -247,6 +280,15 @@ fn add<S: Simd, T: Real, const R: usize>(s: S, rows: [(T, &[T]); R], y: &mut [T]
     }
 }
 
+/// What the machine has, and what every machine has.
+#[cfg(test)]
+pub(super) fn levels() -> Vec<Arch> {
+    let levels = vec![Arch::Scalar, Arch::new()];
+    #[cfg(target_arch = "x86_64")]
+    let levels = [levels, pulp::x86::V3::try_new().map(Arch::V3).into_iter().collect()].concat();
+    levels
+}
+
 #[cfg(test)]
 mod tests {
     use ndarray::Array2;
@@ -255,14 +297,6 @@ mod tests {
 
     fn numbers<T: Real>(rows: usize, columns: usize, seed: usize) -> Array2<T> {
         Array2::from_shape_fn((rows, columns), |(i, j)| T::from_f64((((i * 31 + j * 17 + seed) % 13) as f64) - 6.0))
-    }
-
-    /// What the machine has, and what every machine has.
-    fn levels() -> Vec<Arch> {
-        let levels = vec![Arch::Scalar, Arch::new()];
-        #[cfg(target_arch = "x86_64")]
-        let levels = [levels, pulp::x86::V3::try_new().map(Arch::V3).into_iter().collect()].concat();
-        levels
     }
 
     /// The sums are small integers: exact in any order.
