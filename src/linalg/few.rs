@@ -152,7 +152,7 @@ fn dots<S: Simd, T: Real, const R: usize, const N: usize>(
     x: &[[T::V<S>; N]],
     ahead: Ahead,
 ) -> [[T; N]; R] {
-    let (whole, rests) = split::<S, T, R>(rows);
+    let whole = whole::<S, T, R>(rows);
     let (x, last) = x.split_at(whole[0].len());
     let mut sums = [[T::splat(s, T::zero()); N]; R];
     // Loops over indices throughout: iterators over arrays leave the sums in memory.
@@ -167,11 +167,11 @@ fn dots<S: Simd, T: Real, const R: usize, const N: usize>(
             }
         }
     }
-    if !rests[0].is_empty() {
+    if let Some(last) = last.first() {
         for r in 0..R {
-            let row = T::load(s, rests[r]);
+            let rest = T::load(s, T::vectors::<S>(rows[r]).1);
             for v in 0..N {
-                sums[r][v] = T::fma(s, row, last[0][v], sums[r][v]);
+                sums[r][v] = T::fma(s, rest, last[v], sums[r][v]);
             }
         }
     }
@@ -184,16 +184,14 @@ fn dots<S: Simd, T: Real, const R: usize, const N: usize>(
     totals
 }
 
-/// Whole vectors of rows that are equally long, and their rests.
+/// The whole vectors of rows that are equally long.
 #[inline(always)]
-fn split<'a, S: Simd, T: Real, const R: usize>(rows: [&'a [T]; R]) -> ([&'a [T::V<S>]; R], [&'a [T]; R]) {
-    let (mut whole, mut rests) = ([&[][..]; R], [&[][..]; R]);
-    let length = rows[0].len() / T::lanes::<S>();
+fn whole<S: Simd, T: Real, const R: usize>(rows: [&[T]; R]) -> [&[T::V<S>]; R] {
+    let (mut whole, count) = ([&[][..]; R], rows[0].len() / T::lanes::<S>());
     for r in 0..R {
-        let (vectors, rest) = T::vectors::<S>(rows[r]);
-        (whole[r], rests[r]) = (&vectors[..length], rest);
+        whole[r] = &T::vectors::<S>(rows[r]).0[..count];
     }
-    (whole, rests)
+    whole
 }
 
 /// Vectors side by side: of each the numbers of as many lanes, zeros beyond their end.
@@ -268,11 +266,11 @@ impl<T: Real> Columns<'_, T> {
         let (mut rows, mut factors) = ([&[][..]; R], [[T::splat(s, T::zero()); N]; R]);
         for r in 0..R {
             rows[r] = self.a.row(i + r).to_slice().unwrap_or_default();
-            for v in 0..N {
-                factors[r][v] = T::splat(s, self.b[(i + r, first + v)]);
+            for (v, factor) in factors[r].iter_mut().enumerate() {
+                *factor = T::splat(s, self.b[(i + r, first + v)]);
             }
         }
-        let (whole, rests) = split::<S, T, R>(rows);
+        let whole = whole::<S, T, R>(rows);
         let (sums, last) = sums.split_at_mut(whole[0].len());
         for (part, ahead) in ahead.parts::<T::V<S>>(sums.len()) {
             let (sums, whole) = (&mut sums[part.clone()], parts(&whole, &part));
@@ -287,11 +285,11 @@ impl<T: Real> Columns<'_, T> {
                 sums[j] = own;
             }
         }
-        if !rests[0].is_empty() {
+        if let Some(last) = last.first_mut() {
             for r in 0..R {
-                let row = T::load(s, rests[r]);
+                let rest = T::load(s, T::vectors::<S>(rows[r]).1);
                 for v in 0..N {
-                    last[0][v] = T::fma(s, row, factors[r][v], last[0][v]);
+                    last[v] = T::fma(s, rest, factors[r][v], last[v]);
                 }
             }
         }
