@@ -2,7 +2,7 @@
 //!
 //! Rows are cut into chunks of 64 columns, of which 32 values and as many 2-bit places are stored, and chunks lie
 //! column block by column block: what is read is one stream, and the 64 rows of x that it meets stay in the first
-//! cache. One vector: the 16 columns' values that belong to 16 stored ones are picked by one permutation. Many: they
+//! cache. One vector, or a few: the 16 columns' values that belong to 16 stored ones are picked by one permutation. Many: they
 //! lie side by side in the lanes, and each stored value times one row of x is added to sums in registers.
 
 use ndarray::ArrayView2;
@@ -207,7 +207,7 @@ impl<L: Kept> TwoFour<L> {
         if y.is_empty() || self.chunks.is_empty() {
             return y.fill(0.0);
         }
-        let few = vector::few(arch, b);
+        let few = spread::few(arch, b);
         let x = match few {
             true => spread::pack(x),
             false => arch.dispatch(batch::PackRows { x: x.as_standard_or_turned().view() }),

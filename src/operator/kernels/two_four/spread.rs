@@ -12,6 +12,15 @@ use super::vector::prefetch;
 use super::{Chunk, Kept, Places, TwoFour, WIDTH};
 use crate::simd::Aligned;
 
+/// Whether so many vectors go one by one.
+pub(super) fn few(arch: Arch, vectors: usize) -> bool {
+    match arch {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        Arch::V4(_) => vectors <= 2,
+        _ => vectors == 1,
+    }
+}
+
 /// The columns of x one after the other.
 pub(super) fn pack(x: ArrayView2<'_, f32>) -> Aligned<f32> {
     let mut packed = Aligned::default();

@@ -1,4 +1,4 @@
-//! One vector: each of the stored values meets its input by a permutation of the 32 that they are stored for.
+//! One vector, or a few: each of the stored values meets its input by a permutation of the 32 that they are stored for.
 
 use ndarray::ArrayView2;
 #[cfg(target_arch = "x86_64")]
@@ -8,24 +8,20 @@ use pulp::{Arch, Scalar, Simd};
 use super::{Chunk, Kept, Places, TwoFour, WIDTH};
 use crate::simd::Aligned;
 
-/// Rows whose sums are kept, a register for each: few turns of the stream are worth more than the first cache.
-const BLOCK: usize = 4096;
+/// Sums that are kept, a register each: of one vector few turns of the stream are worth more than the first cache, of several not.
+const SUMS: usize = 4096;
+const SUMS_OF_SEVERAL: usize = 256;
+/// Vectors that meet the stored values together: as many as have registers for 64 numbers each.
+const TOGETHER: usize = 4;
 /// Bytes between what is multiplied and what is asked for: a core alone does not fetch ahead far enough.
 const AHEAD: usize = 8192;
 
-/// Whether so many vectors go one by one.
+/// Whether so many vectors are few enough to be picked from.
 pub(super) fn few(arch: Arch, vectors: usize) -> bool {
-    vectors == 1 || vectors * 8 <= lanes(arch)
-}
-
-/// The numbers of a register.
-fn lanes(arch: Arch) -> usize {
     match arch {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-        Arch::V4(_) => 16,
-        #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) => 8,
-        _ => 4,
+        Arch::V4(_) => vectors <= 2 * TOGETHER,
+        _ => vectors == 1,
     }
 }
 
@@ -41,19 +37,42 @@ pub(super) fn pack<L: Kept>(of: &TwoFour<L>, x: ArrayView2<'_, f32>) -> Aligned<
     packed
 }
 
-/// Rows `first..` of y = W·x, as many as y holds; column by column.
+/// Rows `first..` of y = W·x, as many as y holds.
 pub(super) fn run<L: Kept>(arch: Arch, of: &TwoFour<L>, x: &Aligned<f32>, first: usize, b: usize, y: &mut [f32]) {
-    let length = of.blocks() * WIDTH;
-    for (column, x) in x.filled(length * b).chunks_exact(length.max(1)).enumerate() {
-        let (x, _) = x.as_chunks();
-        let y = y[column..].iter_mut().step_by(b);
-        match arch {
-            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
-            Arch::V4(s) => s.vectorize(Column { s, of, x, first, y }),
-            #[cfg(target_arch = "x86_64")]
-            Arch::V3(s) => s.vectorize(Column { s, of, x, first, y }),
-            _ => pulp::NullaryFnOnce::call(Column { s: Scalar, of, x, first, y }),
+    let parts = b.div_ceil(TOGETHER);
+    // What all parts meet stays in the second cache.
+    let rows = if parts > 1 { SUMS_OF_SEVERAL / TOGETHER } else { y.len() };
+    for (i, y) in y.chunks_mut(rows * b).enumerate() {
+        let first = first + i * rows;
+        for part in 0..parts {
+            let (start, end) = (part * b / parts, (part + 1) * b / parts);
+            match end - start {
+                1 => together::<L, 1>(arch, of, x, first, (start, b), y),
+                2 => together::<L, 2>(arch, of, x, first, (start, b), y),
+                3 => together::<L, 3>(arch, of, x, first, (start, b), y),
+                _ => together::<L, TOGETHER>(arch, of, x, first, (start, b), y),
+            }
         }
+    }
+}
+
+/// The same for N of b vectors.
+fn together<L: Kept, const N: usize>(
+    arch: Arch,
+    of: &TwoFour<L>,
+    x: &Aligned<f32>,
+    first: usize,
+    (start, b): (usize, usize),
+    y: &mut [f32],
+) {
+    let length = of.blocks() * WIDTH;
+    let x: [_; N] = std::array::from_fn(|v| x.filled(length * b)[(start + v) * length..][..length].as_chunks().0);
+    match arch {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        Arch::V4(s) => s.vectorize(Columns { s, of, x, first, start, b, y }),
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(s) => s.vectorize(Columns { s, of, x, first, start, b, y }),
+        _ => pulp::NullaryFnOnce::call(Columns { s: Scalar, of, x, first, start, b, y }),
     }
 }
 
@@ -65,40 +84,51 @@ trait Pick: Simd {
     /// Asks for the chunks that come later.
     #[inline(always)]
     fn prefetch<L>(self, _: &Chunk<L>) {}
-    /// sum + the products of a chunk, in any lane.
-    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, sum: Self::f32s) -> Self::f32s;
+    /// Adds the products of a chunk with each vector to its sum, in any lane.
+    fn chunk<L: Kept, const N: usize>(
+        self,
+        kept: &Chunk<L>,
+        places: &Places,
+        x: &[Self::Inputs; N],
+        sums: &mut [Self::f32s; N],
+    );
 }
 
-/// Some rows times one column of x.
-struct Column<'a, S, L, Y> {
+/// Some rows times some columns of x.
+struct Columns<'a, S, L, const N: usize> {
     s: S,
     of: &'a TwoFour<L>,
-    x: &'a [[f32; WIDTH]],
+    x: [&'a [[f32; WIDTH]]; N],
     first: usize,
-    y: Y,
+    start: usize,
+    b: usize,
+    y: &'a mut [f32],
 }
 
-impl<'a, S: Pick, L: Kept, Y: ExactSizeIterator<Item = &'a mut f32>> pulp::NullaryFnOnce for Column<'_, S, L, Y> {
+impl<S: Pick, L: Kept, const N: usize> pulp::NullaryFnOnce for Columns<'_, S, L, N> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Column { s, of, x, first, mut y } = self;
-        let (padded, mut sums) = (of.padded(), Vec::with_capacity(BLOCK));
-        for start in (first..first + y.len()).step_by(BLOCK) {
-            let count = y.len().min(BLOCK);
+        let Columns { s, of, x, first, start, b, y } = self;
+        let rows = if N == 1 { SUMS } else { SUMS_OF_SEVERAL / N };
+        let (padded, mut sums) = (of.padded(), Vec::with_capacity(rows));
+        for (i, y) in y.chunks_mut(rows * b).enumerate() {
+            let (from, count) = (first + i * rows, y.len() / b);
             sums.clear();
-            sums.resize(count, s.splat_f32s(0.0));
-            for (block, x) in x.iter().enumerate() {
-                let x = S::inputs(x);
-                let at = block * padded + start;
+            sums.resize(count, [s.splat_f32s(0.0); N]);
+            for block in 0..x[0].len() {
+                let x = x.map(|x| S::inputs(&x[block]));
+                let at = block * padded + from;
                 let (chunks, places) = (&of.chunks[at..at + count], &of.places[at..at + count]);
-                for ((sum, kept), places) in sums.iter_mut().zip(chunks).zip(places) {
+                for ((sums, kept), places) in sums.iter_mut().zip(chunks).zip(places) {
                     s.prefetch(kept);
-                    *sum = s.chunk(kept, places, &x, *sum);
+                    s.chunk(kept, places, &x, sums);
                 }
             }
-            y.by_ref().zip(&sums).for_each(|(y, sum)| *y = s.reduce_sum_f32s(*sum));
+            for (y, sums) in y.chunks_exact_mut(b).zip(&sums) {
+                y[start..start + N].iter_mut().zip(sums).for_each(|(y, sum)| *y = s.reduce_sum_f32s(*sum));
+            }
         }
     }
 }
@@ -110,16 +140,24 @@ impl Pick for Scalar {
         *x
     }
     #[inline(always)]
-    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &[f32; WIDTH], sum: f32) -> f32 {
-        let mut sums = [sum, 0.0];
-        for (i, pair) in kept.0.as_chunks::<2>().0.iter().enumerate() {
-            let place = places[i / 8] >> (i % 8 * 4);
-            let group = &x.as_chunks::<4>().0[i];
-            for k in 0..2 {
-                sums[k] += pair[k].wide() * group[(place >> (2 * k) & 3) as usize];
+    fn chunk<L: Kept, const N: usize>(
+        self,
+        kept: &Chunk<L>,
+        places: &Places,
+        x: &[Self::Inputs; N],
+        to: &mut [Self::f32s; N],
+    ) {
+        for (x, sum) in x.iter().zip(to) {
+            let mut sums = [*sum, 0.0];
+            for (i, pair) in kept.0.as_chunks::<2>().0.iter().enumerate() {
+                let place = places[i / 8] >> (i % 8 * 4);
+                let group = &x.as_chunks::<4>().0[i];
+                for k in 0..2 {
+                    sums[k] += pair[k].wide() * group[(place >> (2 * k) & 3) as usize];
+                }
             }
+            *sum = sums[0] + sums[1];
         }
-        sums[0] + sums[1]
     }
 }
 
@@ -207,20 +245,31 @@ impl Pick for pulp::x86::V4 {
         prefetch(kept);
     }
     #[inline(always)]
-    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, mut sum: Self::f32s) -> Self::f32s {
+    fn chunk<L: Kept, const N: usize>(
+        self,
+        kept: &Chunk<L>,
+        places: &Places,
+        x: &[Self::Inputs; N],
+        to: &mut [Self::f32s; N],
+    ) {
         const { assert!(super::KEPT == 32) };
         /// (a & b) | c.
         const AND_OR: i32 = 0xEA;
         let f = self.avx512f;
         let three = f._mm512_set1_epi32(3);
+        // Loops over indices: iterators over arrays leave the sums in memory.
+        let mut sums = *to;
         for (h, kept) in kept.0.as_chunks::<16>().0.iter().enumerate() {
             let word = f._mm512_set1_epi32(places[h] as i32);
             let shifted = f._mm512_srlv_epi32(word, bytemuck::cast(SHIFTS));
             let from = f._mm512_ternarylogic_epi32::<AND_OR>(shifted, three, bytemuck::cast(GROUPS));
-            let picked = f._mm512_permutex2var_ps(x[2 * h], from, x[2 * h + 1]);
-            sum = bytemuck::cast(f._mm512_fmadd_ps(L::sixteen(self, kept), picked, bytemuck::cast(sum)));
+            let kept = L::sixteen(self, kept);
+            for v in 0..N {
+                let picked = f._mm512_permutex2var_ps(x[v][2 * h], from, x[v][2 * h + 1]);
+                sums[v] = bytemuck::cast(f._mm512_fmadd_ps(kept, picked, bytemuck::cast(sums[v])));
+            }
         }
-        sum
+        *to = sums;
     }
 }
 
@@ -236,20 +285,30 @@ impl Pick for pulp::x86::V3 {
         prefetch(kept);
     }
     #[inline(always)]
-    fn chunk<L: Kept>(self, kept: &Chunk<L>, places: &Places, x: &Self::Inputs, mut sum: Self::f32s) -> Self::f32s {
+    fn chunk<L: Kept, const N: usize>(
+        self,
+        kept: &Chunk<L>,
+        places: &Places,
+        x: &[Self::Inputs; N],
+        to: &mut [Self::f32s; N],
+    ) {
         const LOW: [u32; 8] = [0, 0, 4, 4, 0, 0, 4, 4];
         let (f, avx) = (self.avx2, self.avx);
         let three = avx._mm256_set1_epi32(3);
         let shifts: [[u32; 8]; 2] = bytemuck::cast(SHIFTS);
+        let mut sums = *to;
         for (q, kept) in kept.0.as_chunks::<8>().0.iter().enumerate() {
             let word = avx._mm256_set1_epi32(places[q / 2] as i32);
             let shifted = f._mm256_srlv_epi32(word, bytemuck::cast(shifts[q % 2]));
             let from = f._mm256_or_si256(f._mm256_and_si256(shifted, three), bytemuck::cast(LOW));
-            let low = f._mm256_permutevar8x32_ps(x[2 * q], from);
-            let high = f._mm256_permutevar8x32_ps(x[2 * q + 1], from);
-            let picked = avx._mm256_blend_ps::<0xF0>(low, high);
-            sum = bytemuck::cast(self.fma._mm256_fmadd_ps(L::eight(self, kept), picked, bytemuck::cast(sum)));
+            let kept = L::eight(self, kept);
+            for v in 0..N {
+                let low = f._mm256_permutevar8x32_ps(x[v][2 * q], from);
+                let high = f._mm256_permutevar8x32_ps(x[v][2 * q + 1], from);
+                let picked = avx._mm256_blend_ps::<0xF0>(low, high);
+                sums[v] = bytemuck::cast(self.fma._mm256_fmadd_ps(kept, picked, bytemuck::cast(sums[v])));
+            }
         }
-        sum
+        *to = sums;
     }
 }
