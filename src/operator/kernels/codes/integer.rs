@@ -50,7 +50,7 @@ const LIMBS: usize = 3;
 const TOGETHER: usize = 4;
 
 /// Bytes between what is multiplied and what is asked for.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 8192;
 
 /// Whether the machine has the instructions. (The answer is kept by the standard library.)
 pub(super) fn available() -> bool {
