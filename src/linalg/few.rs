@@ -15,8 +15,17 @@ use crate::simd::{Aligned, prefetch};
 /// Vectors that are multiplied together, at most, where the machine's vectors are of 64 bytes, and where they are shorter.
 const WIDE: usize = 8;
 const NARROW: usize = 6;
-/// Vectors that are multiplied so at all.
+/// Vectors that are multiplied so at all: rows meet all of them at once, columns in two turns.
 pub(super) const MOST: usize = 2 * WIDE;
+
+/// Vectors that are multiplied together on this machine.
+fn together() -> usize {
+    match Arch::new() {
+        #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
+        Arch::V4(_) => WIDE,
+        _ => NARROW,
+    }
+}
 
 /// C ← α·A·B + β·C for B of few columns, if this is the faster way: A's rows or its columns lie in order in memory, and are so
 /// many and so long that laying out vectors and adding up lanes is little beside the products. Else nothing, and false.
@@ -28,8 +37,9 @@ pub(super) fn multiply_few<T: Real>(
     c: &mut ArrayViewMut2<'_, T>,
 ) -> bool {
     let ((m, k), n) = (a.dim(), b.ncols());
-    let by_rows = a.strides()[1] == 1 && n <= WIDE && k >= 32 * n && m >= 16 * n;
-    let by_columns = a.strides()[0] == 1 && n <= MOST && m.min(k) >= if n > WIDE { 32 * n } else { 16 };
+    let most = together();
+    let by_rows = a.strides()[1] == 1 && n <= most && k >= 32 * n && m >= 16 * n;
+    let by_columns = a.strides()[0] == 1 && n <= 2 * most && m.min(k) >= if n > most { 32 * n } else { 16 };
     if n < 2 || !(by_rows || by_columns) {
         return false;
     }
@@ -301,11 +311,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::linalg::vector::levels;
-
-    fn numbers<T: Real>(rows: usize, columns: usize, seed: usize) -> Array2<T> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| T::from_f64((((i * 31 + j * 17 + seed) % 13) as f64) - 6.0))
-    }
+    use crate::linalg::vector::{levels, numbers};
 
     fn naive<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
         Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| {
@@ -345,7 +351,9 @@ mod tests {
     #[test]
     fn takes_what_it_is_for_and_leaves_what_is_there_already() {
         let (w, x) = (numbers::<f64>(290, 300, 1), numbers::<f64>(300, 9, 2));
-        for (n, by_rows, by_columns) in [(1, false, false), (2, true, true), (8, true, true), (9, false, true)] {
+        for (n, by_rows, by_columns) in
+            [(1, false, false), (2, true, true), (6, true, true), (8, together() == WIDE, true), (9, false, true)]
+        {
             let (x, z) = (x.slice(s![.., ..n]), x.slice(s![..290, ..n]));
             for (a, b, taken) in [(w.view(), x, by_rows), (w.t(), z, by_columns)] {
                 for (alpha, beta) in [(1.0, 0.0), (2.0, 0.0), (2.0, -1.0)] {

@@ -280,6 +280,14 @@ fn add<S: Simd, T: Real, const R: usize>(s: S, rows: [(T, &[T]); R], y: &mut [T]
     }
 }
 
+/// Small integers.
+#[cfg(test)]
+pub(super) fn numbers<T: Real>(rows: usize, columns: usize, seed: usize) -> ndarray::Array2<T> {
+    ndarray::Array2::from_shape_fn((rows, columns), |(i, j)| {
+        T::from_f64((((i * 31 + j * 17 + seed) % 13) as f64) - 6.0)
+    })
+}
+
 /// What the machine has, and what every machine has.
 #[cfg(test)]
 pub(super) fn levels() -> Vec<Arch> {
@@ -294,10 +302,6 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-
-    fn numbers<T: Real>(rows: usize, columns: usize, seed: usize) -> Array2<T> {
-        Array2::from_shape_fn((rows, columns), |(i, j)| T::from_f64((((i * 31 + j * 17 + seed) % 13) as f64) - 6.0))
-    }
 
     /// The sums are small integers: exact in any order.
     fn equals_the_naive_product<T: Real>() {
