@@ -43,7 +43,7 @@ pub(super) fn multiply_few<T: Real>(
     if n < 2 || !(by_rows || by_columns) {
         return false;
     }
-    let run = |y: &mut [T]| if by_rows { rows_times(a, b, y) } else { columns_times(a.t(), b, y) };
+    let run = |y: &mut [T]| if by_rows { times::<T, false>(a, b, y) } else { times::<T, true>(a.t(), b, y) };
     match c.as_slice_mut() {
         Some(y) if alpha == T::one() && beta == T::zero() => run(y),
         _ => {
@@ -58,27 +58,17 @@ pub(super) fn multiply_few<T: Real>(
     true
 }
 
-/// y = A·B, row by row, for A whose rows lie in order in memory.
-fn rows_times<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, y: &mut [T]) {
+/// y = A·B, or Aᵀ·B, row by row, for A whose rows lie in order in memory.
+fn times<T: Real, const TRANSPOSED: bool>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, y: &mut [T]) {
     if alone(&a) {
-        return Arch::new().dispatch(Rows { a, b, y });
+        return Arch::new().dispatch(Product::<T, TRANSPOSED> { a, b, y });
     }
-    let (n, share) = (b.ncols(), share(a.nrows()));
+    let n = b.ncols();
+    let share = share(y.len() / n);
     y.par_chunks_mut(share * n).enumerate().for_each(|(i, y)| {
-        let a = a.slice(s![i * share..i * share + y.len() / n, ..]);
-        Arch::new().dispatch(Rows { a, b, y });
-    });
-}
-
-/// y = Aᵀ·B, row by row, for A whose rows lie in order in memory.
-fn columns_times<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, y: &mut [T]) {
-    if alone(&a) {
-        return Arch::new().dispatch(Columns { a, b, y });
-    }
-    let (n, share) = (b.ncols(), share(a.ncols()));
-    y.par_chunks_mut(share * n).enumerate().for_each(|(i, y)| {
-        let a = a.slice(s![.., i * share..i * share + y.len() / n]);
-        Arch::new().dispatch(Columns { a, b, y });
+        let own = i * share..i * share + y.len() / n;
+        let a = if TRANSPOSED { a.slice(s![.., own]) } else { a.slice(s![own, ..]) };
+        Arch::new().dispatch(Product::<T, TRANSPOSED> { a, b, y });
     });
 }
 
@@ -109,14 +99,14 @@ macro_rules! by_parts {
     };
 }
 
-/// y = A·B.
-struct Rows<'a, T> {
+/// y = A·B, or Aᵀ·B.
+struct Product<'a, T, const TRANSPOSED: bool> {
     a: ArrayView2<'a, T>,
     b: ArrayView2<'a, T>,
     y: &'a mut [T],
 }
 
-impl<T: Real> WithSimd for Rows<'_, T> {
+impl<T: Real, const TRANSPOSED: bool> WithSimd for Product<'_, T, TRANSPOSED> {
     type Output = ();
 
     #[inline(always)]
@@ -125,10 +115,18 @@ impl<T: Real> WithSimd for Rows<'_, T> {
     }
 }
 
-impl<T: Real> Rows<'_, T> {
-    /// The products with N vectors, for R rows at a time.
+impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
+    /// The products with N vectors, for R rows of A at a time.
     #[inline(always)]
     fn part<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
+        match TRANSPOSED {
+            false => self.by_rows::<S, R, N>(s, first),
+            true => self.by_columns::<S, R, N>(s, first),
+        }
+    }
+
+    #[inline(always)]
+    fn by_rows<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
         let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
         let mut x = Aligned::default();
         let x = x.numbers(k.next_multiple_of(lanes) * N);
@@ -222,26 +220,9 @@ fn side_by_side<T: Real>(b: ArrayView2<'_, T>, lanes: usize, to: &mut [T]) {
     }
 }
 
-/// y = Aᵀ·B.
-struct Columns<'a, T> {
-    a: ArrayView2<'a, T>,
-    b: ArrayView2<'a, T>,
-    y: &'a mut [T],
-}
-
-impl<T: Real> WithSimd for Columns<'_, T> {
-    type Output = ();
-
+impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, s: S) {
-        by_parts!(self, s, self.b.ncols());
-    }
-}
-
-impl<T: Real> Columns<'_, T> {
-    /// The products with N vectors, for R rows at a time.
-    #[inline(always)]
-    fn part<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
+    fn by_columns<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
         let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
         let mut memory = Aligned::default();
         let memory = memory.numbers(k.next_multiple_of(lanes) * N);
@@ -311,7 +292,7 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::linalg::vector::{levels, numbers};
+    use crate::linalg::vector::{levels, numbers, on};
 
     fn naive<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
         Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| {
@@ -331,11 +312,11 @@ mod tests {
                     // In either order of memory.
                     for b in [b.view(), b.t().as_standard_layout().t()] {
                         let mut y = Array2::from_elem((m, n), T::one());
-                        arch.dispatch(Rows { a, b, y: y.as_slice_mut().unwrap() });
+                        arch.dispatch(Product::<T, false> { a, b, y: y.as_slice_mut().unwrap() });
                         assert_eq!(y, naive(a, b), "{m}x{k}, {n} vectors, {arch:?}");
                     }
                     let mut y = Array2::from_elem((k, n), T::one());
-                    arch.dispatch(Columns { a, b: c.t(), y: y.as_slice_mut().unwrap() });
+                    arch.dispatch(Product::<T, true> { a, b: c.t(), y: y.as_slice_mut().unwrap() });
                     assert_eq!(y, naive(a.t(), c.t()), "{m}x{k} transposed, {n} vectors, {arch:?}");
                 }
             }
@@ -381,14 +362,10 @@ mod tests {
         let run = |threads: usize, n: usize| {
             let (mut down, mut across) = (vec![0.0; 1030 * n], vec![0.0; 1050 * n]);
             let mut work = || {
-                rows_times(a.view(), b.slice(s![.., ..n]), &mut down);
-                columns_times(a.view(), b.slice(s![..1030, ..n]), &mut across);
+                times::<f32, false>(a.view(), b.slice(s![.., ..n]), &mut down);
+                times::<f32, true>(a.view(), b.slice(s![..1030, ..n]), &mut across);
             };
-            match threads {
-                // On a worker thread: alone.
-                1 => rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(work),
-                _ => work(),
-            }
+            on(threads, &mut work);
             (down, across)
         };
         let (down, across) = run(1, 8);

@@ -185,6 +185,19 @@ mod tests {
     }
 
     #[test]
+    fn a_few_rows_are_a_few_vectors_of_the_transposed_product() {
+        let (x, w) = (numbers(3, 300, 1), numbers(300, 200, 2));
+        for w in [w.view(), w.t().as_standard_layout().t()] {
+            let start = numbers(3, 200, 3);
+            for x in [x.view(), x.slice(s![..1, ..])] {
+                let mut c = start.slice(s![..x.nrows(), ..]).to_owned();
+                matmul_into(2.0, x, w, -1.0, c.view_mut());
+                assert_eq!(c, 2.0 * x.dot(&w) - start.slice(s![..x.nrows(), ..]));
+            }
+        }
+    }
+
+    #[test]
     fn a_symmetric_product_is_symmetric_to_the_bit() {
         for (m, n) in [(0, 3), (1, 1), (31, 5), (33, 40), (128, 7), (300, 3)] {
             let (a, g) = (numbers(m, n, 4), numbers(n, n, 5));

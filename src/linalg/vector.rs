@@ -288,6 +288,15 @@ pub(super) fn numbers<T: Real>(rows: usize, columns: usize, seed: usize) -> ndar
     })
 }
 
+/// Does it on a worker thread, alone, or on this one, with the others.
+#[cfg(test)]
+pub(super) fn on(threads: usize, work: &mut (impl FnMut() + Send)) {
+    match threads {
+        1 => rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(work),
+        _ => work(),
+    }
+}
+
 /// What the machine has, and what every machine has.
 #[cfg(test)]
 pub(super) fn levels() -> Vec<Arch> {
@@ -367,11 +376,7 @@ mod tests {
                 columns_times(a.view(), &x[..1030], &mut columns);
                 rows_times_to(a.view(), &x, &mut spread, &places);
             };
-            match threads {
-                // On a worker thread: alone.
-                1 => rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(work),
-                _ => work(),
-            }
+            on(threads, &mut work);
             spread.reverse();
             (rows, columns, spread)
         };

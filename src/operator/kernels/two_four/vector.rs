@@ -41,7 +41,7 @@ pub(super) fn pack<L: Kept>(of: &TwoFour<L>, x: ArrayView2<'_, f32>) -> Aligned<
 pub(super) fn run<L: Kept>(arch: Arch, of: &TwoFour<L>, x: &Aligned<f32>, first: usize, b: usize, y: &mut [f32]) {
     let parts = b.div_ceil(TOGETHER);
     // What all parts meet stays in the second cache.
-    let rows = if parts > 1 { SUMS_OF_SEVERAL / TOGETHER } else { y.len() };
+    let rows = if parts > 1 { SUMS_OF_SEVERAL / TOGETHER } else { y.len() / b };
     for (i, y) in y.chunks_mut(rows * b).enumerate() {
         let first = first + i * rows;
         for part in 0..parts {
