@@ -18,9 +18,9 @@ mod bfloat;
 mod bytes;
 mod digits;
 mod few;
+mod four;
 mod inputs;
 mod kept;
-
 mod many;
 mod matrix;
 mod panel;
@@ -142,6 +142,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 enum Meeting {
     Vectors,
     Narrow(avx2::Digits, Box<avx2::Spread>),
+    Four(four::Tiles, Box<four::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
     Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
@@ -150,6 +151,7 @@ enum Meeting {
 impl Meeting {
     fn new(x: &Inputs, bits: u8) -> Self {
         match x.way {
+            Way::Bytes(shape) if shape.inputs == TOGETHER => Meeting::Four(four::Tiles::new(shape), four::Scratch::new()),
             Way::Bytes(shape) => {
                 let blocks = Blocks::new(x, shape);
                 Meeting::Bytes(Tiles::new(shape), blocks, blocks.scratch())
@@ -165,6 +167,7 @@ impl Meeting {
     fn panels(&self, x: &Inputs) -> usize {
         match self {
             Meeting::Vectors | Meeting::Narrow(..) => 1,
+            Meeting::Four(..) => 2,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
         }
@@ -203,6 +206,7 @@ impl Meeting {
                     panel.multiply::<KIND, PARTS>(x, totals);
                 }
             }
+            Meeting::Four(tiles, scratch) => four::multiply::<KIND, PARTS>(panels, x, tiles, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {
                 let task = Task { panels, x, tiles, unpacked, totals };
                 match x.way {

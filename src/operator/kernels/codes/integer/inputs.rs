@@ -29,7 +29,7 @@ pub(in super::super) struct Inputs {
     /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
     /// run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
     limbs: Kept,
-    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. For vectors only.
+    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. (Not for bf16.)
     less: Vec<i32>,
     /// 2ᵉ: tile, run, vector. (Not for bf16.)
     units: Vec<f32>,
@@ -76,9 +76,9 @@ impl Inputs {
         };
         let mut limbs = Kept::new((digits * padded).div_ceil(width * LANES));
         let starts = match way {
-            Way::Vectors => LIMBS,
+            Way::Vectors | Way::Bytes(_) => LIMBS,
             Way::Narrow(digits) => digits.count(),
-            Way::Bytes(_) | Way::Numbers(_) => 0,
+            Way::Numbers(_) => 0,
         };
         let mut less = vec![0; runs * starts * padded];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
@@ -226,7 +226,8 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
     let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(layout.parts));
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
-    for (run, (to, (units, sums))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
+    let beside = beside.zip(tile.less.chunks_mut(LIMBS * inputs));
+    for (run, (to, ((units, sums), less))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = layout.of_run(run, x);
             units[v] = unit(x);
@@ -241,7 +242,9 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
                     }
                 }
             }
-            sums[v] = sum(&totalled(total)[..LIMBS], 8, units[v]);
+            let total = totalled(total);
+            sums[v] = sum(&total[..LIMBS], 8, units[v]);
+            (0..LIMBS).for_each(|limb| less[limb * inputs + v] = -total[limb]);
         }
     }
 }

@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use pulp::bytemuck::{Pod, Zeroable, cast};
+use pulp::bytemuck::{Pod, Zeroable, cast, try_cast_slice};
 
 use super::bytes::Spread;
-use super::{BANDS, LANES, LINE};
+use super::{BANDS, LANES, LIMBS, LINE};
 use crate::simd::prefetch;
 
 /// A vector in memory.
@@ -130,28 +130,93 @@ impl Unpacking {
     }
 }
 
-/// Unpacks some chunks, less a number each, and asks for what is so many bytes ahead of them.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-#[allow(unsafe_code)]
-pub(super) fn unpack<const KIND: u8, const PARTS: usize>(
-    unpacking: &Unpacking,
-    less: __m512i,
-    codes: &[u8],
-    ahead: usize,
-    to: &mut [[Lanes<i32>; BANDS]],
-) {
-    // (That of whole vectors is known to the compiler.)
-    let chunk = if KIND == 0 { unpacking.chunk() } else { BANDS * LINE };
-    for (codes, to) in codes.chunks_exact(chunk).zip(to.as_chunks_mut::<PARTS>().0) {
-        prefetch(&codes[0], ahead);
-        prefetch(&codes[0], ahead + LINE);
-        // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
-        let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
-        for (part, to) in to.iter_mut().enumerate() {
-            for band in 0..BANDS {
-                to[band] = Lanes(cast(_mm512_sub_epi8(unpacking.lane::<KIND>(loaded[band], part), less)));
+/// A lane of codes of a panel.
+pub(super) type Pair = [Lanes<i32>; BANDS];
+
+/// Codes as signed bytes that count from the middle, for matrix instructions: those that are halves or quarters of bytes at
+/// the upper end of theirs, as that takes the fewest instructions. Those of eight bits stay as they are, without signs, as
+/// they are read where they lie.
+#[derive(Clone, Copy)]
+pub(super) struct Signed {
+    unpacking: Unpacking,
+    upper: __m512i,
+    half: __m512i,
+}
+
+impl Signed {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(bits: u8) -> Self {
+        let upper = match kind(bits) {
+            0 => 0,
+            bits => u8::MAX << (8 - bits),
+        };
+        let half = if kind(bits) == 0 { 1 << (bits - 1) } else { 1 << 7 };
+        let (upper, half) = (_mm512_set1_epi8(upper as i8), _mm512_set1_epi8(half as u8 as i8));
+        Signed { unpacking: Unpacking::new(bits), upper, half }
+    }
+
+    /// What a code is multiplied with.
+    #[inline(always)]
+    pub(super) const fn times<const KIND: u8>() -> f32 {
+        if KIND == 0 { 1.0 } else { (1u16 << (8 - KIND)) as f32 }
+    }
+
+    /// Bytes of a chunk.
+    #[inline(always)]
+    pub(super) fn chunk<const KIND: u8>(&self) -> usize {
+        // (That of whole vectors is known to the compiler.)
+        if KIND == 0 { self.unpacking.chunk() } else { BANDS * LINE }
+    }
+
+    /// Unpacks some chunks, and asks for what is so many bytes ahead of them.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[allow(unsafe_code)]
+    pub(super) fn unpack<const KIND: u8, const PARTS: usize>(&self, codes: &[u8], ahead: usize, to: &mut [Pair]) {
+        for (codes, to) in codes.chunks_exact(self.chunk::<KIND>()).zip(to.as_chunks_mut::<PARTS>().0) {
+            prefetch(&codes[0], ahead);
+            prefetch(&codes[0], ahead + LINE);
+            // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+            let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
+            for (part, to) in to.iter_mut().enumerate() {
+                for band in 0..BANDS {
+                    to[band] = Lanes(cast(self.lane::<KIND, PARTS>(loaded[band], part)));
+                }
             }
         }
     }
+
+    /// One of a chunk's lanes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn lane<const KIND: u8, const PARTS: usize>(&self, codes: __m512i, part: usize) -> __m512i {
+        let moved = match KIND {
+            8 => return codes,
+            0 => return _mm512_sub_epi8(self.unpacking.lane::<0>(codes, part), self.half),
+            _ if part + 1 == PARTS => codes,
+            _ => _mm512_sllv_epi32(codes, _mm512_set1_epi32(i32::from(KIND) * (PARTS - 1 - part) as i32)),
+        };
+        // The bits of a code, of which the highest is turned: less half of all levels, with a sign.
+        _mm512_ternarylogic_epi32::<0x6a>(moved, self.upper, self.half)
+    }
+}
+
+/// So many lanes of codes where they lie, if all are there, those of eight bits.
+#[inline(always)]
+pub(super) fn in_place<const KIND: u8>(codes: &[u8], lanes: usize) -> Option<&[Pair]> {
+    let codes = if KIND == 8 { codes.get(..lanes * size_of::<Pair>()) } else { None };
+    codes.and_then(|codes| try_cast_slice(codes).ok())
+}
+
+/// The sums of the digits of an input, with what those of codes without signs begin with.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn begun<const KIND: u8>(sums: [&Lanes<i32>; LIMBS], starts: [i32; LIMBS]) -> [__m512i; LIMBS] {
+    let mut begun = [_mm512_setzero_si512(); LIMBS];
+    for limb in 0..LIMBS {
+        let sum = cast(sums[limb].0);
+        begun[limb] = if KIND == 8 { _mm512_add_epi32(sum, _mm512_set1_epi32(starts[limb])) } else { sum };
+    }
+    begun
 }

@@ -35,7 +35,8 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Prod
     let laid_out = |way| layout.map(|layout| Inputs::laid_out(x.view(), layout, way));
     let matrices = Inputs::new(x.view(), bits, group).filter(|x| matches!(x.way, Way::Bytes(_) | Way::Numbers(_)));
     // The fastest there is was taken.
-    assert_eq!(matrices.is_some(), matrix::available() && x.ncols() > TOGETHER);
+    let four = x.ncols() >= four::FEWEST && layout.as_ref().and_then(four::shape).is_some();
+    assert_eq!(matrices.is_some(), matrix::available() && (x.ncols() > TOGETHER || four));
     assert!(layout.is_some() == (available() || !narrow.is_empty()));
     let product = |x: Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);

@@ -4,7 +4,7 @@ use super::super::layout::LONGEST;
 pub(super) use super::super::layout::Layout;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
-use super::{LANES, TOGETHER, available, bfloat, few};
+use super::{LANES, TOGETHER, available, bfloat, few, four};
 use crate::scalar::{DType, Real};
 
 impl Layout {
@@ -42,7 +42,8 @@ impl Way {
             return digits.map(|digits| (Way::Narrow(digits), layout));
         }
         if inputs <= TOGETHER || !matrix::available() {
-            return Some((Way::Vectors, layout));
+            let four = four::shape(&layout).filter(|_| inputs >= four::FEWEST && matrix::available());
+            return Some((four.map_or(Way::Vectors, Way::Bytes), layout));
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
         let numbers = Way::Numbers(together);

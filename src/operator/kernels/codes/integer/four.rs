@@ -1,0 +1,307 @@
+//! Products of codes with up to four inputs, by matrix instructions of bytes: two panels by turns.
+//!
+//! All digits of four inputs are the rows of one tile, which the codes of both panels meet while it is at hand. To write sums
+//! out costs as much as a dozen vectors, however few rows they have, and little goes beside it; so all else should be little:
+//! totals stay in vectors, codes are unpacked by one step or two, and those of eight bits are read where they lie. As in
+//! [`few`](super::few), codes are unpacked two steps ahead, and sums are scaled when two more runs have begun.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use pulp::bytemuck::allocation::zeroed_box;
+use pulp::bytemuck::{Zeroable, cast};
+
+use super::inputs::Inputs;
+use super::matrix::{Registers, Shape, tiles};
+use super::panel::{Lanes, Pair, Signed, begun, in_place};
+use super::vectors::Panel;
+use super::way::Layout;
+use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
+use crate::simd::prefetch;
+
+/// Inputs for which this is the faster way, at least.
+pub(super) const FEWEST: usize = 2;
+/// Digits of all inputs.
+const ROWS: usize = LIMBS * TOGETHER;
+/// Steps from codes that meet inputs to those that are unpacked, and steps that there is memory for.
+const LATER: usize = 2;
+const RING: usize = 2 * LATER;
+/// Bytes between what is unpacked and what is asked for.
+const AHEAD: usize = 2048;
+
+/// Sums of a run: of each band, an input's digits with its rows.
+type Sums = [[Lanes<i32>; ROWS]; BANDS];
+/// Totals of a panel.
+type Totals = [[__m512; BANDS]; TOGETHER];
+
+/// How so few inputs meet codes of this layout; `None` if runs do not end with steps of full tiles, or of half of one.
+pub(super) fn shape(layout: &Layout) -> Option<Shape> {
+    let lanes = layout.run / EACH;
+    (lanes == LANES / 2 || lanes.is_multiple_of(LANES)).then(|| Shape::of(TOGETHER, layout))
+}
+
+/// Memory for the codes of some steps, and the sums of each turn.
+#[repr(C, align(64))]
+pub(super) struct Scratch {
+    codes: [[Pair; LANES]; RING],
+    sums: [Sums; 2],
+}
+
+// SAFETY: it has numbers of 32 bits only, all bytes of which may be zero.
+#[allow(unsafe_code)]
+unsafe impl Zeroable for Scratch {}
+
+impl Scratch {
+    /// (It is too large to be made elsewhere and moved for each product.)
+    pub(super) fn new() -> Box<Self> {
+        zeroed_box()
+    }
+}
+
+/// Assembly, for the registers that have the sums of a turn.
+macro_rules! of_turn {
+    ($turn:expr, $code:ident) => {
+        match $turn {
+            0 => $code!("tmm0", "tmm1"),
+            _ => $code!("tmm2", "tmm3"),
+        }
+    };
+}
+
+/// Tile registers: sums of two bands of each turn, and a step's codes of two bands and inputs.
+pub(super) struct Tiles {
+    lanes: usize,
+    _registers: Registers,
+}
+
+impl Tiles {
+    /// # Panics
+    /// Without the instructions, and for a shape of other than four inputs.
+    pub(super) fn new(shape: Shape) -> Self {
+        assert!((shape.tiles, shape.rows) == (1, ROWS) && shape.lanes <= LANES, "a tile of four inputs");
+        let (sums, codes) = ((ROWS as u8, 64), (shape.lanes as u8, 64));
+        let inputs = (ROWS as u8, (shape.lanes * size_of::<i32>()) as u16);
+        Tiles { lanes: shape.lanes, _registers: Registers::new([sums, sums, sums, sums, codes, codes, inputs, inputs]) }
+    }
+
+    /// Begins the sums of a turn.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn clear<const TURN: usize>(&self) {
+        macro_rules! clear {
+            ($first:literal, $second:literal) => {
+                tiles!(concat!("tilezero ", $first), concat!("tilezero ", $second);)
+            };
+        }
+        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
+        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
+        // system restores them for each thread. No memory is touched.
+        unsafe { of_turn!(TURN, clear) }
+    }
+
+    /// Adds the products of a step's codes with inputs. (Codes of eight bits have no signs.)
+    ///
+    /// # Panics
+    /// If there are fewer than fill the registers.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn add_up<const TURN: usize, const KIND: u8>(&self, codes: &[Pair], inputs: &[[i32; ROWS]]) {
+        assert!(self.lanes <= codes.len() && self.lanes <= inputs.len(), "codes and inputs of a step");
+        macro_rules! with {
+            ($product:literal, $first:literal, $second:literal) => {
+                tiles!(
+                    "tileloadd tmm6, [{inputs} + {row}]",
+                    "tileloadd tmm4, [{codes} + {line} * 2]",
+                    concat!($product, " ", $first, ", tmm6, tmm4"),
+                    "tileloadd tmm5, [{codes} + {line} * 2 + 64]",
+                    concat!($product, " ", $second, ", tmm6, tmm5");
+                    codes = in(reg) codes.as_ptr(),
+                    line = in(reg) size_of::<Lanes<i32>>(),
+                    inputs = in(reg) inputs.as_ptr(),
+                    row = in(reg) self.lanes * size_of::<i32>(),
+                )
+            };
+        }
+        macro_rules! add_up {
+            ($first:literal, $second:literal) => {
+                if KIND == 8 { with!("tdpbsud", $first, $second) } else { with!("tdpbssd", $first, $second) }
+            };
+        }
+        // SAFETY: the registers are configured, as above. Of the codes as many pairs of vectors are read as there are lanes, the
+        // first of each and then the second, and of the inputs as many rows of lanes as there are digits: there are these by the
+        // assertion. No other memory is touched, nor the stack.
+        unsafe { of_turn!(TURN, add_up) }
+    }
+
+    /// Writes the sums of a band of a turn.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    fn put<const TURN: usize, const BAND: usize>(&self, to: &mut Sums) {
+        macro_rules! put {
+            ($first:literal, $second:literal) => {
+                match BAND {
+                    0 => tiles!(
+                        concat!("tilestored [{to} + {line}], ", $first);
+                        to = in(reg) &raw mut to[0],
+                        line = in(reg) size_of::<Lanes<i32>>(),
+                    ),
+                    _ => tiles!(
+                        concat!("tilestored [{to} + {line}], ", $second);
+                        to = in(reg) &raw mut to[1],
+                        line = in(reg) size_of::<Lanes<i32>>(),
+                    ),
+                }
+            };
+        }
+        // SAFETY: the registers are configured, as above. As many rows of 64 bytes are written as there are digits: a band has
+        // room for these. No other memory is touched, nor the stack.
+        unsafe { of_turn!(TURN, put) }
+    }
+}
+
+/// Adds the products of some panels with all inputs.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
+    panels: &[Panel<'_>],
+    x: &Inputs,
+    tiles: &Tiles,
+    scratch: &mut Scratch,
+    totals: &mut [[Lanes<f32>; BANDS]],
+) {
+    for (panels, totals) in panels.chunks(2).zip(totals.chunks_mut(2 * TOGETHER)) {
+        match tiles.lanes {
+            LANES => Turns::<KIND, PARTS, LANES>::new(panels, x, tiles).multiply(scratch, totals),
+            _ => Turns::<KIND, PARTS, { LANES / 2 }>::new(panels, x, tiles).multiply(scratch, totals),
+        }
+    }
+}
+
+/// Two panels, of which the second may be missing: at turn 2r or 2r + 1 it is run r of one or the other.
+struct Turns<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> {
+    panels: &'a [Panel<'a>],
+    x: &'a Inputs,
+    tiles: &'a Tiles,
+    signed: Signed,
+    /// Steps of a run, and bytes of a run and of a step.
+    steps: usize,
+    run: usize,
+    step: usize,
+}
+
+impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, PARTS, WIDE> {
+    #[target_feature(enable = "avx512f")]
+    fn new(panels: &'a [Panel<'a>], x: &'a Inputs, tiles: &'a Tiles) -> Self {
+        let signed = Signed::new(panels.first().map_or(8, |panel| panel.bits));
+        let bytes = |lanes: usize| lanes / PARTS * signed.chunk::<KIND>();
+        let lanes = x.layout.run / EACH;
+        Turns { panels, x, tiles, signed, steps: lanes.div_ceil(WIDE), run: bytes(lanes), step: bytes(WIDE) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn multiply(&self, scratch: &mut Scratch, totals: &mut [[Lanes<f32>; BANDS]]) {
+        for at in 0..LATER {
+            let codes = self.codes(at / self.steps, at % self.steps);
+            self.unpack::<0>(codes, &mut scratch.codes[at]);
+            self.unpack::<1>(codes, &mut scratch.codes[at]);
+        }
+        let runs = self.x.layout.runs();
+        let (mut first, mut second) = ([[_mm512_setzero_ps(); BANDS]; TOGETHER], [[_mm512_setzero_ps(); BANDS]; TOGETHER]);
+        for run in 0..runs {
+            self.turn::<0>(run, scratch, &mut first);
+            self.turn::<1>(run, scratch, &mut second);
+        }
+        self.put::<1, 0>(scratch);
+        self.put::<1, 1>(scratch);
+        self.add::<0, true>(runs - 1, &scratch.sums[0], &mut first);
+        self.add::<1, true>(runs - 1, &scratch.sums[1], &mut second);
+        for (to, of) in totals.chunks_mut(TOGETHER).zip([first, second]) {
+            to.iter_mut().zip(of).for_each(|(to, of)| *to = of.map(|of| Lanes(cast(of))));
+        }
+    }
+
+    /// The codes of a step of a turn, none behind the last, and how far those are that should be asked for.
+    #[inline(always)]
+    fn codes(&self, turn: usize, step: usize) -> (&'a [u8], usize) {
+        let packed = self.panels.get(turn % 2).map_or(&[][..], |panel| panel.packed);
+        let from = (turn / 2 * self.run + step * self.step).min(packed.len());
+        // (The panels that come next follow in memory.)
+        let ahead = if from + AHEAD < packed.len() { AHEAD } else { AHEAD + (self.panels.len() - 1) * packed.len() };
+        (&packed[from..packed.len().min(from + self.step)], ahead)
+    }
+
+    /// Unpacks half of the codes of a step.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn unpack<const HALF: usize>(&self, (codes, ahead): (&[u8], usize), to: &mut [Pair; LANES]) {
+        let half = |all: usize| (HALF * all / 2, (HALF + 1) * all / 2);
+        let ((from, end), (first, last)) = (half(self.step), half(WIDE));
+        let of_half = &codes[from.min(codes.len())..end.min(codes.len())];
+        match in_place::<KIND>(codes, WIDE) {
+            Some(_) => of_half.chunks(LINE).for_each(|line| prefetch(&line[0], ahead)),
+            None => self.signed.unpack::<KIND, PARTS>(of_half, ahead, &mut to[first..last]),
+        }
+    }
+
+    /// Adds the sums of a run of a panel to its totals. (Compilers make it part of what calls it, as each has but one caller.)
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add<const TURN: usize, const LAST: bool>(&self, run: usize, sums: &Sums, totals: &mut Totals) {
+        let Some(panel) = self.panels.get(TURN) else { return };
+        let Some(starts) = self.x.begin::<LIMBS, TOGETHER>(panel.starts, run, 0) else { return };
+        let scalings = panel.scalings(panel.group + self.x.layout.group_of(run));
+        let (units, whole) = (&self.x.units::<TOGETHER>(run..run + 1)[0], &self.x.sums::<TOGETHER>(run..run + 1)[0]);
+        for band in 0..BANDS {
+            let mut scaling = scalings[band];
+            scaling.scales = _mm512_mul_ps(scaling.scales, _mm512_set1_ps(1.0 / Signed::times::<KIND>()));
+            for v in 0..TOGETHER {
+                let of = [&sums[band][v], &sums[band][TOGETHER + v], &sums[band][2 * TOGETHER + v]];
+                let of = begun::<KIND>(of, starts.map(|of| of[v]));
+                totals[v][band] = scaling.add(totals[v][band], of, units[v], whole[v]);
+            }
+        }
+    }
+
+    /// Adds up the products of a run of a panel, writes out the sums of the turn before, and adds those of the run before to
+    /// totals.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    fn turn<const TURN: usize>(&self, run: usize, scratch: &mut Scratch, totals: &mut Totals) {
+        let inputs = &self.x.digits().as_chunks::<ROWS>().0[run * self.steps * WIDE..];
+        self.tiles.clear::<TURN>();
+        for (step, inputs) in inputs.chunks_exact(WIDE).enumerate().take(self.steps) {
+            let turn = 2 * run + TURN;
+            let (at, now) = (turn * self.steps + step, self.codes(turn, step).0);
+            let (slot, later) = (at % RING, at + LATER);
+            let coming = self.codes(later / self.steps, later % self.steps);
+            if TURN < self.panels.len() {
+                let codes = in_place::<KIND>(now, WIDE).unwrap_or(&scratch.codes[slot]);
+                self.tiles.add_up::<TURN, KIND>(codes, inputs);
+            }
+            if step == 0 {
+                self.put_other::<TURN, 0>(scratch);
+            }
+            self.unpack::<0>(coming, &mut scratch.codes[later % RING]);
+            if step == 0 {
+                self.put_other::<TURN, 1>(scratch);
+            }
+            self.unpack::<1>(coming, &mut scratch.codes[later % RING]);
+        }
+        if let Some(before) = run.checked_sub(1) {
+            self.add::<TURN, false>(before, &scratch.sums[TURN], totals);
+        }
+    }
+
+    /// Writes out a band's sums of the turn before.
+    #[inline(always)]
+    fn put_other<const TURN: usize, const BAND: usize>(&self, scratch: &mut Scratch) {
+        if TURN == 0 { self.put::<1, BAND>(scratch) } else { self.put::<0, BAND>(scratch) }
+    }
+
+    /// Writes out a band's sums of a panel, if there is one.
+    #[inline(always)]
+    fn put<const TURN: usize, const BAND: usize>(&self, scratch: &mut Scratch) {
+        if TURN < self.panels.len() {
+            self.tiles.put::<TURN, BAND>(&mut scratch.sums[TURN]);
+        }
+    }
+}
