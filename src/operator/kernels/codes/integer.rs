@@ -119,8 +119,34 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
         }
         return;
     }
+    if let (Some(totals), true) = (totals.first_chunk::<TOGETHER>(), vectors == TOGETHER && available()) {
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        unsafe {
+            fours(totals, y);
+        }
+        return;
+    }
     for (r, y) in y.chunks_mut(vectors).enumerate() {
         y.iter_mut().zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
+    }
+}
+
+/// The same of four vectors.
+#[target_feature(enable = "avx512f")]
+fn fours(totals: &[[Lanes<f32>; BANDS]; TOGETHER], y: &mut [f32]) {
+    for (band, y) in y.as_chunks_mut::<TOGETHER>().0.chunks_mut(LANES).enumerate().take(BANDS) {
+        let of = totals.map(|totals| cast::<_, __m512i>(totals[band].0));
+        let (first, second) = (_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
+        let (third, fourth) = (_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+        // Those of every fourth row each.
+        let rows: [[[f32; TOGETHER]; LANES / TOGETHER]; TOGETHER] = [
+            cast(_mm512_unpacklo_epi64(first, third)),
+            cast(_mm512_unpackhi_epi64(first, third)),
+            cast(_mm512_unpacklo_epi64(second, fourth)),
+            cast(_mm512_unpackhi_epi64(second, fourth)),
+        ];
+        y.iter_mut().enumerate().for_each(|(r, y)| *y = rows[r % TOGETHER][r / TOGETHER]);
     }
 }
 

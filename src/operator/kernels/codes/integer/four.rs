@@ -9,11 +9,11 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use pulp::bytemuck::allocation::zeroed_box;
-use pulp::bytemuck::{Zeroable, cast};
+use pulp::bytemuck::{Zeroable, cast, cast_slice_mut, try_cast_slice};
 
 use super::inputs::Inputs;
 use super::matrix::{Registers, Shape, tiles};
-use super::panel::{Lanes, Pair, Signed, begun, in_place};
+use super::panel::{Lanes, Pair, Signed};
 use super::vectors::Panel;
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
@@ -176,6 +176,15 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     }
 }
 
+/// Where the codes of a step are: of a panel, so many bytes on by runs and steps, or in memory for unpacked ones.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    turn: usize,
+    run: usize,
+    step: usize,
+    slot: usize,
+}
+
 /// Two panels, of which the second may be missing: at turn 2r or 2r + 1 it is run r of one or the other.
 struct Turns<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> {
     panels: &'a [Panel<'a>],
@@ -186,6 +195,8 @@ struct Turns<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> {
     steps: usize,
     run: usize,
     step: usize,
+    /// Groups whose codes are as far ahead as what is asked for.
+    groups_ahead: usize,
 }
 
 impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, PARTS, WIDE> {
@@ -194,21 +205,25 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         let signed = Signed::new(panels.first().map_or(8, |panel| panel.bits));
         let bytes = |lanes: usize| lanes / PARTS * signed.chunk::<KIND>();
         let lanes = x.layout.run / EACH;
-        Turns { panels, x, tiles, signed, steps: lanes.div_ceil(WIDE), run: bytes(lanes), step: bytes(WIDE) }
+        let groups_ahead = x.layout.group_of(2 * AHEAD / bytes(lanes)).max(2);
+        Turns { panels, x, tiles, signed, steps: lanes.div_ceil(WIDE), run: bytes(lanes), step: bytes(WIDE), groups_ahead }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
     fn multiply(&self, scratch: &mut Scratch, totals: &mut [[Lanes<f32>; BANDS]]) {
-        for at in 0..LATER {
-            let codes = self.codes(at / self.steps, at % self.steps);
-            self.unpack::<0>(codes, &mut scratch.codes[at]);
-            self.unpack::<1>(codes, &mut scratch.codes[at]);
+        let (now, mut coming) = (Place::default(), Place::default());
+        for to in &mut scratch.codes[..LATER] {
+            let codes = self.codes(coming);
+            self.unpack::<0>(codes, to);
+            self.unpack::<1>(codes, to);
+            coming = self.after(coming);
         }
+        let mut places = [now, coming];
         let runs = self.x.layout.runs();
         let (mut first, mut second) = ([[_mm512_setzero_ps(); BANDS]; TOGETHER], [[_mm512_setzero_ps(); BANDS]; TOGETHER]);
         for run in 0..runs {
-            self.turn::<0>(run, scratch, &mut first);
-            self.turn::<1>(run, scratch, &mut second);
+            self.turn::<0>(run, &mut places, scratch, &mut first);
+            self.turn::<1>(run, &mut places, scratch, &mut second);
         }
         self.put::<1, 0>(scratch);
         self.put::<1, 1>(scratch);
@@ -219,26 +234,46 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         }
     }
 
-    /// The codes of a step of a turn, none behind the last, and how far those are that should be asked for.
+    /// The codes of a step, none behind the last, and how far those are that should be asked for.
     #[inline(always)]
-    fn codes(&self, turn: usize, step: usize) -> (&'a [u8], usize) {
-        let packed = self.panels.get(turn % 2).map_or(&[][..], |panel| panel.packed);
-        let from = (turn / 2 * self.run + step * self.step).min(packed.len());
+    fn codes(&self, place: Place) -> (&'a [u8], usize) {
+        let packed = self.panels.get(place.turn).map_or(&[][..], |panel| panel.packed);
+        let rest = packed.get(place.run + place.step..).unwrap_or_default();
         // (The panels that come next follow in memory.)
-        let ahead = if from + AHEAD < packed.len() { AHEAD } else { AHEAD + (self.panels.len() - 1) * packed.len() };
-        (&packed[from..packed.len().min(from + self.step)], ahead)
+        let ahead = if rest.len() > AHEAD { AHEAD } else { AHEAD + (self.panels.len() - 1) * packed.len() };
+        (&rest[..self.step.min(rest.len())], ahead)
+    }
+
+    /// Where the next step is.
+    #[inline(always)]
+    fn after(&self, Place { turn, run, step, slot }: Place) -> Place {
+        let slot = (slot + 1) % RING;
+        match (step + self.step < self.run, turn) {
+            (true, _) => Place { turn, run, step: step + self.step, slot },
+            (_, 0) => Place { turn: 1, run, step: 0, slot },
+            _ => Place { turn: 0, run: run + self.run, step: 0, slot },
+        }
     }
 
     /// Unpacks half of the codes of a step.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn unpack<const HALF: usize>(&self, (codes, ahead): (&[u8], usize), to: &mut [Pair; LANES]) {
-        let half = |all: usize| (HALF * all / 2, (HALF + 1) * all / 2);
-        let ((from, end), (first, last)) = (half(self.step), half(WIDE));
-        let of_half = &codes[from.min(codes.len())..end.min(codes.len())];
-        match in_place::<KIND>(codes, WIDE) {
-            Some(_) => of_half.chunks(LINE).for_each(|line| prefetch(&line[0], ahead)),
-            None => self.signed.unpack::<KIND, PARTS>(of_half, ahead, &mut to[first..last]),
+        // (How many there are is known to the compiler, but for those of the last step.)
+        let half = if KIND == 0 { self.step / 2 } else { WIDE / PARTS / 2 * BANDS * LINE };
+        let of_half = match codes.get(HALF * half..(HALF + 1) * half) {
+            Some(codes) => codes,
+            None => codes.get(HALF * half..).unwrap_or_default(),
+        };
+        let to = &mut to[HALF * WIDE / 2..(HALF + 1) * WIDE / 2];
+        match KIND {
+            8 => {
+                of_half.chunks(LINE).for_each(|line| prefetch(&line[0], ahead));
+                if in_place(codes, WIDE).is_none() {
+                    cast_slice_mut(to)[..of_half.len()].copy_from_slice(of_half);
+                }
+            }
+            _ => self.signed.unpack::<KIND, PARTS>(of_half, ahead, to),
         }
     }
 
@@ -248,7 +283,10 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
     fn add<const TURN: usize, const LAST: bool>(&self, run: usize, sums: &Sums, totals: &mut Totals) {
         let Some(panel) = self.panels.get(TURN) else { return };
         let Some(starts) = self.x.begin::<LIMBS, TOGETHER>(panel.starts, run, 0) else { return };
-        let scalings = panel.scalings(panel.group + self.x.layout.group_of(run));
+        let group = panel.group + self.x.layout.group_of(run);
+        let ahead = self.groups_ahead;
+        panel.grids.ask_for(group, ahead);
+        let scalings = panel.scalings(group);
         let (units, whole) = (&self.x.units::<TOGETHER>(run..run + 1)[0], &self.x.sums::<TOGETHER>(run..run + 1)[0]);
         for band in 0..BANDS {
             let mut scaling = scalings[band];
@@ -265,26 +303,31 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
     /// totals.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    fn turn<const TURN: usize>(&self, run: usize, scratch: &mut Scratch, totals: &mut Totals) {
+    fn turn<const TURN: usize>(
+        &self,
+        run: usize,
+        [now, coming]: &mut [Place; 2],
+        scratch: &mut Scratch,
+        totals: &mut Totals,
+    ) {
         let inputs = &self.x.digits().as_chunks::<ROWS>().0[run * self.steps * WIDE..];
         self.tiles.clear::<TURN>();
         for (step, inputs) in inputs.chunks_exact(WIDE).enumerate().take(self.steps) {
-            let turn = 2 * run + TURN;
-            let (at, now) = (turn * self.steps + step, self.codes(turn, step).0);
-            let (slot, later) = (at % RING, at + LATER);
-            let coming = self.codes(later / self.steps, later % self.steps);
             if TURN < self.panels.len() {
-                let codes = in_place::<KIND>(now, WIDE).unwrap_or(&scratch.codes[slot]);
+                let in_place = if KIND == 8 { in_place(self.codes(*now).0, WIDE) } else { None };
+                let codes = in_place.unwrap_or(&scratch.codes[now.slot]);
                 self.tiles.add_up::<TURN, KIND>(codes, inputs);
             }
+            let (codes, slot) = (self.codes(*coming), coming.slot);
             if step == 0 {
                 self.put_other::<TURN, 0>(scratch);
             }
-            self.unpack::<0>(coming, &mut scratch.codes[later % RING]);
+            self.unpack::<0>(codes, &mut scratch.codes[slot]);
             if step == 0 {
                 self.put_other::<TURN, 1>(scratch);
             }
-            self.unpack::<1>(coming, &mut scratch.codes[later % RING]);
+            self.unpack::<1>(codes, &mut scratch.codes[slot]);
+            (*now, *coming) = (self.after(*now), self.after(*coming));
         }
         if let Some(before) = run.checked_sub(1) {
             self.add::<TURN, false>(before, &scratch.sums[TURN], totals);
@@ -304,4 +347,22 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
             self.tiles.put::<TURN, BAND>(&mut scratch.sums[TURN]);
         }
     }
+}
+
+/// So many lanes of codes of eight bits where they lie, if all are there.
+#[inline(always)]
+fn in_place(codes: &[u8], lanes: usize) -> Option<&[Pair]> {
+    codes.get(..lanes * size_of::<Pair>()).and_then(|codes| try_cast_slice(codes).ok())
+}
+
+/// The sums of the digits of an input, with what those of codes of eight bits begin with, which have no signs.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn begun<const KIND: u8>(sums: [&Lanes<i32>; LIMBS], starts: [i32; LIMBS]) -> [__m512i; LIMBS] {
+    let mut begun = [_mm512_setzero_si512(); LIMBS];
+    for limb in 0..LIMBS {
+        let sum = cast(sums[limb].0);
+        begun[limb] = if KIND == 8 { _mm512_add_epi32(sum, _mm512_set1_epi32(starts[limb])) } else { sum };
+    }
+    begun
 }

@@ -12,10 +12,9 @@ use std::ops::Range;
 use pulp::bytemuck::cast;
 
 use super::matrix::{Shape, Sums, Tiles};
-use super::panel::{Lanes, Pair, Signed, begun, in_place};
+use super::panel::{Lanes, Pair, Signed};
 use super::vectors::{Panel, Scaling};
-use super::{BANDS, EACH, Inputs, LIMBS, LINE};
-use crate::simd::prefetch;
+use super::{BANDS, EACH, Inputs, LIMBS};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
@@ -101,13 +100,13 @@ impl Blocks {
         };
         let (codes, ahead) = codes_of(one, 0);
         for (codes, to) in codes.chunks(bytes).zip(unpacked[self.place(0)].chunks_mut(self.stride)) {
-            self.unpack::<KIND, PARTS>(&signed, shape, codes, ahead, to);
+            signed.unpack::<KIND, PARTS>(codes, ahead, to);
         }
         let mut start = 0;
         let mut sums = Sums::default();
         // What has its sums, but not its totals: nothing yet.
         let nothing = Scaling { scales: _mm512_setzero_ps(), shift: _mm512_setzero_ps() };
-        let (mut upper, mut beside, mut totals_of) = (nothing, Beside::NOTHING, 0);
+        let (mut scaling, mut beside, mut totals_of) = ([nothing; BANDS], (&[0.0; COUNT], &[0.0; COUNT]), 0);
         for (block, first) in (0..layout.runs()).step_by(self.runs).enumerate() {
             let runs = self.runs.min(layout.runs() - first);
             let first_group = layout.group_of(first);
@@ -120,7 +119,6 @@ impl Blocks {
             for (tile, (begin, _)) in x.tiles().enumerate() {
                 let from = tile * layout.runs() + first;
                 let (units, whole) = (x.units::<COUNT>(from..from + runs), x.sums::<COUNT>(from..from + runs));
-                let starts = &one.starts.as_chunks().0.as_chunks().0[from..from + runs];
                 number = start;
                 for (at, panel) in panels.iter().enumerate() {
                     let places = [self.place(number), self.place(self.after(number))];
@@ -134,70 +132,34 @@ impl Blocks {
                     };
                     let mut coming = coming.chunks(bytes);
                     let inputs = x.digits()[from * of_run..].chunks(of_run);
-                    let beside_all = units.iter().zip(whole).zip(starts);
-                    let of_runs = spare.chunks_mut(self.stride).zip(inputs).zip(beside_all);
-                    for (run, ((to, inputs), ((units, whole), starts))) in of_runs.enumerate() {
+                    let of_runs = spare.chunks_mut(self.stride).zip(inputs).zip(units.iter().zip(whole));
+                    for (run, ((to, inputs), all)) in of_runs.enumerate() {
                         let last = first + run + 1 == layout.runs();
                         let steps = if last { shape.steps(layout.lanes(first + run)) } else { steps };
-                        let (packed, _) = codes_of(panel, block);
-                        let packed = packed.get(run * bytes..).unwrap_or_default();
-                        let codes = match in_place::<KIND>(packed, steps * shape.lanes) {
-                            Some(codes) => codes,
-                            None => &codes[run * self.stride..],
-                        };
+                        let codes = &codes[run * self.stride..];
                         let piece = coming.next().unwrap_or_default();
-                        registers.add_up::<0, KIND>(steps, codes, inputs);
+                        registers.add_up::<0>(steps, codes, inputs);
                         registers.put::<1>(&mut sums);
-                        self.unpack::<KIND, PARTS>(&signed, shape, piece, ahead, to);
-                        add::<KIND, COUNT, 1>(&upper, &sums, &beside, totals, totals_of);
-                        registers.add_up::<1, KIND>(steps, codes, inputs);
+                        signed.unpack::<KIND, PARTS>(piece, ahead, to);
+                        add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
+                        registers.add_up::<1>(steps, codes, inputs);
                         registers.put::<0>(&mut sums);
                         let group = panel.group + if run == 0 { first_group } else { layout.group_of(first + run) };
                         if tile == 0 {
                             panel.grids.ask_for(group, groups_ahead);
                         }
-                        let lower;
-                        [lower, upper] = scalings::<KIND, COUNT>(panel, group);
-                        (beside, totals_of) = (Beside { units, whole, starts }, at * padded + begin);
-                        add::<KIND, COUNT, 0>(&lower, &sums, &beside, totals, totals_of);
+                        add::<COUNT, 1>(&scaling[1], &sums, beside, totals, totals_of);
+                        scaling = scalings::<KIND, COUNT>(panel, group);
+                        (beside, totals_of) = (all, at * padded + begin);
                     }
                 }
             }
             start = number;
         }
         registers.put::<1>(&mut sums);
-        add::<KIND, COUNT, 1>(&upper, &sums, &beside, totals, totals_of);
+        add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
+        add::<COUNT, 1>(&scaling[1], &sums, beside, totals, totals_of);
     }
-
-    /// Unpacks the codes of a run, unless they are read where they lie, and asks for those that are so many bytes ahead.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn unpack<const KIND: u8, const PARTS: usize>(
-        &self,
-        signed: &Signed,
-        shape: Shape,
-        codes: &[u8],
-        ahead: usize,
-        to: &mut [Pair],
-    ) {
-        match in_place::<KIND>(codes, shape.steps(self.stride) * shape.lanes) {
-            Some(_) => codes.chunks(LINE).for_each(|line| prefetch(&line[0], ahead)),
-            None => signed.unpack::<KIND, PARTS>(codes, ahead, to),
-        }
-    }
-}
-
-/// What inputs have beside their digits in a run.
-#[derive(Clone, Copy)]
-struct Beside<'x, const COUNT: usize> {
-    units: &'x [f32; COUNT],
-    whole: &'x [f32; COUNT],
-    /// What sums begin with, of codes without signs.
-    starts: &'x [[i32; COUNT]; LIMBS],
-}
-
-impl<const COUNT: usize> Beside<'_, COUNT> {
-    const NOTHING: Self = Beside { units: &[0.0; COUNT], whole: &[0.0; COUNT], starts: &[[0; COUNT]; LIMBS] };
 }
 
 /// What makes numbers of a group's sums, of each band. (Each kernel has its own, which compilers make part of the loop then.)
@@ -211,26 +173,28 @@ fn scalings<const KIND: u8, const COUNT: usize>(panel: &Panel<'_>, group: usize)
     scalings
 }
 
-/// Adds the sums of the digits of some inputs to totals from one on, of a band.
+/// Adds the sums of the digits of some inputs of some units and sums to totals from one on, of a band.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn add<const KIND: u8, const COUNT: usize, const BAND: usize>(
+fn add<const COUNT: usize, const BAND: usize>(
     scaling: &Scaling,
     sums: &Sums,
-    beside: &Beside<'_, COUNT>,
+    (units, whole): (&[f32; COUNT], &[f32; COUNT]),
     totals: &mut [[Lanes<f32>; BANDS]],
     from: usize,
 ) {
     let Some(totals) = totals[from..].first_chunk_mut::<COUNT>() else { return };
-    let of: &[_; LIMBS] = match sums.0[BAND].as_chunks::<COUNT>().0.first_chunk() {
-        Some(of) => of,
-        None => return,
-    };
+    let of = sums.0[BAND].as_chunks::<COUNT>().0;
+    let (high, middle, low) = (&of[0], &of[1], &of[LIMBS - 1]);
+    let (high, middle, low) = (high.as_chunks::<4>().0, middle.as_chunks::<4>().0, low.as_chunks::<4>().0);
+    let (totals, units, whole) = (totals.as_chunks_mut::<4>().0, units.as_chunks::<4>().0, whole.as_chunks::<4>().0);
     for four in 0..COUNT / 4 {
-        for v in 4 * four..4 * four + 4 {
-            let digits = begun::<KIND>([&of[0][v], &of[1][v], &of[2][v]], beside.starts.map(|starts| starts[v]));
+        let (high, middle, low) = (&high[four], &middle[four], &low[four]);
+        let (totals, units, whole) = (&mut totals[four], &units[four], &whole[four]);
+        for v in 0..4 {
+            let of = [cast(high[v].0), cast(middle[v].0), cast(low[v].0)];
             let total = &mut totals[v][BAND];
-            *total = Lanes(cast(scaling.add(cast(total.0), digits, beside.units[v], beside.whole[v])));
+            *total = Lanes(cast(scaling.add(cast(total.0), of, units[v], whole[v])));
         }
     }
 }

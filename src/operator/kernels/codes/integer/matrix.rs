@@ -2,7 +2,7 @@
 //!
 //! A tile register has up to 16 rows of 64 bytes. `tdpbssd` adds up the products of the signed bytes of one, of which each row
 //! is an input's, with those of another, of which each row is a lane of [`panel`](super::panel): a row of sums is an input's
-//! with 16 rows of the matrix; `tdpbsud` does with bytes that have no signs. The sums are those of `vpdpbusd`, to the last bit.
+//! with 16 rows of the matrix. The sums are those of `vpdpbusd`, to the last bit.
 
 use std::arch::asm;
 use std::marker::PhantomData;
@@ -207,27 +207,26 @@ pub(super) struct Shaped<'r> {
 }
 
 impl Shaped<'_> {
-    /// Adds up the products of the codes, which have signs but for those of eight bits, and inputs of some steps, of a band.
-    /// Inputs are zero where their lanes end.
+    /// Adds up the products of the codes and inputs of some steps, of a band. Inputs are zero where their lanes end.
     ///
     /// # Panics
     /// If there are not the codes and inputs of so many steps.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub(super) fn add_up<const BAND: usize, const KIND: u8>(self, steps: usize, codes: &[Pair], inputs: &[i32]) {
+    pub(super) fn add_up<const BAND: usize>(self, steps: usize, codes: &[Pair], inputs: &[i32]) {
         const { assert!(BAND < BANDS) };
         let shape = self.shape;
         let needed = steps.max(1) * shape.lanes;
         assert!(needed <= codes.len() && steps * shape.step() <= inputs.len(), "codes and inputs of all steps");
         let (mut codes, mut inputs) = (codes.as_ptr().cast::<Lanes<i32>>().wrapping_add(BAND), inputs.as_ptr());
         let (row, tile) = (shape.lanes * size_of::<i32>(), shape.tile() * size_of::<i32>());
-        macro_rules! with {
-            ($product:literal, $($sums:literal)+) => {
+        macro_rules! step {
+            ($($sums:literal)+) => {
                 tiles!(
                     "tileloadd tmm6, [{codes} + {line} * 2]",
                     $(
                         "tileloadd tmm7, [{inputs} + {row}]",
-                        concat!($product, " ", $sums, ", tmm7, tmm6"),
+                        concat!("tdpbssd ", $sums, ", tmm7, tmm6"),
                         "add {inputs}, {tile}"
                     ),+;
                     codes = in(reg) codes,
@@ -236,11 +235,6 @@ impl Shaped<'_> {
                     row = in(reg) row,
                     tile = in(reg) tile,
                 )
-            };
-        }
-        macro_rules! step {
-            ($($sums:literal)+) => {
-                if KIND == 8 { with!("tdpbsud", $($sums)+) } else { with!("tdpbssd", $($sums)+) }
             };
         }
         // SAFETY: the registers are configured so, as there is a `Registers`, which stays on its thread: nothing that is called

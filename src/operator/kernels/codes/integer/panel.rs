@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use pulp::bytemuck::{Pod, Zeroable, cast, try_cast_slice};
+use pulp::bytemuck::{Pod, Zeroable, cast};
 
 use super::bytes::Spread;
-use super::{BANDS, LANES, LIMBS, LINE};
+use super::{BANDS, LANES, LINE};
 use crate::simd::prefetch;
 
 /// A vector in memory.
@@ -134,8 +134,7 @@ impl Unpacking {
 pub(super) type Pair = [Lanes<i32>; BANDS];
 
 /// Codes as signed bytes that count from the middle, for matrix instructions: those that are halves or quarters of bytes at
-/// the upper end of theirs, as that takes the fewest instructions. Those of eight bits stay as they are, without signs, as
-/// they are read where they lie.
+/// the upper end of theirs, as that takes the fewest instructions.
 #[derive(Clone, Copy)]
 pub(super) struct Signed {
     unpacking: Unpacking,
@@ -192,7 +191,7 @@ impl Signed {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn lane<const KIND: u8, const PARTS: usize>(&self, codes: __m512i, part: usize) -> __m512i {
         let moved = match KIND {
-            8 => return codes,
+            8 => return _mm512_xor_si512(codes, self.half),
             0 => return _mm512_sub_epi8(self.unpacking.lane::<0>(codes, part), self.half),
             _ if part + 1 == PARTS => codes,
             _ => _mm512_sllv_epi32(codes, _mm512_set1_epi32(i32::from(KIND) * (PARTS - 1 - part) as i32)),
@@ -200,23 +199,4 @@ impl Signed {
         // The bits of a code, of which the highest is turned: less half of all levels, with a sign.
         _mm512_ternarylogic_epi32::<0x6a>(moved, self.upper, self.half)
     }
-}
-
-/// So many lanes of codes where they lie, if all are there, those of eight bits.
-#[inline(always)]
-pub(super) fn in_place<const KIND: u8>(codes: &[u8], lanes: usize) -> Option<&[Pair]> {
-    let codes = if KIND == 8 { codes.get(..lanes * size_of::<Pair>()) } else { None };
-    codes.and_then(|codes| try_cast_slice(codes).ok())
-}
-
-/// The sums of the digits of an input, with what those of codes without signs begin with.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn begun<const KIND: u8>(sums: [&Lanes<i32>; LIMBS], starts: [i32; LIMBS]) -> [__m512i; LIMBS] {
-    let mut begun = [_mm512_setzero_si512(); LIMBS];
-    for limb in 0..LIMBS {
-        let sum = cast(sums[limb].0);
-        begun[limb] = if KIND == 8 { _mm512_add_epi32(sum, _mm512_set1_epi32(starts[limb])) } else { sum };
-    }
-    begun
 }
