@@ -137,12 +137,19 @@ impl Blocks {
                         let last = first + run + 1 == layout.runs();
                         let steps = if last { shape.steps(layout.lanes(first + run)) } else { steps };
                         let codes = &codes[run * self.stride..];
-                        let piece = coming.next().unwrap_or_default();
-                        registers.add_up::<0>(steps, codes, inputs);
+                        let mut rest = Rest { codes: coming.next().unwrap_or_default(), ahead, to };
+                        registers.clear::<0>();
+                        for (codes, inputs) in codes.chunks(shape.lanes).zip(inputs.chunks(shape.step())).take(steps) {
+                            registers.add_up::<0>(codes, inputs);
+                            rest.unpack::<KIND, PARTS, 0>(&signed, shape);
+                        }
                         registers.put::<1>(&mut sums);
-                        signed.unpack::<KIND, PARTS>(piece, ahead, to);
                         add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
-                        registers.add_up::<1>(steps, codes, inputs);
+                        registers.clear::<1>();
+                        for (codes, inputs) in codes.chunks(shape.lanes).zip(inputs.chunks(shape.step())).take(steps) {
+                            registers.add_up::<1>(codes, inputs);
+                            rest.unpack::<KIND, PARTS, 1>(&signed, shape);
+                        }
                         registers.put::<0>(&mut sums);
                         let group = panel.group + if run == 0 { first_group } else { layout.group_of(first + run) };
                         if tile == 0 {
@@ -159,6 +166,30 @@ impl Blocks {
         registers.put::<1>(&mut sums);
         add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
         add::<COUNT, 1>(&scaling[1], &sums, beside, totals, totals_of);
+    }
+}
+
+/// What is to be unpacked of a run, and how far ahead is what is asked for.
+struct Rest<'a> {
+    codes: &'a [u8],
+    ahead: usize,
+    to: &'a mut [Pair],
+}
+
+impl Rest<'_> {
+    /// Unpacks half of a step. (For each band: compilers make it part of what calls it, as each has but one caller.)
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn unpack<const KIND: u8, const PARTS: usize, const BAND: usize>(&mut self, signed: &Signed, shape: Shape) {
+        if self.codes.is_empty() {
+            return;
+        }
+        let lanes = (shape.lanes / 2).next_multiple_of(PARTS).min(self.to.len());
+        let bytes = (lanes / PARTS * signed.chunk::<KIND>()).min(self.codes.len());
+        let (codes, to) = (self.codes, std::mem::take(&mut self.to));
+        let (now, later) = to.split_at_mut(lanes);
+        signed.unpack::<KIND, PARTS>(&codes[..bytes], self.ahead, now);
+        (self.codes, self.to) = (&codes[bytes..], later);
     }
 }
 

@@ -207,18 +207,33 @@ pub(super) struct Shaped<'r> {
 }
 
 impl Shaped<'_> {
-    /// Adds up the products of the codes and inputs of some steps, of a band. Inputs are zero where their lanes end.
-    ///
-    /// # Panics
-    /// If there are not the codes and inputs of so many steps.
+    /// Begins the sums of a band.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub(super) fn add_up<const BAND: usize>(self, steps: usize, codes: &[Pair], inputs: &[i32]) {
+    pub(super) fn clear<const BAND: usize>(self) {
+        const { assert!(BAND < BANDS) };
+        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
+        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
+        // system restores them for each thread. No memory is touched.
+        unsafe {
+            match BAND {
+                0 => tiles!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2";),
+                _ => tiles!("tilezero tmm3", "tilezero tmm4", "tilezero tmm5";),
+            }
+        }
+    }
+
+    /// Adds the products of the codes and inputs of a step, of a band. Inputs are zero where their lanes end.
+    ///
+    /// # Panics
+    /// If there are not the codes and inputs of a step.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    pub(super) fn add_up<const BAND: usize>(self, codes: &[Pair], inputs: &[i32]) {
         const { assert!(BAND < BANDS) };
         let shape = self.shape;
-        let needed = steps.max(1) * shape.lanes;
-        assert!(needed <= codes.len() && steps * shape.step() <= inputs.len(), "codes and inputs of all steps");
-        let (mut codes, mut inputs) = (codes.as_ptr().cast::<Lanes<i32>>().wrapping_add(BAND), inputs.as_ptr());
+        assert!(shape.lanes <= codes.len() && shape.step() <= inputs.len(), "codes and inputs of a step");
+        let (codes, inputs) = (codes.as_ptr().cast::<Lanes<i32>>().wrapping_add(BAND), inputs.as_ptr());
         let (row, tile) = (shape.lanes * size_of::<i32>(), shape.tile() * size_of::<i32>());
         macro_rules! step {
             ($($sums:literal)+) => {
@@ -231,26 +246,17 @@ impl Shaped<'_> {
                     ),+;
                     codes = in(reg) codes,
                     line = in(reg) size_of::<Lanes<i32>>(),
-                    inputs = inout(reg) inputs,
+                    inputs = inout(reg) inputs => _,
                     row = in(reg) row,
                     tile = in(reg) tile,
                 )
             };
         }
-        // SAFETY: the registers are configured so, as there is a `Registers`, which stays on its thread: nothing that is called
-        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. Of each step a vector is read for each row of the register of codes, the
-        // first or second of each pair from that of the step on, and as many inputs as all registers of inputs of a step
-        // have: there are these by the assertion. No other memory is touched, nor the stack.
+        // SAFETY: the registers are configured, as above. A vector is read for each row of the register of codes, the first or
+        // second of each pair, and as many inputs as all registers of inputs of a step have: there are these by the assertion.
+        // No other memory is touched, nor the stack.
         unsafe {
-            match BAND {
-                0 => tiles!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2";),
-                _ => tiles!("tilezero tmm3", "tilezero tmm4", "tilezero tmm5";),
-            }
-            for _ in 0..steps {
-                with_sums!(BAND, shape.tiles, step);
-                codes = codes.wrapping_add(BANDS * shape.lanes);
-            }
+            with_sums!(BAND, shape.tiles, step);
         }
     }
 
