@@ -115,7 +115,7 @@ fn all(c: &mut Criterion) {
         Err(error) => return eprintln!("{error}"),
     };
     let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(1).build() else { return };
-    for batch in [1, 4, 8, 16, 128] {
+    for batch in [1, 3, 4, 8, 16, 128] {
         let x = numbers(batch, n);
         let mut group = c.benchmark_group(format!("operator/f32/{n}/batch {batch}"));
         for (name, operator) in &forms {

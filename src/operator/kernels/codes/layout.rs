@@ -82,8 +82,24 @@ pub(super) fn unit_of(largest: f32) -> f32 {
     if !largest.is_finite() {
         return f32::NAN;
     }
+    // (Any unit serves zeros, and the least one would make numbers that processors are slow to multiply.)
+    if largest == 0.0 {
+        return 1.0;
+    }
     // The power of two at or above the quotient; the least normal number serves what is smaller still.
     let quotient = (largest / LARGEST).max(f32::MIN_POSITIVE);
     let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
     if below < quotient { below * 2.0 } else { below }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_have_a_unit_like_any() {
+        // (With the least one products of scales would be subnormal, which take processors hundreds of cycles.)
+        assert_eq!((unit(&[0.0; 5]), unit(&[])), (1.0, 1.0));
+        assert!(unit(&[0.0, f32::MIN_POSITIVE / 4.0]) == f32::MIN_POSITIVE && unit(&[1.0, f32::NAN]).is_nan());
+    }
 }

@@ -20,7 +20,7 @@ use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
 use crate::simd::prefetch;
 
 /// Inputs for which this is the faster way, at least.
-pub(super) const FEWEST: usize = 2;
+pub(super) const FEWEST: usize = 3;
 /// Digits of all inputs.
 const ROWS: usize = LIMBS * TOGETHER;
 /// Steps from codes that meet inputs to those that are unpacked, and steps that there is memory for.
