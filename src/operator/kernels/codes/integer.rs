@@ -127,6 +127,10 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
         }
         return;
     }
+    if let (Some(totals), 1) = (totals.first(), vectors) {
+        y.chunks_mut(LANES).zip(totals).for_each(|(y, totals)| y.copy_from_slice(&totals.0[..y.len()]));
+        return;
+    }
     for (r, y) in y.chunks_mut(vectors).enumerate() {
         y.iter_mut().zip(totals).for_each(|(y, totals)| *y = totals[r / LANES].0[r % LANES]);
     }

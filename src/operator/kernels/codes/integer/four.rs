@@ -230,7 +230,9 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         self.add::<0, true>(runs - 1, &scratch.sums[0], &mut first);
         self.add::<1, true>(runs - 1, &scratch.sums[1], &mut second);
         for (to, of) in totals.chunks_mut(TOGETHER).zip([first, second]) {
-            to.iter_mut().zip(of).for_each(|(to, of)| *to = of.map(|of| Lanes(cast(of))));
+            for (to, of) in to.iter_mut().zip(of) {
+                *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
+            }
         }
     }
 

@@ -47,7 +47,10 @@ impl Panel<'_> {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut totals: [[__m512; BANDS]; V] = to.map(|of| of.map(|band| cast(band.0)));
+        let mut totals = [[_mm512_setzero_ps(); BANDS]; V];
+        for (totals, of) in totals.iter_mut().zip(&*to) {
+            *totals = [cast(of[0].0), cast(of[1].0)];
+        }
         let unpacking = Unpacking::new(self.bits);
         let mut codes = self.packed.chunks_exact(unpacking.chunk());
         for number in 0..x.layout.runs() {
@@ -87,7 +90,9 @@ impl Panel<'_> {
                 }
             }
         }
-        *to = totals.map(|of| of.map(|band| Lanes(cast(band))));
+        for (to, of) in to.iter_mut().zip(totals) {
+            *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
+        }
     }
 
     /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
