@@ -4,8 +4,8 @@
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
 //! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
-//! Where there are matrix instructions, more than a few inputs meet the bytes in those ([`many`]), with the same sums, or codes
-//! of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the
+//! Where there are matrix instructions, more than two inputs meet the bytes in those ([`four`], [`many`]), with the same sums, or,
+//! more than four, codes of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the
 //! same codes meet inputs in vectors of 8 rows ([`avx2`]).
 
 use std::arch::x86_64::*;
@@ -181,7 +181,9 @@ enum Meeting {
 impl Meeting {
     fn new(x: &Inputs, bits: u8) -> Self {
         match x.way {
-            Way::Bytes(shape) if shape.inputs == TOGETHER => Meeting::Four(four::Tiles::new(shape), four::Scratch::new()),
+            Way::Bytes(shape) if shape.inputs == TOGETHER => {
+                Meeting::Four(four::Tiles::new(shape), four::Scratch::new())
+            }
             Way::Bytes(shape) => {
                 let blocks = Blocks::new(x, shape);
                 Meeting::Bytes(Tiles::new(shape), blocks, blocks.scratch())
@@ -197,7 +199,7 @@ impl Meeting {
     fn panels(&self, x: &Inputs) -> usize {
         match self {
             Meeting::Vectors | Meeting::Narrow(..) => 1,
-            Meeting::Four(..) => 2,
+            Meeting::Four(..) => four::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
         }

@@ -23,6 +23,8 @@ use crate::simd::prefetch;
 pub(super) const FEWEST: usize = 3;
 /// Digits of all inputs.
 const ROWS: usize = LIMBS * TOGETHER;
+/// Panels by turns.
+pub(super) const PANELS: usize = 2;
 /// Steps from codes that meet inputs to those that are unpacked, and steps that there is memory for.
 const LATER: usize = 2;
 const RING: usize = 2 * LATER;
@@ -44,7 +46,7 @@ pub(super) fn shape(layout: &Layout) -> Option<Shape> {
 #[repr(C, align(64))]
 pub(super) struct Scratch {
     codes: [[Pair; LANES]; RING],
-    sums: [Sums; 2],
+    sums: [Sums; PANELS],
 }
 
 // SAFETY: it has numbers of 32 bits only, all bytes of which may be zero.
@@ -159,7 +161,7 @@ impl Tiles {
     }
 }
 
-/// Adds the products of some panels with all inputs.
+/// Adds the products of one panel, or of [`PANELS`], with all inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     panels: &[Panel<'_>],
@@ -168,11 +170,9 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     scratch: &mut Scratch,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
-    for (panels, totals) in panels.chunks(2).zip(totals.chunks_mut(2 * TOGETHER)) {
-        match tiles.lanes {
-            LANES => Turns::<KIND, PARTS, LANES>::new(panels, x, tiles).multiply(scratch, totals),
-            _ => Turns::<KIND, PARTS, { LANES / 2 }>::new(panels, x, tiles).multiply(scratch, totals),
-        }
+    match tiles.lanes {
+        LANES => Turns::<KIND, PARTS, LANES>::new(panels, x, tiles).multiply(scratch, totals),
+        _ => Turns::<KIND, PARTS, { LANES / 2 }>::new(panels, x, tiles).multiply(scratch, totals),
     }
 }
 
@@ -206,7 +206,16 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         let bytes = |lanes: usize| lanes / PARTS * signed.chunk::<KIND>();
         let lanes = x.layout.run / EACH;
         let groups_ahead = x.layout.group_of(2 * AHEAD / bytes(lanes)).max(2);
-        Turns { panels, x, tiles, signed, steps: lanes.div_ceil(WIDE), run: bytes(lanes), step: bytes(WIDE), groups_ahead }
+        Turns {
+            panels,
+            x,
+            tiles,
+            signed,
+            steps: lanes.div_ceil(WIDE),
+            run: bytes(lanes),
+            step: bytes(WIDE),
+            groups_ahead,
+        }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
@@ -220,7 +229,8 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         }
         let mut places = [now, coming];
         let runs = self.x.layout.runs();
-        let (mut first, mut second) = ([[_mm512_setzero_ps(); BANDS]; TOGETHER], [[_mm512_setzero_ps(); BANDS]; TOGETHER]);
+        let (mut first, mut second) =
+            ([[_mm512_setzero_ps(); BANDS]; TOGETHER], [[_mm512_setzero_ps(); BANDS]; TOGETHER]);
         for run in 0..runs {
             self.turn::<0>(run, &mut places, scratch, &mut first);
             self.turn::<1>(run, &mut places, scratch, &mut second);
@@ -286,8 +296,7 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         let Some(panel) = self.panels.get(TURN) else { return };
         let Some(starts) = self.x.begin::<LIMBS, TOGETHER>(panel.starts, run, 0) else { return };
         let group = panel.group + self.x.layout.group_of(run);
-        let ahead = self.groups_ahead;
-        panel.grids.ask_for(group, ahead);
+        panel.grids.ask_for(group, self.groups_ahead);
         let scalings = panel.scalings(group);
         let (units, whole) = (&self.x.units::<TOGETHER>(run..run + 1)[0], &self.x.sums::<TOGETHER>(run..run + 1)[0]);
         for band in 0..BANDS {

@@ -215,7 +215,8 @@ fn no_sum_of_the_largest_products_overflows() {
             assert!(!available() && Digits::all(bits).next().is_none());
             continue;
         };
-        let ways = Digits::all(bits).map(Way::Narrow).chain(available().then_some(Way::Vectors));
+        let four = four::shape(&layout).filter(|_| matrix::available()).map(Way::Bytes);
+        let ways = Digits::all(bits).map(Way::Narrow).chain(available().then_some(Way::Vectors)).chain(four);
         for (way, count) in ways.flat_map(|way| [1, 2, 4].map(|count| (way, count))) {
             let x = Inputs::laid_out(Array2::from_elem((n, count), whole as f32).view(), layout, way);
             let (mut y, exact) = (vec![f32::NAN; m * count], most * whole * n as f64);

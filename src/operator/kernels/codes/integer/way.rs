@@ -33,8 +33,8 @@ pub(super) enum Way {
 }
 
 impl Way {
-    /// For so many inputs, and how columns are cut then: eight or sixteen at a time by matrix instructions, where there are such,
-    /// but for a few. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written out.
+    /// For so many inputs, and how columns are cut then: four, eight or sixteen at a time by matrix instructions, where there are
+    /// such, but for one or two, and for four where groups do not end with tiles. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written out.
     pub(super) fn new<T: Real>(inputs: usize, bits: u8, group: usize, columns: usize) -> Option<(Self, Layout)> {
         let layout = Layout::new::<T>(bits, group, columns)?;
         if !available() {
@@ -42,7 +42,8 @@ impl Way {
             return digits.map(|digits| (Way::Narrow(digits), layout));
         }
         if inputs <= TOGETHER || !matrix::available() {
-            let four = four::shape(&layout).filter(|_| inputs >= four::FEWEST && matrix::available());
+            let takes = inputs >= four::FEWEST && matrix::available();
+            let four = four::shape(&layout).filter(|_| takes);
             return Some((four.map_or(Way::Vectors, Way::Bytes), layout));
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
