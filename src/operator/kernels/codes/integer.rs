@@ -24,6 +24,7 @@ mod kept;
 mod many;
 mod matrix;
 mod panel;
+mod runs;
 mod vectors;
 mod way;
 

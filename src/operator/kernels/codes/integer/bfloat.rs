@@ -12,8 +12,9 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::digits::padded;
-use super::matrix::{Registers, tiles};
+use super::matrix::tiles;
 use super::panel::{Lanes, Unpacking};
+use super::runs::{Runs, of_run};
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LINE};
 use crate::simd::prefetch_early;
@@ -156,41 +157,20 @@ impl Cutting {
     }
 }
 
-/// Assembly, for the registers that have the sums of a run.
-macro_rules! of_run {
-    ($run:expr, $code:ident) => {
-        match $run % 2 {
-            0 => $code!("tmm0", "tmm1"),
-            _ => $code!("tmm2", "tmm3"),
-        }
-    };
-}
-
 /// Tile registers: the sums of two bands of a run and of the next, and a step's codes of two bands and inputs of two digits.
-pub(super) struct Tiles<const COUNT: usize>(Registers);
+pub(super) struct Tiles<const COUNT: usize>(Runs<COUNT>);
 
 impl<const COUNT: usize> Tiles<COUNT> {
     /// # Panics
     /// Without the instructions.
     pub(super) fn new() -> Self {
-        const { assert!(COUNT <= LANES) };
-        let (inputs, codes) = ((COUNT as u8, 64), (LANES as u8, 64));
-        Tiles(Registers::new([inputs, inputs, inputs, inputs, codes, codes, inputs, inputs]))
+        Tiles(Runs::new(LANES))
     }
 
     /// Begins a run.
     #[inline(always)]
-    #[allow(unsafe_code)]
     pub(super) fn clear(&self, run: usize) {
-        macro_rules! clear {
-            ($first:literal, $second:literal) => {
-                tiles!(concat!("tilezero ", $first), concat!("tilezero ", $second);)
-            };
-        }
-        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
-        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. No memory is touched.
-        unsafe { of_run!(run, clear) }
+        self.0.clear(run);
     }
 
     /// Adds the products of the codes of a step with the largest digits of inputs. The codes stay for the other digits.
@@ -211,7 +191,7 @@ impl<const COUNT: usize> Tiles<COUNT> {
                 )
             };
         }
-        // SAFETY: the registers are configured, as above. Of each band of the codes 16 rows of 64 bytes are read, and of the
+        // SAFETY: the registers are configured, as [`Runs`] says. Of each band of the codes 16 rows of 64 bytes are read, and of the
         // digit one for each of COUNT inputs: as many as there are. No other memory is touched, nor the stack.
         unsafe { of_run!(run, first) }
     }
@@ -238,26 +218,7 @@ impl<const COUNT: usize> Tiles<COUNT> {
 
     /// Writes the sums of a band of a run.
     #[inline(always)]
-    #[allow(unsafe_code)]
     pub(super) fn put<const BAND: usize>(&self, run: usize, to: &mut Sums) {
-        macro_rules! put {
-            ($first:literal, $second:literal) => {
-                match BAND {
-                    0 => tiles!(
-                        concat!("tilestored [{to} + {line}], ", $first);
-                        to = in(reg) &raw mut to[0],
-                        line = in(reg) size_of::<Lanes<f32>>(),
-                    ),
-                    _ => tiles!(
-                        concat!("tilestored [{to} + {line}], ", $second);
-                        to = in(reg) &raw mut to[1],
-                        line = in(reg) size_of::<Lanes<f32>>(),
-                    ),
-                }
-            };
-        }
-        // SAFETY: the registers are configured, as above. COUNT rows of 64 bytes are written: there are 16, no fewer. No other
-        // memory is touched, nor the stack.
-        unsafe { of_run!(run, put) }
+        self.0.put::<BAND, _, LANES>(run, to);
     }
 }

@@ -12,8 +12,9 @@ use pulp::bytemuck::allocation::zeroed_box;
 use pulp::bytemuck::{Zeroable, cast, cast_slice_mut, try_cast_slice};
 
 use super::inputs::Inputs;
-use super::matrix::{Registers, Shape, tiles};
+use super::matrix::{Shape, tiles};
 use super::panel::{Lanes, Pair, Signed};
+use super::runs::{Runs, of_run};
 use super::vectors::Panel;
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
@@ -60,20 +61,10 @@ impl Scratch {
     }
 }
 
-/// Assembly, for the registers that have the sums of a turn.
-macro_rules! of_turn {
-    ($turn:expr, $code:ident) => {
-        match $turn {
-            0 => $code!("tmm0", "tmm1"),
-            _ => $code!("tmm2", "tmm3"),
-        }
-    };
-}
-
 /// Tile registers: sums of two bands of each turn, and a step's codes of two bands and inputs.
 pub(super) struct Tiles {
     lanes: usize,
-    _registers: Registers,
+    runs: Runs<ROWS>,
 }
 
 impl Tiles {
@@ -81,24 +72,7 @@ impl Tiles {
     /// Without the instructions, and for a shape of other than four inputs.
     pub(super) fn new(shape: Shape) -> Self {
         assert!((shape.tiles, shape.rows) == (1, ROWS) && shape.lanes <= LANES, "a tile of four inputs");
-        let (sums, codes) = ((ROWS as u8, 64), (shape.lanes as u8, 64));
-        let inputs = (ROWS as u8, (shape.lanes * size_of::<i32>()) as u16);
-        Tiles { lanes: shape.lanes, _registers: Registers::new([sums, sums, sums, sums, codes, codes, inputs, inputs]) }
-    }
-
-    /// Begins the sums of a turn.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    fn clear<const TURN: usize>(&self) {
-        macro_rules! clear {
-            ($first:literal, $second:literal) => {
-                tiles!(concat!("tilezero ", $first), concat!("tilezero ", $second);)
-            };
-        }
-        // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
-        // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. No memory is touched.
-        unsafe { of_turn!(TURN, clear) }
+        Tiles { lanes: shape.lanes, runs: Runs::new(shape.lanes) }
     }
 
     /// Adds the products of a step's codes with inputs. (Codes of eight bits have no signs.)
@@ -129,35 +103,10 @@ impl Tiles {
                 if KIND == 8 { with!("tdpbsud", $first, $second) } else { with!("tdpbssd", $first, $second) }
             };
         }
-        // SAFETY: the registers are configured, as above. Of the codes as many pairs of vectors are read as there are lanes, the
+        // SAFETY: the registers are configured, as [`Runs`] says. Of the codes as many pairs of vectors are read as there are lanes, the
         // first of each and then the second, and of the inputs as many rows of lanes as there are digits: there are these by the
         // assertion. No other memory is touched, nor the stack.
-        unsafe { of_turn!(TURN, add_up) }
-    }
-
-    /// Writes the sums of a band of a turn.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    fn put<const TURN: usize, const BAND: usize>(&self, to: &mut Sums) {
-        macro_rules! put {
-            ($first:literal, $second:literal) => {
-                match BAND {
-                    0 => tiles!(
-                        concat!("tilestored [{to} + {line}], ", $first);
-                        to = in(reg) &raw mut to[0],
-                        line = in(reg) size_of::<Lanes<i32>>(),
-                    ),
-                    _ => tiles!(
-                        concat!("tilestored [{to} + {line}], ", $second);
-                        to = in(reg) &raw mut to[1],
-                        line = in(reg) size_of::<Lanes<i32>>(),
-                    ),
-                }
-            };
-        }
-        // SAFETY: the registers are configured, as above. As many rows of 64 bytes are written as there are digits: a band has
-        // room for these. No other memory is touched, nor the stack.
-        unsafe { of_turn!(TURN, put) }
+        unsafe { of_run!(TURN, add_up) }
     }
 }
 
@@ -322,7 +271,7 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
         totals: &mut Totals,
     ) {
         let inputs = &self.x.digits().as_chunks::<ROWS>().0[run * self.steps * WIDE..];
-        self.tiles.clear::<TURN>();
+        self.tiles.runs.clear(TURN);
         for (step, inputs) in inputs.chunks_exact(WIDE).enumerate().take(self.steps) {
             if TURN < self.panels.len() {
                 let in_place = if KIND == 8 { in_place(self.codes(*now).0, WIDE) } else { None };
@@ -355,7 +304,7 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
     #[inline(always)]
     fn put<const TURN: usize, const BAND: usize>(&self, scratch: &mut Scratch) {
         if TURN < self.panels.len() {
-            self.tiles.put::<TURN, BAND>(&mut scratch.sums[TURN]);
+            self.tiles.runs.put::<BAND, _, ROWS>(TURN, &mut scratch.sums[TURN]);
         }
     }
 }
