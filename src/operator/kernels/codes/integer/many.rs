@@ -3,8 +3,8 @@
 //! Of the columns of a block the nearest cache holds the digits of a tile of inputs, which come from the next cache once for
 //! some panels, and codes as bytes: of one panel while those of the next are unpacked, or of all that more than one tile
 //! meets. While matrix instructions add up the products of a band of rows of a run, vectors make numbers of the sums of the
-//! band before and unpack codes: each by turns for a few dozen instructions, as a processor looks no farther ahead to mix
-//! them. So what is done beside a product should be little: numbers of inputs and digits are known when this is compiled.
+//! run before and unpack codes by half steps: each by turns for a few dozen instructions, as a processor looks no farther ahead
+//! to mix them. So what is done beside a product should be little: numbers of inputs and digits are known when this is compiled.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
