@@ -1,9 +1,9 @@
 //! Products of codes with up to four inputs, by matrix instructions of bytes: two panels by turns.
 //!
 //! All digits of four inputs are the rows of one tile, which the codes of both panels meet while it is at hand. To write sums
-//! out takes 17 cycles, however few rows they have, and little goes beside it; so all else should be little:
-//! totals stay in vectors, codes are unpacked by one step or two, and those of eight bits are read where they lie. As in
-//! [`few`](super::few), codes are unpacked two steps ahead, and sums are scaled when two more runs have begun.
+//! out takes 17 cycles, however few rows they have, and little goes beside it; so all else should be little: totals stay in
+//! vectors, and codes of eight bits are read where they lie. As in [`few`](super::few), others are unpacked two steps ahead, and
+//! sums are scaled some time after they were written: when the next run of the panel has begun.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -144,7 +144,7 @@ struct Turns<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> {
     steps: usize,
     run: usize,
     step: usize,
-    /// Groups whose codes are as far ahead as what is asked for.
+    /// Groups to those whose scales are asked for: twice as far ahead as codes.
     groups_ahead: usize,
 }
 

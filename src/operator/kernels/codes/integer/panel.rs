@@ -150,8 +150,8 @@ impl Signed {
             0 => 0,
             bits => u8::MAX << (8 - bits),
         };
-        let half = if kind(bits) == 0 { 1 << (bits - 1) } else { 1 << 7 };
-        let (upper, half) = (_mm512_set1_epi8(upper as i8), _mm512_set1_epi8(half as u8 as i8));
+        let half = if kind(bits) == 0 { 1u8 << (bits - 1) } else { 1 << 7 };
+        let (upper, half) = (_mm512_set1_epi8(upper as i8), _mm512_set1_epi8(half as i8));
         Signed { unpacking: Unpacking::new(bits), upper, half }
     }
 

@@ -42,9 +42,9 @@ impl Way {
             return digits.map(|digits| (Way::Narrow(digits), layout));
         }
         if inputs <= TOGETHER || !matrix::available() {
-            let takes = inputs >= four::FEWEST && matrix::available();
-            let four = four::shape(&layout).filter(|_| takes);
-            return Some((four.map_or(Way::Vectors, Way::Bytes), layout));
+            let four = matrix::available() && inputs >= four::FEWEST;
+            let shape = if four { four::shape(&layout) } else { None };
+            return Some((shape.map_or(Way::Vectors, Way::Bytes), layout));
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
         let numbers = Way::Numbers(together);
