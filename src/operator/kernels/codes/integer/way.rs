@@ -34,7 +34,8 @@ pub(super) enum Way {
 
 impl Way {
     /// For so many inputs, and how columns are cut then: four, eight or sixteen at a time by matrix instructions, where there are
-    /// such, but for one or two, and for four where groups do not end with tiles. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written out.
+    /// such, but for one or two, and for four where groups do not end with tiles. `None` if there is no kernel for such rows here,
+    /// or if there are so many that rows had better be written out.
     pub(super) fn new<T: Real>(inputs: usize, bits: u8, group: usize, columns: usize) -> Option<(Self, Layout)> {
         let layout = Layout::new::<T>(bits, group, columns)?;
         if !available() {
