@@ -4,7 +4,8 @@
 //!
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
 //! order of the matrix. Bound by bytes at batch 1: expect 2× for half of them where the dense matrix does
-//! not fit into the cache.
+//! not fit into the cache. The groups "from memory" make sure of that: they go through copies of the weight, as
+//! a token goes through the weights of a model; `WEIGHTPRESS_BENCH_MIB=512` sets how many MiB of each form.
 
 use std::hint::black_box;
 
@@ -17,8 +18,12 @@ use weightpress::operator::{
 };
 use weightpress::scalar::DType;
 
+fn variable(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
 fn order() -> usize {
-    std::env::var("WEIGHTPRESS_BENCH_N").ok().and_then(|n| n.parse().ok()).unwrap_or(256)
+    variable("WEIGHTPRESS_BENCH_N", 256)
 }
 
 fn numbers(m: usize, n: usize) -> Array2<f32> {
@@ -122,6 +127,25 @@ fn all(c: &mut Criterion) {
             group.bench_function(*name, |b| {
                 // On a worker thread products run sequentially.
                 pool.install(|| b.iter(|| operator.forward(black_box(x.view())).is_ok()))
+            });
+        }
+        group.finish();
+    }
+    let least = (variable("WEIGHTPRESS_BENCH_MIB", 1) << 20) as u64;
+    for batch in [1, 4, 8, 16] {
+        let x = numbers(batch, n);
+        let mut group = c.benchmark_group(format!("operator/f32/{n}/from memory, batch {batch}"));
+        for (name, operator) in &forms {
+            let (mut copies, mut next) = (Vec::new(), 0);
+            group.bench_function(*name, |b| {
+                // Here, so that what is filtered out takes no memory.
+                copies.resize(least.div_ceil(operator.bytes()) as usize, operator.clone());
+                pool.install(|| {
+                    b.iter(|| {
+                        next = (next + 1) % copies.len();
+                        copies[next].forward(black_box(x.view())).is_ok()
+                    })
+                })
             });
         }
         group.finish();
