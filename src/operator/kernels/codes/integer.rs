@@ -50,9 +50,6 @@ const LIMBS: usize = 3;
 /// Inputs that meet codes together, at most: their sums fill the registers.
 const TOGETHER: usize = 4;
 
-/// Bytes between what is multiplied and what is asked for.
-const AHEAD: usize = 8192;
-
 /// Whether the machine has the instructions. (The answer is kept by the standard library.)
 pub(super) fn available() -> bool {
     cfg!(feature = "avx512")
@@ -199,7 +196,8 @@ impl Meeting {
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors | Meeting::Narrow(..) => 1,
+            Meeting::Vectors => vectors::PANELS,
+            Meeting::Narrow(..) => 1,
             Meeting::Four(..) => four::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
@@ -234,11 +232,7 @@ impl Meeting {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
-            Meeting::Vectors => {
-                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    panel.multiply::<KIND, PARTS>(x, totals);
-                }
-            }
+            Meeting::Vectors => vectors::multiply::<KIND, PARTS>(panels, x, totals),
             Meeting::Four(tiles, scratch) => four::multiply::<KIND, PARTS>(panels, x, tiles, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {
                 let task = Task { panels, x, tiles, unpacked, totals };

@@ -9,7 +9,7 @@ use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
 use super::panel::{Lanes, Unpacking};
-use super::{AHEAD, BANDS, LANES, LIMBS, TOGETHER};
+use super::{BANDS, LANES, LIMBS, TOGETHER};
 use crate::simd::prefetch;
 
 /// Some rows.
@@ -23,50 +23,82 @@ pub(super) struct Panel<'a> {
     pub starts: &'a [i32],
 }
 
-impl Panel<'_> {
-    /// Adds the products with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<const KIND: u8, const PARTS: usize>(&self, x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
-        for (first, count) in x.tiles() {
-            match count {
-                1 => self.tile::<KIND, PARTS, 1>(x, first, totals),
-                2 => self.tile::<KIND, PARTS, 2>(x, first, totals),
-                _ => self.tile::<KIND, PARTS, TOGETHER>(x, first, totals),
+/// Panels that are multiplied together: two streams of codes come from memory faster than one.
+pub(super) const PANELS: usize = 2;
+/// Bytes of a panel between what is multiplied and what is asked for.
+const AHEAD: usize = 1024;
+
+/// Adds the products of one panel, or of [`PANELS`], with all inputs. (Codes are unpacked for each few: that costs less than to
+/// read them as bytes.)
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
+    panels: &[Panel<'_>],
+    x: &Inputs,
+    totals: &mut [[Lanes<f32>; BANDS]],
+) {
+    for (first, count) in x.tiles() {
+        match (panels.first_chunk::<PANELS>(), count) {
+            (Some(panels), 1) => tile::<KIND, PARTS, 1, PANELS>(panels, x, first, totals),
+            (Some(panels), 2) => tile::<KIND, PARTS, 2, PANELS>(panels, x, first, totals),
+            _ => {
+                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
+                    let panel = std::array::from_ref(panel);
+                    match count {
+                        1 => tile::<KIND, PARTS, 1, 1>(panel, x, first, totals),
+                        2 => tile::<KIND, PARTS, 2, 1>(panel, x, first, totals),
+                        _ => tile::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
+                    }
+                }
             }
         }
     }
+}
 
-    /// Adds the products with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
-    /// instructions: vectors would have to be in memory.)
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    #[allow(unsafe_code, clippy::needless_range_loop)]
-    fn tile<const KIND: u8, const PARTS: usize, const V: usize>(
-        &self,
-        x: &Inputs,
-        first: usize,
-        totals: &mut [[Lanes<f32>; BANDS]],
-    ) {
-        let Some(to) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut totals = [[_mm512_setzero_ps(); BANDS]; V];
-        for (totals, of) in totals.iter_mut().zip(&*to) {
-            *totals = [cast(of[0].0), cast(of[1].0)];
+/// Adds the products of P panels with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
+/// instructions: vectors would have to be in memory.)
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+#[allow(unsafe_code, clippy::needless_range_loop)]
+fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
+    panels: &[Panel<'_>; P],
+    x: &Inputs,
+    first: usize,
+    to: &mut [[Lanes<f32>; BANDS]],
+) {
+    let unpacking = Unpacking::new(panels[0].bits);
+    let chunk = unpacking.chunk();
+    let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
+    let mut rest = [&[][..]; P];
+    for p in 0..P {
+        rest[p] = panels[p].packed;
+        let Some(of) = to[p * x.padded() + first..].first_chunk::<V>() else { return };
+        for v in 0..V {
+            totals[p][v] = [cast(of[v][0].0), cast(of[v][1].0)];
         }
-        let unpacking = Unpacking::new(self.bits);
-        let mut codes = self.packed.chunks_exact(unpacking.chunk());
-        for number in 0..x.layout.runs() {
-            let group = self.group + x.layout.group_of(number);
-            let Some(starts) = x.begin::<LIMBS, V>(self.starts, number, first) else { return };
-            let (units, whole) = x.beside(number, first, V);
-            let mut sums = [[[_mm512_setzero_si512(); BANDS]; V]; LIMBS];
+    }
+    for number in 0..x.layout.runs() {
+        let (units, whole) = x.beside(number, first, V);
+        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; LIMBS]; P];
+        for p in 0..P {
+            let Some(starts) = x.begin::<LIMBS, V>(panels[p].starts, number, first) else { return };
             for limb in 0..LIMBS {
                 for v in 0..V {
-                    sums[limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
+                    sums[p][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
-            let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
-            for (limbs, codes) in limbs.iter().zip(&mut codes) {
-                prefetch(&codes[0], AHEAD);
-                prefetch(&codes[0], AHEAD + 64);
+        }
+        let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
+        let bytes = limbs.len() * chunk;
+        // (The panels that come next follow in memory.)
+        let ahead = if rest[0].len() > AHEAD { AHEAD } else { AHEAD + (P - 1) * panels[0].packed.len() };
+        let mut codes = [&[][..]; P];
+        for p in 0..P {
+            (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
+        }
+        for (at, limbs) in limbs.iter().enumerate() {
+            for p in 0..P {
+                let Some(codes) = codes[p].get(at * chunk..(at + 1) * chunk) else { return };
+                prefetch(&codes[0], ahead);
+                prefetch(&codes[0], ahead + 64);
                 // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
                 let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
                 for part in 0..PARTS {
@@ -75,26 +107,32 @@ impl Panel<'_> {
                             let input = _mm512_set1_epi32(limbs[part][limb][v]);
                             for band in 0..BANDS {
                                 let lane = unpacking.lane::<KIND>(loaded[band], part);
-                                let sum = &mut sums[limb][v][band];
+                                let sum = &mut sums[p][limb][v][band];
                                 *sum = _mm512_dpbusd_epi32(*sum, lane, input);
                             }
                         }
                     }
                 }
             }
-            let scalings = self.scalings(group);
+        }
+        for p in 0..P {
+            let scalings = panels[p].scalings(panels[p].group + x.layout.group_of(number));
             for (band, scaling) in scalings.iter().enumerate() {
                 for v in 0..V {
-                    let limbs = [sums[0][v][band], sums[1][v][band], sums[2][v][band]];
-                    totals[v][band] = scaling.add(totals[v][band], limbs, units[v], whole[v]);
+                    let limbs = [sums[p][0][v][band], sums[p][1][v][band], sums[p][2][v][band]];
+                    totals[p][v][band] = scaling.add(totals[p][v][band], limbs, units[v], whole[v]);
                 }
             }
         }
-        for (to, of) in to.iter_mut().zip(totals) {
+    }
+    for p in 0..P {
+        for (to, of) in to[p * x.padded() + first..].iter_mut().zip(totals[p]) {
             *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
         }
     }
+}
 
+impl Panel<'_> {
     /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
     #[inline]
     #[target_feature(enable = "avx512f")]
