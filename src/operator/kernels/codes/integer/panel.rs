@@ -6,7 +6,7 @@ use pulp::bytemuck::{Pod, Zeroable, cast};
 
 use super::bytes::Spread;
 use super::{BANDS, LANES, LINE};
-use crate::simd::prefetch;
+use crate::simd::prefetch_early;
 
 /// A vector in memory.
 #[derive(Debug, Clone, Copy, Default)]
@@ -174,8 +174,8 @@ impl Signed {
     #[allow(unsafe_code)]
     pub(super) fn unpack<const KIND: u8, const PARTS: usize>(&self, codes: &[u8], ahead: usize, to: &mut [Pair]) {
         for (codes, to) in codes.chunks_exact(self.chunk::<KIND>()).zip(to.as_chunks_mut::<PARTS>().0) {
-            prefetch(&codes[0], ahead);
-            prefetch(&codes[0], ahead + LINE);
+            prefetch_early(&codes[0], ahead);
+            prefetch_early(&codes[0], ahead + LINE);
             // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
             let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
             for (part, to) in to.iter_mut().enumerate() {
