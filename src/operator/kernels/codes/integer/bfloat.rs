@@ -17,7 +17,7 @@ use super::panel::{Lanes, Unpacking};
 use super::runs::{Runs, of_run};
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LINE};
-use crate::simd::prefetch;
+use crate::simd::prefetch_early;
 
 /// Bits of the widest codes: as many as a number has behind its leading bit.
 pub(super) const WIDEST: u8 = 7;
@@ -100,8 +100,8 @@ impl Table {
         for chunk in 0..chunks {
             let from = (first + chunk) * bytes;
             let Some(codes) = codes.get(from..from + bytes) else { return };
-            prefetch(&codes[0], ahead);
-            prefetch(&codes[0], ahead + LINE);
+            prefetch_early(&codes[0], ahead);
+            prefetch_early(&codes[0], ahead + LINE);
             // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
             let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
             for band in 0..BANDS {
