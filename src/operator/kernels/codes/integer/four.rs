@@ -15,7 +15,7 @@ use super::inputs::Inputs;
 use super::matrix::{Shape, tiles};
 use super::panel::{Lanes, Pair, Signed};
 use super::runs::{Runs, of_run};
-use super::vectors::Panel;
+use super::vectors::{Panel, ahead};
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
 use crate::simd::prefetch;
@@ -200,9 +200,7 @@ impl<'a, const KIND: u8, const PARTS: usize, const WIDE: usize> Turns<'a, KIND, 
     fn codes(&self, place: Place) -> (&'a [u8], usize) {
         let packed = self.panels.get(place.turn).map_or(&[][..], |panel| panel.packed);
         let rest = packed.get(place.run + place.step..).unwrap_or_default();
-        // (The panels that come next follow in memory.)
-        let ahead = if rest.len() > AHEAD { AHEAD } else { AHEAD + (self.panels.len() - 1) * packed.len() };
-        (&rest[..self.step.min(rest.len())], ahead)
+        (&rest[..self.step.min(rest.len())], ahead(AHEAD, rest, self.panels))
     }
 
     /// Where the next step is.

@@ -28,6 +28,14 @@ pub(super) const PANELS: usize = 2;
 /// Bytes of a panel between what is multiplied and what is asked for.
 const AHEAD: usize = 1024;
 
+/// Bytes from the first of what is left of some panel to what should be asked for, so far on in the same panel, or in those that come
+/// next: they follow in memory behind all that are multiplied together.
+#[inline(always)]
+pub(super) fn ahead(far: usize, rest: &[u8], together: &[Panel<'_>]) -> usize {
+    let others = || together.iter().skip(1).map(|panel| panel.packed.len()).sum::<usize>();
+    if rest.len() > far { far } else { far + others() }
+}
+
 /// Adds the products of one panel, or of [`PANELS`], with all inputs. (Codes are unpacked for each few: that costs less than to
 /// read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
@@ -88,8 +96,7 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
         }
         let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
         let bytes = limbs.len() * chunk;
-        // (The panels that come next follow in memory.)
-        let ahead = if rest[0].len() > AHEAD { AHEAD } else { AHEAD + (P - 1) * panels[0].packed.len() };
+        let ahead = ahead(AHEAD, rest[0], panels);
         let mut codes = [&[][..]; P];
         for p in 0..P {
             (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
