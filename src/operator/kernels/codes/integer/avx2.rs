@@ -28,7 +28,7 @@ use self::sums::{sums_of_bytes, sums_of_pairs, sums_of_twelve};
 const ROWS: usize = 8;
 const VECTORS: usize = PANEL / ROWS;
 /// Bytes between what is multiplied and what is asked for.
-const AHEAD: usize = 1536;
+const AHEAD: usize = 2048;
 
 /// Digits that inputs are cut into.
 #[derive(Debug, Clone, Copy, PartialEq)]
