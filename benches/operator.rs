@@ -5,7 +5,8 @@
 //! Small by default, so that `cargo bench -- --test` takes seconds. `WEIGHTPRESS_BENCH_N=4096` sets the
 //! order of the matrix. Bound by bytes at batch 1: expect 2× for half of them where the dense matrix does
 //! not fit into the cache. The groups "from memory" make sure of that: they go through copies of the weight, as
-//! a token goes through the weights of a model; `WEIGHTPRESS_BENCH_MIB=512` sets how many MiB of each form.
+//! a token goes through the weights of a model; `WEIGHTPRESS_BENCH_MIB=512` sets how many MiB of each form. Weights that
+//! are read from files lie on huge pages; so do these with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`.
 
 use std::hint::black_box;
 
