@@ -121,7 +121,7 @@ fn all(c: &mut Criterion) {
         Err(error) => return eprintln!("{error}"),
     };
     let Ok(pool) = rayon::ThreadPoolBuilder::new().num_threads(1).build() else { return };
-    for batch in [1, 3, 4, 8, 16, 128] {
+    for batch in [1, 2, 3, 4, 8, 16, 128] {
         let x = numbers(batch, n);
         let mut group = c.benchmark_group(format!("operator/f32/{n}/batch {batch}"));
         for (name, operator) in &forms {
@@ -133,7 +133,7 @@ fn all(c: &mut Criterion) {
         group.finish();
     }
     let least = (variable("WEIGHTPRESS_BENCH_MIB", 1) << 20) as u64;
-    for batch in [1, 4, 8, 16] {
+    for batch in [1, 2, 4, 8, 16] {
         let x = numbers(batch, n);
         let mut group = c.benchmark_group(format!("operator/f32/{n}/from memory, batch {batch}"));
         for (name, operator) in &forms {
