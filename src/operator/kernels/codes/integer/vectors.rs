@@ -23,10 +23,11 @@ pub(super) struct Panel<'a> {
     pub starts: &'a [i32],
 }
 
-/// Panels that are multiplied together: two streams of codes come from memory faster than one.
+/// Panels that are multiplied together, with one input: two streams of codes come from memory faster than one. (With two inputs
+/// their sums would have to be in memory.)
 pub(super) const PANELS: usize = 2;
-/// Bytes of a panel between what is multiplied and what is asked for.
-const AHEAD: usize = 1024;
+/// Bytes of all panels between what is multiplied and what is asked for.
+const AHEAD: usize = 2048;
 
 /// Bytes from the first of what is left of some panel to what should be asked for, so far on in the same panel, or in those that come
 /// next: they follow in memory behind all that are multiplied together.
@@ -45,18 +46,16 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     for (first, count) in x.tiles() {
-        match (panels.first_chunk::<PANELS>(), count) {
-            (Some(panels), 1) => tile::<KIND, PARTS, 1, PANELS>(panels, x, first, totals),
-            (Some(panels), 2) => tile::<KIND, PARTS, 2, PANELS>(panels, x, first, totals),
-            _ => {
-                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    let panel = std::array::from_ref(panel);
-                    match count {
-                        1 => tile::<KIND, PARTS, 1, 1>(panel, x, first, totals),
-                        2 => tile::<KIND, PARTS, 2, 1>(panel, x, first, totals),
-                        _ => tile::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
-                    }
-                }
+        if let (Some(panels), 1) = (panels.first_chunk::<PANELS>(), count) {
+            tile::<KIND, PARTS, 1, PANELS>(panels, x, first, totals);
+            continue;
+        }
+        for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
+            let panel = std::array::from_ref(panel);
+            match count {
+                1 => tile::<KIND, PARTS, 1, 1>(panel, x, first, totals),
+                2 => tile::<KIND, PARTS, 2, 1>(panel, x, first, totals),
+                _ => tile::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
             }
         }
     }
@@ -96,7 +95,7 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
         }
         let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
         let bytes = limbs.len() * chunk;
-        let ahead = ahead(AHEAD, rest[0], panels);
+        let ahead = ahead(AHEAD / P, rest[0], panels);
         let mut codes = [&[][..]; P];
         for p in 0..P {
             (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
