@@ -96,6 +96,7 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
         let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
         let bytes = limbs.len() * chunk;
         let ahead = ahead(AHEAD / P, rest[0], panels);
+        // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
         let mut codes = [&[][..]; P];
         for p in 0..P {
             (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
