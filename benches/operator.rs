@@ -34,6 +34,7 @@ fn numbers(m: usize, n: usize) -> Array2<f32> {
 fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     let w = numbers(n, n);
     let dense = |a: Array2<f32>| Operator::Dense(Dense::new(a));
+    let compact = |a: Array2<f32>| Ok(Operator::Dense(Dense::rounded(a, DType::BF16)?.compact()));
     let quarter = n / 4;
     // r(2n − r) = n²/2; the pivots lie scattered, as they do in a weight.
     let r = (n as f64 * (1.0 - 0.5f64.sqrt())) as usize;
@@ -107,9 +108,11 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         ("armor, blocks of 64", armor(64)?),
         ("Monarch, √n blocks", monarch(DType::F32)?),
         ("Monarch, √n blocks, bf16", monarch(DType::BF16)?),
-        ("factors r=n÷4", Operator::product_of(factors.map(dense).into())?),
+        ("factors r=n÷4", Operator::product_of(factors.clone().map(dense).into())?),
+        ("factors r=n÷4, bf16", Operator::product_of(factors.map(compact).into_iter().collect::<Result<_>>()?)?),
         ("pivot rows, half", Operator::product_of(vec![Operator::Interpolative(left), dense(wide)])?),
         ("pivot columns, half", Operator::product_of(vec![dense(tall), Operator::Interpolative(right)])?),
+        ("dense, bf16", compact(w.clone())?),
         ("dense", dense(w)),
     ])
 }

@@ -12,7 +12,6 @@ use rayon::prelude::*;
 use serde::Deserialize;
 use weightpress::checkpoint::{Checkpoint, Loader};
 use weightpress::operator::{Dense, LinearOperator, Operator};
-use weightpress::tensor::Tensor;
 
 use super::attention::{Heads, Rotary, attention};
 use super::math::{losses, rms_norm, swiglu};
@@ -214,11 +213,12 @@ impl Llama {
     pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
         let config = Config::read(checkpoint)?;
         let has_head = checkpoint.info("lm_head.weight").is_some();
-        let head = if has_head { Some(checkpoint.loader()?.operator("lm_head.weight")?) } else { None };
-        let embedding = checkpoint.get(EMBEDDING)?.matrix::<f32>()?.into_owned();
+        let mut weights = checkpoint.loader()?;
+        let head = if has_head { Some(weights.operator("lm_head.weight")?) } else { None };
+        let Operator::Dense(embedding) = weights.operator(EMBEDDING)? else { bail!("{EMBEDDING} is compressed") };
         let expected = (config.vocab_size, config.hidden_size);
         let head_shape = head.as_ref().map_or(expected, LinearOperator::shape);
-        for (name, (rows, columns)) in [(EMBEDDING, embedding.dim()), ("lm_head.weight", head_shape)] {
+        for (name, (rows, columns)) in [(EMBEDDING, embedding.shape()), ("lm_head.weight", head_shape)] {
             ensure!(
                 (rows, columns) == expected,
                 "{name} is {rows}x{columns}, config.json says {}x{}",
@@ -233,7 +233,7 @@ impl Llama {
             norm.len(),
             config.hidden_size
         );
-        Ok(Llama { norm, config, embedding: Dense::new(embedding), layers: Vec::new(), head })
+        Ok(Llama { norm, config, embedding, layers: Vec::new(), head })
     }
 
     /// The embeddings of tokens, features × tokens.
@@ -242,7 +242,7 @@ impl Llama {
         if let Some(&wrong) = tokens.iter().find(|&&token| token >= known) {
             bail!("token {wrong} of a vocabulary of {known}: the tokenizer is another model's");
         }
-        Ok(self.embedding.values().select(Axis(0), tokens).reversed_axes().as_standard_layout().into_owned())
+        Ok(self.embedding.rows(tokens)?.reversed_axes().as_standard_layout().into_owned())
     }
 
     /// Final hidden states, features × tokens, of tokens that follow those in the cache; it takes them in.

@@ -8,6 +8,7 @@ use ndarray::{ArrayView2, ArrayViewMut2, s};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::cell::Cell;
 use super::vector::{Ahead, alone, parts, share};
 use crate::scalar::Real;
 use crate::simd::{Aligned, prefetch};
@@ -16,7 +17,7 @@ use crate::simd::{Aligned, prefetch};
 const WIDE: usize = 8;
 const NARROW: usize = 6;
 /// Vectors that are multiplied so at all: rows meet all of them at once, columns in two turns.
-pub(super) const MOST: usize = 2 * WIDE;
+pub(crate) const MOST: usize = 2 * WIDE;
 
 /// Vectors that are multiplied together on this machine.
 fn together() -> usize {
@@ -43,7 +44,7 @@ pub(super) fn multiply_few<T: Real>(
     if n < 2 || !(by_rows || by_columns) {
         return false;
     }
-    let run = |y: &mut [T]| if by_rows { times::<T, false>(a, b, y) } else { times::<T, true>(a.t(), b, y) };
+    let run = |y: &mut [T]| if by_rows { times::<T, T, false>(a, b, y) } else { times::<T, T, true>(a.t(), b, y) };
     match c.as_slice_mut() {
         Some(y) if alpha == T::one() && beta == T::zero() => run(y),
         _ => {
@@ -58,17 +59,22 @@ pub(super) fn multiply_few<T: Real>(
     true
 }
 
-/// y = A·B, or Aᵀ·B, row by row, for A whose rows lie in order in memory.
-fn times<T: Real, const TRANSPOSED: bool>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, y: &mut [T]) {
-    if alone(&a) {
-        return Arch::new().dispatch(Product::<T, TRANSPOSED> { a, b, y });
+/// y = A·B, or Aᵀ·B, row by row, for A whose rows lie in order in memory. (The last number of a row may be none: a zero.)
+pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
+    a: ArrayView2<'_, C>,
+    b: ArrayView2<'_, T>,
+    y: &mut [T],
+) {
+    if alone(&a) || y.is_empty() {
+        return Arch::new().dispatch(Product::<T, C, TRANSPOSED> { a, b, y });
     }
     let n = b.ncols();
     let share = share(y.len() / n);
     y.par_chunks_mut(share * n).enumerate().for_each(|(i, y)| {
         let own = i * share..i * share + y.len() / n;
-        let a = if TRANSPOSED { a.slice(s![.., own]) } else { a.slice(s![own, ..]) };
-        Arch::new().dispatch(Product::<T, TRANSPOSED> { a, b, y });
+        let cells = own.start / C::PARTS..own.end.div_ceil(C::PARTS);
+        let a = if TRANSPOSED { a.slice(s![.., cells]) } else { a.slice(s![own, ..]) };
+        Arch::new().dispatch(Product::<T, C, TRANSPOSED> { a, b, y });
     });
 }
 
@@ -100,13 +106,13 @@ macro_rules! by_parts {
 }
 
 /// y = A·B, or Aᵀ·B.
-struct Product<'a, T, const TRANSPOSED: bool> {
-    a: ArrayView2<'a, T>,
+struct Product<'a, T, C, const TRANSPOSED: bool> {
+    a: ArrayView2<'a, C>,
     b: ArrayView2<'a, T>,
     y: &'a mut [T],
 }
 
-impl<T: Real, const TRANSPOSED: bool> WithSimd for Product<'_, T, TRANSPOSED> {
+impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> WithSimd for Product<'_, T, C, TRANSPOSED> {
     type Output = ();
 
     #[inline(always)]
@@ -115,7 +121,7 @@ impl<T: Real, const TRANSPOSED: bool> WithSimd for Product<'_, T, TRANSPOSED> {
     }
 }
 
-impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
+impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> {
     /// The products with N vectors, for R rows of A at a time.
     #[inline(always)]
     fn part<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
@@ -129,8 +135,8 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
     fn by_rows<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
         let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
         let mut x = Aligned::default();
-        let x = x.numbers(k.next_multiple_of(lanes) * N);
-        side_by_side(self.b.slice(s![.., first..first + N]), lanes, x);
+        let x = x.numbers(k.next_multiple_of(lanes) * C::PARTS * N);
+        side_by_side(self.b.slice(s![.., first..first + N]), (lanes, C::PARTS), x);
         let x = T::vectors::<S>(x).0.as_chunks::<N>().0;
         let ahead = Ahead::new(&self.a, R);
         let row = |i: usize| self.a.row(i).to_slice().unwrap_or_default();
@@ -141,12 +147,12 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
                 *of = row(i + r);
             }
             let y = &mut self.y[i * n..(i + R) * n];
-            for (y, sums) in y.chunks_exact_mut(n).zip(dots::<S, T, R, N>(s, rows, x, ahead)) {
+            for (y, sums) in y.chunks_exact_mut(n).zip(dots::<S, T, C, R, N>(s, rows, x, ahead)) {
                 y[first..first + N].copy_from_slice(&sums);
             }
         }
         for i in groups..m {
-            let [sums] = dots::<S, T, 1, N>(s, [row(i)], x, ahead);
+            let [sums] = dots::<S, T, C, 1, N>(s, [row(i)], x, ahead);
             self.y[i * n + first..][..N].copy_from_slice(&sums);
         }
     }
@@ -154,32 +160,36 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
 
 /// Rows times vectors that stand side by side.
 #[inline(always)]
-fn dots<S: Simd, T: Real, const R: usize, const N: usize>(
+fn dots<S: Simd, T: Real, C: Cell<T>, const R: usize, const N: usize>(
     s: S,
-    rows: [&[T]; R],
+    rows: [&[C]; R],
     x: &[[T::V<S>; N]],
     ahead: Ahead,
 ) -> [[T; N]; R] {
-    let whole = whole::<S, T, R>(rows);
-    let (x, last) = x.split_at(whole[0].len());
+    let whole = whole::<S, T, C, R>(rows);
+    let (x, last) = x.split_at(whole[0].len() * C::PARTS);
     let mut sums = [[T::splat(s, T::zero()); N]; R];
     // Loops over indices throughout: iterators over arrays leave the sums in memory.
-    for (part, ahead) in ahead.parts::<T::V<S>>(x.len()) {
-        let (x, whole) = (&x[part.clone()], parts(&whole, &part));
-        for j in 0..x.len() {
+    for (part, ahead) in ahead.parts::<C::V<S>>(whole[0].len()) {
+        let (x, whole) = (&x[part.start * C::PARTS..part.end * C::PARTS], parts(&whole, &part));
+        for (j, x) in x.chunks_exact(C::PARTS).enumerate() {
             for r in 0..R {
                 prefetch(&whole[r][j], ahead);
-                for v in 0..N {
-                    sums[r][v] = T::fma(s, whole[r][j], x[j][v], sums[r][v]);
+                for (p, x) in x.iter().enumerate() {
+                    let numbers = C::part(s, whole[r][j], p);
+                    for v in 0..N {
+                        sums[r][v] = T::fma(s, numbers, x[v], sums[r][v]);
+                    }
                 }
             }
         }
     }
-    if let Some(last) = last.first() {
-        for r in 0..R {
-            let rest = T::load(s, T::vectors::<S>(rows[r]).1);
+    for r in 0..R {
+        let rest = C::load(s, C::vectors::<S>(rows[r]).1);
+        for (p, x) in last.iter().enumerate() {
+            let numbers = C::part(s, rest, p);
             for v in 0..N {
-                sums[r][v] = T::fma(s, rest, last[v], sums[r][v]);
+                sums[r][v] = T::fma(s, numbers, x[v], sums[r][v]);
             }
         }
     }
@@ -194,18 +204,26 @@ fn dots<S: Simd, T: Real, const R: usize, const N: usize>(
 
 /// The whole vectors of rows that are equally long.
 #[inline(always)]
-fn whole<S: Simd, T: Real, const R: usize>(rows: [&[T]; R]) -> [&[T::V<S>]; R] {
+fn whole<S: Simd, T: Real, C: Cell<T>, const R: usize>(rows: [&[C]; R]) -> [&[C::V<S>]; R] {
     let (mut whole, count) = ([&[][..]; R], rows[0].len() / T::lanes::<S>());
     for r in 0..R {
-        whole[r] = &T::vectors::<S>(rows[r]).0[..count];
+        whole[r] = &C::vectors::<S>(rows[r]).0[..count];
     }
     whole
 }
 
-/// Vectors side by side: of each the numbers of as many lanes, zeros beyond their end.
-fn side_by_side<T: Real>(b: ArrayView2<'_, T>, lanes: usize, to: &mut [T]) {
+/// Where number i of vector v of n lies: of each vector the first parts of as many cells as there are lanes, then the second.
+#[inline(always)]
+fn place(i: usize, v: usize, n: usize, (lanes, parts): (usize, usize)) -> usize {
+    let (cell, part) = (i / parts, i % parts);
+    ((cell / lanes * parts + part) * n + v) * lanes + cell % lanes
+}
+
+/// Vectors side by side, zeros beyond their end.
+#[inline(always)]
+fn side_by_side<T: Real>(b: ArrayView2<'_, T>, shape: (usize, usize), to: &mut [T]) {
     let n = b.ncols();
-    let mut put = |i: usize, v: usize, number: T| to[(i / lanes * n + v) * lanes + i % lanes] = number;
+    let mut put = |i: usize, v: usize, number: T| to[place(i, v, n, shape)] = number;
     match b.as_slice() {
         Some(numbers) => {
             for (i, row) in numbers.chunks_exact(n).enumerate() {
@@ -220,12 +238,12 @@ fn side_by_side<T: Real>(b: ArrayView2<'_, T>, lanes: usize, to: &mut [T]) {
     }
 }
 
-impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
+impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> {
     #[inline(always)]
     fn by_columns<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
         let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
         let mut memory = Aligned::default();
-        let memory = memory.numbers(k.next_multiple_of(lanes) * N);
+        let memory = memory.numbers(k.next_multiple_of(lanes) * C::PARTS * N);
         let sums = T::vectors_mut::<S>(memory).0.as_chunks_mut::<N>().0;
         let ahead = Ahead::new(&self.a, R);
         let groups = m / R * R;
@@ -235,11 +253,9 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
         for i in groups..m {
             self.add::<S, 1, N>(s, i, first, ahead, sums);
         }
-        for (y, sums) in self.y.chunks_mut(lanes * n).zip(memory.chunks_exact(N * lanes)) {
-            for (l, y) in y.chunks_exact_mut(n).enumerate() {
-                for v in 0..N {
-                    y[first + v] = sums[v * lanes + l];
-                }
+        for (i, y) in self.y.chunks_exact_mut(n).enumerate() {
+            for v in 0..N {
+                y[first + v] = memory[place(i, v, N, (lanes, C::PARTS))];
             }
         }
     }
@@ -261,26 +277,30 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
                 *factor = T::splat(s, self.b[(i + r, first + v)]);
             }
         }
-        let whole = whole::<S, T, R>(rows);
-        let (sums, last) = sums.split_at_mut(whole[0].len());
-        for (part, ahead) in ahead.parts::<T::V<S>>(sums.len()) {
-            let (sums, whole) = (&mut sums[part.clone()], parts(&whole, &part));
-            for j in 0..sums.len() {
-                let mut own = sums[j];
-                for r in 0..R {
-                    prefetch(&whole[r][j], ahead);
-                    for v in 0..N {
-                        own[v] = T::fma(s, whole[r][j], factors[r][v], own[v]);
+        let whole = whole::<S, T, C, R>(rows);
+        let (sums, last) = sums.split_at_mut(whole[0].len() * C::PARTS);
+        for (part, ahead) in ahead.parts::<C::V<S>>(whole[0].len()) {
+            let (sums, whole) = (&mut sums[part.start * C::PARTS..part.end * C::PARTS], parts(&whole, &part));
+            for (j, sums) in sums.chunks_exact_mut(C::PARTS).enumerate() {
+                whole.iter().for_each(|row| prefetch(&row[j], ahead));
+                for (p, sums) in sums.iter_mut().enumerate() {
+                    let mut own = *sums;
+                    for r in 0..R {
+                        let numbers = C::part(s, whole[r][j], p);
+                        for v in 0..N {
+                            own[v] = T::fma(s, numbers, factors[r][v], own[v]);
+                        }
                     }
+                    *sums = own;
                 }
-                sums[j] = own;
             }
         }
-        if let Some(last) = last.first_mut() {
-            for r in 0..R {
-                let rest = T::load(s, T::vectors::<S>(rows[r]).1);
+        for r in 0..R {
+            let rest = C::load(s, C::vectors::<S>(rows[r]).1);
+            for (p, last) in last.iter_mut().enumerate() {
+                let numbers = C::part(s, rest, p);
                 for v in 0..N {
-                    last[v] = T::fma(s, rest, factors[r][v], last[v]);
+                    last[v] = T::fma(s, numbers, factors[r][v], last[v]);
                 }
             }
         }
@@ -288,89 +308,4 @@ impl<T: Real, const TRANSPOSED: bool> Product<'_, T, TRANSPOSED> {
 }
 
 #[cfg(test)]
-mod tests {
-    use ndarray::Array2;
-
-    use super::*;
-    use crate::linalg::vector::{levels, numbers, on};
-
-    fn naive<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
-        Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| {
-            a.row(i).iter().zip(b.column(j)).fold(T::zero(), |sum, (&a, &b)| sum + a * b)
-        })
-    }
-
-    /// The sums are small integers: exact in any order.
-    fn equals_the_naive_product<T: Real>() {
-        for (m, k) in [(0, 5), (5, 0), (1, 1), (2, 7), (3, 16), (4, 33), (7, 64), (13, 100), (9, 1100)] {
-            // Rows that lie apart.
-            let a = numbers::<T>(m, k + 3, 1);
-            let a = a.slice(s![.., 1..k + 1]);
-            for n in 1..=MOST + 3 {
-                let (b, c) = (numbers::<T>(k, n, 2), numbers::<T>(n, m, 3));
-                for arch in levels() {
-                    // In either order of memory.
-                    for b in [b.view(), b.t().as_standard_layout().t()] {
-                        let mut y = Array2::from_elem((m, n), T::one());
-                        arch.dispatch(Product::<T, false> { a, b, y: y.as_slice_mut().unwrap() });
-                        assert_eq!(y, naive(a, b), "{m}x{k}, {n} vectors, {arch:?}");
-                    }
-                    let mut y = Array2::from_elem((k, n), T::one());
-                    arch.dispatch(Product::<T, true> { a, b: c.t(), y: y.as_slice_mut().unwrap() });
-                    assert_eq!(y, naive(a.t(), c.t()), "{m}x{k} transposed, {n} vectors, {arch:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_few_vectors_equal_the_naive_product() {
-        equals_the_naive_product::<f32>();
-        equals_the_naive_product::<f64>();
-    }
-
-    #[test]
-    fn takes_what_it_is_for_and_leaves_what_is_there_already() {
-        let (w, x) = (numbers::<f64>(290, 300, 1), numbers::<f64>(300, 9, 2));
-        for (n, by_rows, by_columns) in
-            [(1, false, false), (2, true, true), (6, true, true), (8, together() == WIDE, true), (9, false, true)]
-        {
-            let (x, z) = (x.slice(s![.., ..n]), x.slice(s![..290, ..n]));
-            for (a, b, taken) in [(w.view(), x, by_rows), (w.t(), z, by_columns)] {
-                for (alpha, beta) in [(1.0, 0.0), (2.0, 0.0), (2.0, -1.0)] {
-                    let start = numbers::<f64>(a.nrows(), n, 3);
-                    for mut c in [start.clone(), start.t().as_standard_layout().into_owned().reversed_axes()] {
-                        assert_eq!(multiply_few(alpha, a, b, beta, &mut c.view_mut()), taken, "{n}");
-                        let expected = if taken { alpha * naive(a, b) + beta * &start } else { start.clone() };
-                        assert_eq!(c, expected);
-                    }
-                }
-            }
-        }
-        // Neither rows nor columns lie in order; so small that nothing is gained.
-        let (apart, mut c) = (w.slice(s![..;2, ..;2]), numbers::<f64>(145, 2, 1));
-        assert!(!multiply_few(1.0, apart, x.slice(s![..150, ..2]), 0.0, &mut c.view_mut()));
-        let (small, mut c) = (w.slice(s![..8, ..8]), numbers::<f64>(8, 2, 1));
-        assert!(!multiply_few(1.0, small, x.slice(s![..8, ..2]), 0.0, &mut c.view_mut()));
-    }
-
-    #[test]
-    fn neither_threads_nor_neighbours_change_a_bit() {
-        // Enough for several threads, and not exact.
-        let a = Array2::from_shape_fn((1030, 1050), |(i, j)| ((i * 7919 + j * 104_729) % 1000) as f32 / 997.0 - 0.5);
-        let b = Array2::from_shape_fn((1050, 8), |(i, j)| ((i * 31 + j * 7) % 17) as f32 / 7.0);
-        let run = |threads: usize, n: usize| {
-            let (mut down, mut across) = (vec![0.0; 1030 * n], vec![0.0; 1050 * n]);
-            let mut work = || {
-                times::<f32, false>(a.view(), b.slice(s![.., ..n]), &mut down);
-                times::<f32, true>(a.view(), b.slice(s![..1030, ..n]), &mut across);
-            };
-            on(threads, &mut work);
-            (down, across)
-        };
-        let (down, across) = run(1, 8);
-        assert_eq!((&down, &across), (&run(2, 8).0, &run(2, 8).1));
-        let first = |of: &[f32]| of.chunks_exact(8).flat_map(|row| row[..3].to_vec()).collect::<Vec<_>>();
-        assert_eq!((first(&down), first(&across)), run(1, 3));
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2};
 use crate::error::Result;
 use crate::scalar::Real;
 
+mod cell;
 pub mod conformance;
 mod dct;
 mod faer;
@@ -27,6 +28,7 @@ mod transform;
 mod vector;
 
 pub use self::faer::Faer;
+pub(crate) use self::few::{MOST, times};
 #[cfg(feature = "lapack")]
 pub use self::lapack::Lapack;
 pub use self::omp::{SparseCoder, SparseCodes, Stop};

@@ -25,7 +25,7 @@ const PANEL: usize = 512;
 
 /// A matrix of which the marked entries are stored.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Bitmask<T> {
+pub struct Bitmask<T: Real> {
     columns: usize,
     /// ⌈n/64⌉ words for each row; bit j%64 of word j/64 marks column j.
     words: Vec<u64>,
@@ -36,7 +36,7 @@ pub struct Bitmask<T> {
 
 /// What is stored, row by row, ascending columns.
 #[derive(Debug, Clone, PartialEq)]
-enum Values<T> {
+enum Values<T: Real> {
     /// 1 × stored.
     Plain(Dense<T>),
     Coded(Coded<T>),
@@ -164,9 +164,7 @@ impl<T: Real> Bitmask<T> {
         let per_row = self.columns.div_ceil(64);
         let words = &self.words[i * per_row..(i + 1) * per_row];
         let values = match &self.values {
-            Values::Plain(values) => {
-                values.values().to_slice().unwrap_or_default().get(self.offsets[i]..).unwrap_or_default()
-            }
+            Values::Plain(values) => values.wide().get(self.offsets[i]..).unwrap_or_default(),
             Values::Coded(codes) => {
                 let starts = (0..self.columns).step_by(codes.grid().group());
                 let runs = starts.map(|from| marks(words, from, (from + codes.grid().group()).min(self.columns)));

@@ -15,7 +15,7 @@ use crate::scalar::{DType, Real, check_finite};
 /// diag(B₀, B₁, …) with blocks of any shape, one after the other along both axes. Like those of
 /// [`Dense`](super::Dense), its values are exactly representable in its stored dtype.
 #[derive(Debug, Clone, PartialEq)]
-pub struct BlockDiagonal<T> {
+pub struct BlockDiagonal<T: Real> {
     values: Values<T>,
     extents: Vec<(usize, usize)>,
     dtype: DType,
@@ -24,7 +24,7 @@ pub struct BlockDiagonal<T> {
 /// The blocks one after the other, each row-major. BF16 stays as it is: half the memory traffic. Codes are
 /// written out for each product.
 #[derive(Debug, Clone, PartialEq)]
-enum Values<T> {
+enum Values<T: Real> {
     Wide(Vec<T>),
     Bf16(Vec<bf16>),
     Coded(Coded<T>),

@@ -12,7 +12,7 @@ use crate::scalar::Real;
 
 /// Rows of codes of any length.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Coded<T> {
+pub(crate) struct Coded<T: Real> {
     grid: Grid<T>,
     /// Where each row's codes begin, and their end: (codes, bytes) before it.
     starts: Vec<(usize, usize)>,

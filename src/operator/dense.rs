@@ -1,23 +1,34 @@
 //! A plain matrix, with the dtype it is stored in.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, CowArray, Ix2};
+use pulp::bytemuck::cast_slice_mut;
 
+use self::halves::Halves;
 use super::{LinearOperator, matmul};
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real, check_finite};
 
+mod halves;
+
 /// A matrix leaf. Its values are always exactly representable in its stored dtype, so that what is
 /// measured in memory is what the file holds.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Dense<T> {
-    values: Array2<T>,
+#[derive(Debug, Clone)]
+pub struct Dense<T: Real> {
+    memory: Memory<T>,
     dtype: DType,
+}
+
+#[derive(Debug, Clone)]
+enum Memory<T: Real> {
+    Wide(Array2<T>),
+    /// Only where T is `f32`.
+    Halves(Halves),
 }
 
 impl<T: Real> Dense<T> {
     /// A leaf stored in the compute type: nothing is rounded.
     pub fn new(values: Array2<T>) -> Self {
-        Dense { values: standard(values), dtype: T::DTYPE }
+        Dense { memory: Memory::Wide(standard(values)), dtype: T::DTYPE }
     }
 
     /// A leaf stored in `dtype`; the values are rounded to it now (to nearest, ties to even).
@@ -34,23 +45,96 @@ impl<T: Real> Dense<T> {
             values.mapv_inplace(|v| v.round_to(dtype));
         }
         check_finite("factor", &values)?;
-        Ok(Dense { values, dtype })
+        Ok(Dense { memory: Memory::Wide(values), dtype })
     }
 
     /// A leaf of values that `dtype` holds exactly.
     pub(super) fn exact(values: Array2<T>, dtype: DType) -> Self {
-        Dense { values, dtype }
+        Dense { memory: Memory::Wide(values), dtype }
+    }
+
+    /// The same values, in memory as they are in a file if that is bf16 and T is `f32`: half the bytes, which products with up
+    /// to 16 vectors read in half the time. What is loaded from a checkpoint is kept so.
+    ///
+    /// ```
+    /// use ndarray::array;
+    /// use weightpress::operator::{Dense, LinearOperator};
+    /// use weightpress::scalar::DType;
+    ///
+    /// let wide = Dense::rounded(array![[0.5f32, -3.0, 0.25]], DType::BF16)?;
+    /// let compact = wide.clone().compact();
+    /// assert_eq!(compact, wide);
+    /// assert_eq!(compact.apply(array![[2.0], [1.0], [4.0]].view())?, array![[-1.0]]);
+    /// # Ok::<(), weightpress::Error>(())
+    /// ```
+    pub fn compact(self) -> Self {
+        let dtype = self.dtype;
+        let memory = match self.memory {
+            Memory::Wide(values) if dtype == DType::BF16 => match T::as_f32(values.view()) {
+                Some(values) => Memory::Halves(Halves::new(values)),
+                None => Memory::Wide(values),
+            },
+            other => other,
+        };
+        Dense { memory, dtype }
     }
 
     /// The same values with every negative zero made positive.
-    pub(super) fn positive_zeros(mut self) -> Self {
-        self.values.mapv_inplace(|v| v + T::zero());
-        self
+    pub(super) fn positive_zeros(self) -> Self {
+        let mut leaf = self.widened();
+        if let Memory::Wide(values) = &mut leaf.memory {
+            values.mapv_inplace(|v| v + T::zero());
+        }
+        leaf
     }
 
-    /// The matrix.
-    pub fn values(&self) -> ArrayView2<'_, T> {
-        self.values.view()
+    /// The matrix, in the compute type: borrowed if it is so in memory.
+    pub fn values(&self) -> CowArray<'_, T, Ix2> {
+        match &self.memory {
+            Memory::Wide(values) => values.view().into(),
+            Memory::Halves(halves) => {
+                let mut values = Array2::zeros(halves.dim());
+                halves.write(0..halves.dim().0, cast_slice_mut(values.as_slice_mut().unwrap_or_default()));
+                values.into()
+            }
+        }
+    }
+
+    /// Some rows, in the order they are named in.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the matrix has no such row.
+    pub fn rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let (m, n) = self.shape();
+        if let Some(&missing) = rows.iter().find(|&&row| row >= m) {
+            return Err(Error::shape(format!("one of {m} rows"), missing));
+        }
+        let mut chosen = Array2::zeros((rows.len(), n));
+        for (&row, mut to) in rows.iter().zip(chosen.rows_mut()) {
+            match &self.memory {
+                Memory::Wide(values) => to.assign(&values.row(row)),
+                Memory::Halves(halves) => {
+                    halves.write(row..row + 1, cast_slice_mut(to.as_slice_mut().unwrap_or_default()));
+                }
+            }
+        }
+        Ok(chosen)
+    }
+
+    /// The values row by row; nothing of what is [compact](Self::compact).
+    pub(super) fn wide(&self) -> &[T] {
+        match &self.memory {
+            Memory::Wide(values) => values.as_slice().unwrap_or_default(),
+            Memory::Halves(_) => &[],
+        }
+    }
+
+    /// The same values, in memory in the compute type.
+    pub(super) fn widened(self) -> Self {
+        match self.memory {
+            Memory::Wide(_) => self,
+            Memory::Halves(_) => Dense { memory: Memory::Wide(self.to_dense()), dtype: self.dtype },
+        }
     }
 
     /// The dtype it is stored in.
@@ -65,24 +149,115 @@ fn standard<T: Real>(values: Array2<T>) -> Array2<T> {
 
 impl<T: Real> LinearOperator<T> for Dense<T> {
     fn shape(&self) -> (usize, usize) {
-        self.values.dim()
+        match &self.memory {
+            Memory::Wide(values) => values.dim(),
+            Memory::Halves(halves) => halves.dim(),
+        }
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        matmul(self.values.view(), x)
+        match &self.memory {
+            Memory::Wide(values) => matmul(values.view(), x),
+            Memory::Halves(halves) => by_halves(halves.dim(), x, |x, y| halves.product(x, y)),
+        }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        matmul(self.values.t(), x)
+        match &self.memory {
+            Memory::Wide(values) => matmul(values.t(), x),
+            Memory::Halves(halves) => {
+                let (m, n) = halves.dim();
+                by_halves((n, m), x, |x, y| halves.product_transposed(x, y))
+            }
+        }
     }
     fn params(&self) -> usize {
-        self.values.len()
+        self.shape().0 * self.shape().1
     }
     fn bytes(&self) -> u64 {
-        self.dtype.bytes(self.values.len()) as u64
+        self.dtype.bytes(self.params()) as u64
     }
     fn flops(&self, columns: usize) -> u64 {
-        2 * self.values.len() as u64 * columns as u64
+        2 * self.params() as u64 * columns as u64
     }
     fn to_dense(&self) -> Array2<T> {
-        self.values.clone()
+        self.values().into_owned()
+    }
+}
+
+/// A product of a matrix of this shape in `f32`, which T is where there are halves.
+fn by_halves<T: Real>(
+    (m, n): (usize, usize),
+    x: ArrayView2<'_, T>,
+    product: impl Fn(ArrayView2<'_, f32>, &mut [f32]),
+) -> Array2<T> {
+    assert_eq!(x.nrows(), n, "rows of x");
+    let mut y = Array2::zeros((m, x.ncols()));
+    if let (Some(x), Some(y)) = (T::as_f32(x), y.as_slice_mut()) {
+        product(x, cast_slice_mut(y));
+    }
+    y
+}
+
+impl<T: Real> PartialEq for Dense<T> {
+    /// Whether values and dtypes are equal, however they lie in memory.
+    fn eq(&self, other: &Self) -> bool {
+        self.dtype == other.dtype && self.values() == other.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(m: usize, n: usize, seed: usize) -> Array2<f32> {
+        Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + seed) % 201) as f32 / 64.0 - 1.5)
+    }
+
+    /// Whole words and none, few vectors and so many that rows are written out, and enough for several threads.
+    #[test]
+    fn compact_values_are_the_same_values() {
+        for (m, n) in [(0, 4), (4, 0), (1, 1), (5, 7), (130, 66), (200, 131), (1100, 1030)] {
+            let wide = Dense::rounded(numbers(m, n, 1), DType::BF16).unwrap();
+            let compact = wide.clone().compact();
+            assert!(compact.wide().is_empty());
+            assert_eq!((compact.shape(), compact.bytes(), compact.dtype()), (wide.shape(), wide.bytes(), wide.dtype()));
+            assert_eq!((compact.values(), compact.to_dense()), (wide.values(), wide.to_dense()));
+            assert_eq!((&compact, &compact.clone().widened()), (&wide, &wide));
+            for count in [0, 1, 2, 9, 16, 17, 40] {
+                let near = |a: Array2<f32>, b: Array2<f32>| {
+                    assert_eq!(a.dim(), b.dim());
+                    let worst = (a - b).iter().fold(0f32, |worst, off| worst.max(off.abs()));
+                    assert!(worst < 1e-5 * (m.max(n) as f32 + 1.0), "{m}x{n}, {count} vectors: {worst}");
+                };
+                let (x, z) = (numbers(n, count, 2), numbers(m, count, 3));
+                near(compact.product(x.view()), wide.product(x.view()));
+                near(compact.product_transposed(z.view()), wide.product_transposed(z.view()));
+                let (x, z) = (x.t().as_standard_layout().into_owned(), z.t().as_standard_layout().into_owned());
+                near(compact.product(x.t()), wide.product(x.t()));
+                near(compact.product_transposed(z.t()), wide.product_transposed(z.t()));
+            }
+        }
+    }
+
+    #[test]
+    fn only_bf16_becomes_compact() {
+        let single = Dense::new(numbers(2, 3, 1)).compact();
+        let half = Dense::rounded(numbers(2, 3, 1), DType::F16).unwrap().compact();
+        let double = Dense::rounded(numbers(2, 3, 1).mapv(f64::from), DType::BF16).unwrap().compact();
+        assert_eq!((single.wide().len(), half.wide().len(), double.wide().len()), (6, 6, 6));
+        assert!(single != half && single != Dense::new(numbers(2, 3, 2)));
+        let other = Dense::rounded(numbers(2, 3, 2), DType::BF16).unwrap();
+        assert!(other.clone().compact() != Dense::rounded(numbers(2, 3, 1), DType::BF16).unwrap());
+    }
+
+    #[test]
+    fn rows_are_those_that_are_named() {
+        let wide = Dense::rounded(numbers(9, 5, 1), DType::BF16).unwrap();
+        for leaf in [wide.clone(), wide.clone().compact()] {
+            let chosen = leaf.rows(&[8, 0, 0, 3]).unwrap();
+            assert_eq!(chosen, wide.values().select(ndarray::Axis(0), &[8, 0, 0, 3]));
+            assert_eq!(leaf.rows(&[]).unwrap().dim(), (0, 5));
+            let missing = leaf.rows(&[1, 9]).unwrap_err().to_string();
+            assert!(missing.contains("one of 9 rows") && missing.contains('9'), "{missing}");
+        }
     }
 }

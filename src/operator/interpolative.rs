@@ -71,9 +71,10 @@ impl<T: Real> Interpolative<T> {
     /// [x ; T·x] of one vector with all in its place at once, where T is a matrix.
     fn spread_one(&self, x: ArrayView2<'_, T>) -> Option<Array2<T>> {
         let (Operator::Dense(t), 1) = (self.coefficients.unshared(), x.ncols()) else { return None };
+        let t = ArrayView2::from_shape(t.shape(), t.wide()).ok()?;
         let (mut y, column) = (Array2::zeros((self.pivots.len(), 1)), x.column(0));
         scatter(self.pivots.chosen(), x, &mut y);
-        rows_times_to(t.values(), column.to_slice()?, y.as_slice_mut()?, &self.rest);
+        rows_times_to(t, column.to_slice()?, y.as_slice_mut()?, &self.rest);
         Some(y)
     }
 

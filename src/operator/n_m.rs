@@ -29,7 +29,7 @@ pub use self::pattern::Nm;
 
 /// A matrix of which N of every M consecutive entries of a row are stored.
 #[derive(Debug, Clone, PartialEq)]
-pub struct NmSparse<T> {
+pub struct NmSparse<T: Real> {
     pattern: Nm,
     shape: (usize, usize),
     dtype: DType,
@@ -39,7 +39,7 @@ pub struct NmSparse<T> {
 
 /// The values and their places, once.
 #[derive(Debug, Clone, PartialEq)]
-enum Stored<T> {
+enum Stored<T: Real> {
     /// The rank of each group's choice, a byte each, and the values; row by row.
     Rows { ranks: Vec<u8>, values: Dense<T> },
     /// 2:4 in `f32`.
@@ -67,7 +67,7 @@ impl<T: Real> NmSparse<T> {
             return Err(Error::shape(format!("ranks below {}", masks.len()), rank));
         }
         let (shape, dtype, values) = ((m, columns), values.dtype(), values.positive_zeros());
-        let stored = match T::as_f32(values.values()).filter(|_| pattern == Nm::TWO_FOUR) {
+        let stored = match T::as_f32(values.values().view()).filter(|_| pattern == Nm::TWO_FOUR) {
             None => Stored::Rows { ranks, values },
             Some(values) => {
                 let place = |mask: u8| [mask.trailing_zeros() as u8, 7 - mask.leading_zeros() as u8];

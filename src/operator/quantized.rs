@@ -9,16 +9,16 @@
 //! the group's scale: 4.125 bits for 4 bits in groups of 128 with a 16-bit scale.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView2, Axis};
 use pulp::Arch;
 
 use super::LinearOperator;
 use super::kernels::{CodedRows, Inputs, PackedCodes, width};
 use super::permutation::LONGEST;
-use super::sparse::{each_panel, fitted, some_rows};
+use super::sparse::{panel_rows, some_rows, written, written_transposed};
 use crate::error::{Error, Result};
-use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 mod grid;
@@ -29,14 +29,9 @@ pub use self::grid::{Grid, ZeroPoint, ZeroPoints};
 /// Rows of a call of the kernel that does not write them out, at least (it takes multiples of them) and at most.
 const TOGETHER: (usize, usize) = (32, 512);
 
-/// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
-fn panel_rows(vectors: usize) -> usize {
-    if vectors > 32 { 512 } else { 128 }
-}
-
 /// A matrix whose entries are on a grid.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Quantized<T> {
+pub struct Quantized<T: Real> {
     grid: Grid<T>,
     codes: PackedCodes,
 }
@@ -112,26 +107,17 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         self.codes.shape()
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let (arch, (m, n), b) = (Arch::new(), self.shape(), x.ncols());
         if let Some(inputs) = self.inputs(x) {
-            return self.products(&inputs, b);
+            return self.products(&inputs, x.ncols());
         }
-        let mut y = Array2::zeros((m, b));
-        let height = panel_rows(b);
-        let panel = |rows: &mut Array2<T>, (at, y): (usize, ArrayViewMut2<'_, T>)| {
-            matmul_into(T::one(), self.panel(arch, at * height, y.nrows(), rows), x, T::zero(), y);
-        };
-        each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * b, panel);
+        let mut y = Array2::zeros((self.shape().0, x.ncols()));
+        written(self.shape(), x, y.view_mut(), |rows, to| self.write(rows, to));
         y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         assert_eq!(x.nrows(), self.shape().0, "rows of x");
-        let (mut y, mut scratch) = (Array2::zeros((self.shape().1, x.ncols())), Array2::default((0, 0)));
-        let height = panel_rows(x.ncols());
-        for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {
-            let rows = self.panel(Arch::new(), at * height, x.nrows(), &mut scratch);
-            matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());
-        }
+        let mut y = Array2::zeros((self.shape().1, x.ncols()));
+        written_transposed(self.shape().1, x, y.view_mut(), |rows, to| self.write(rows, to));
         y
     }
     fn params(&self) -> usize {
@@ -144,21 +130,20 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         2 * (self.shape().0 * self.shape().1 * columns) as u64
     }
     fn to_dense(&self) -> Array2<T> {
-        let (mut dense, mut scratch) = (Array2::zeros(self.shape()), Array2::default((0, 0)));
+        let mut dense = Array2::zeros(self.shape());
         let height = panel_rows(1);
         for (at, mut to) in dense.axis_chunks_iter_mut(Axis(0), height).enumerate() {
-            let count = to.nrows();
-            to.assign(&self.panel(Arch::new(), at * height, count, &mut scratch));
+            let first = at * height;
+            self.write(first..first + to.nrows(), to.as_slice_mut().unwrap_or_default());
         }
         dense
     }
 }
 
 impl<T: Real> Quantized<T> {
-    /// Some rows from one on, written out.
-    fn panel<'s>(&self, arch: Arch, first: usize, count: usize, panel: &'s mut Array2<T>) -> ArrayView2<'s, T> {
-        self.rows().write(first..first + count, arch, fitted(panel, (count, self.shape().1)));
-        panel.view()
+    /// Writes some rows out.
+    fn write(&self, rows: Range<usize>, to: &mut [T]) {
+        self.rows().write(rows, Arch::new(), to);
     }
 
     /// Inputs, laid out for [`products`](Self::products); `None` where rows had better be written out.

@@ -1,8 +1,11 @@
-//! What the products of the sparse nodes have in common. The place where faster kernels go.
+//! What the products of leaves have in common that are no plain matrices in memory.
 
-use ndarray::{Array2, ArrayView1};
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
+use crate::linalg::matmul_into;
 use crate::scalar::Real;
 
 /// Below this many multiply-adds a product runs on one thread.
@@ -58,6 +61,40 @@ pub(super) fn fitted<T: Real>(matrix: &mut Array2<T>, shape: (usize, usize)) -> 
         *matrix = Array2::zeros(shape);
     }
     matrix.as_slice_mut().unwrap_or_default()
+}
+
+/// Rows that are written out at a time: with many vectors more of them, as each panel's product lays out the vectors anew.
+pub(super) fn panel_rows(vectors: usize) -> usize {
+    if vectors > 32 { 512 } else { 128 }
+}
+
+/// Y ← A·X, for an m×n matrix A whose rows `write` writes out, some at a time.
+pub(super) fn written<T: Real>(
+    (m, n): (usize, usize),
+    x: ArrayView2<'_, T>,
+    mut y: ArrayViewMut2<'_, T>,
+    write: impl Fn(Range<usize>, &mut [T]) + Sync + Send,
+) {
+    let height = panel_rows(x.ncols());
+    let panel = |rows: &mut Array2<T>, (at, y): (usize, ArrayViewMut2<'_, T>)| {
+        write(at * height..at * height + y.nrows(), fitted(rows, (y.nrows(), n)));
+        matmul_into(T::one(), rows.view(), x, T::zero(), y);
+    };
+    each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * x.ncols(), panel);
+}
+
+/// Y ← Y + Aᵀ·X, for a matrix A of n columns whose rows `write` writes out, some at a time.
+pub(super) fn written_transposed<T: Real>(
+    n: usize,
+    x: ArrayView2<'_, T>,
+    mut y: ArrayViewMut2<'_, T>,
+    write: impl Fn(Range<usize>, &mut [T]),
+) {
+    let (height, mut rows) = (panel_rows(x.ncols()), Array2::default((0, 0)));
+    for (at, x) in x.axis_chunks_iter(Axis(0), height).enumerate() {
+        write(at * height..at * height + x.nrows(), fitted(&mut rows, (x.nrows(), n)));
+        matmul_into(T::one(), rows.t(), x, T::one(), y.view_mut());
+    }
 }
 
 /// y += value·x.

@@ -156,7 +156,7 @@ fn how_nearest<'a>(method: &Quantize, bits: u8, problem: &Problem<'a, f64>) -> H
 fn leafwise(operator: &Operator<f64>, how: &How<'_>) -> Operator<f64> {
     match operator {
         Operator::Dense(leaf) => {
-            let found = how.round(leaf.values(), &crate::metric::Weighting::Identity, &mut Vec::new());
+            let found = how.round(leaf.values().view(), &crate::metric::Weighting::Identity, &mut Vec::new());
             Operator::Quantized(found.unwrap())
         }
         Operator::Interpolative(leaf) => {

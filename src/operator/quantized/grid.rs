@@ -24,7 +24,7 @@ pub enum ZeroPoint {
 
 /// The zero points of all groups, m × groups.
 #[derive(Debug, Clone, PartialEq)]
-pub enum ZeroPoints<T> {
+pub enum ZeroPoints<T: Real> {
     /// [`ZeroPoint::None`].
     None,
     /// [`ZeroPoint::Integer`]: the codes of zero.
@@ -46,7 +46,7 @@ impl<T: Real> ZeroPoints<T> {
 
 /// The numbers that an m×n matrix may have: scales and zero points for each group of each row.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Grid<T> {
+pub struct Grid<T: Real> {
     bits: u8,
     group: usize,
     scales: Dense<T>,
@@ -85,9 +85,10 @@ impl<T: Real> Grid<T> {
         }
         let zeros = match zeros {
             ZeroPoints::Integer(zeros) => ZeroPoints::Integer(zeros.as_standard_layout().into_owned()),
-            zeros => zeros,
+            ZeroPoints::Float(zeros) => ZeroPoints::Float(zeros.widened()),
+            ZeroPoints::None => ZeroPoints::None,
         };
-        Ok(Grid { bits, group, scales, zeros })
+        Ok(Grid { bits, group, scales: scales.widened(), zeros })
     }
 
     /// The same with other scales of the same shape.
@@ -161,9 +162,9 @@ impl<T: Real> Grid<T> {
         let (zeros, offsets) = match &self.zeros {
             ZeroPoints::None => (None, None),
             ZeroPoints::Integer(zeros) => (zeros.as_slice(), None),
-            ZeroPoints::Float(offsets) => (None, offsets.values().to_slice()),
+            ZeroPoints::Float(offsets) => (None, Some(offsets.wide())),
         };
-        Beside { scales: self.scales.values().to_slice().unwrap_or_default(), zeros, offsets }
+        Beside { scales: self.scales.wide(), zeros, offsets }
     }
 
     /// Numbers that are stored beside the codes.
