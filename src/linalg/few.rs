@@ -78,28 +78,23 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
     });
 }
 
-/// Calls `part::<S, rows, vectors>(s, first)` for each part of n vectors, with as many rows at a time as there are registers for.
+/// Calls for each part of n vectors with a function's count of them as its last parameter, by as many at a time at most.
 macro_rules! by_parts {
-    ($product:ident, $s:ident, $n:expr) => {
-        let (n, wide) = ($n, size_of::<T::V<S>>() >= 64);
-        let parts = n.div_ceil(if wide { WIDE } else { NARROW });
+    ($n:expr, $most:expr, $call:ident) => {
+        let (n, parts) = ($n, $n.div_ceil($most));
         for part in 0..parts {
             let (first, end) = (part * n / parts, (part + 1) * n / parts);
-            match (end - first, wide) {
-                (1, true) => $product.part::<S, 4, 1>($s, first),
-                (2, true) => $product.part::<S, 4, 2>($s, first),
-                (3, true) => $product.part::<S, 4, 3>($s, first),
-                (4, true) => $product.part::<S, 4, 4>($s, first),
-                (5, true) => $product.part::<S, 4, 5>($s, first),
-                (6, true) => $product.part::<S, 4, 6>($s, first),
-                (7, true) => $product.part::<S, 3, 7>($s, first),
-                (_, true) => $product.part::<S, 3, WIDE>($s, first),
-                (1, false) => $product.part::<S, 2, 1>($s, first),
-                (2, false) => $product.part::<S, 2, 2>($s, first),
-                (3, false) => $product.part::<S, 2, 3>($s, first),
-                (4, false) => $product.part::<S, 2, 4>($s, first),
-                (5, false) => $product.part::<S, 2, 5>($s, first),
-                (_, false) => $product.part::<S, 2, NARROW>($s, first),
+            // (What is beyond the most is never called, and not compiled.)
+            match end - first {
+                1 => $call!(1, first),
+                2 => $call!(2, first),
+                3 => $call!(3, first),
+                4 => $call!(4, first),
+                5 if $most >= 5 => $call!(5, first),
+                6 if $most >= 6 => $call!(6, first),
+                7 if $most >= 7 => $call!(7, first),
+                _ if $most >= 8 => $call!(8, first),
+                _ => {}
             }
         }
     };
@@ -117,44 +112,77 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> WithSimd for Product<'_, T, C,
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, s: S) {
-        by_parts!(self, s, self.b.ncols());
+        // As many sums as there are registers for, beside what takes cells apart.
+        let wide = size_of::<T::V<S>>() >= 64;
+        match (TRANSPOSED, wide) {
+            (false, true) if C::PARTS > 1 => self.by_rows::<S, 4, 4>(s),
+            (false, true) if self.b.ncols() <= 6 => self.by_rows::<S, 4, 6>(s),
+            (false, true) => self.by_rows::<S, 3, WIDE>(s),
+            (false, false) => self.by_rows::<S, 2, NARROW>(s),
+            (true, true) => {
+                macro_rules! part {
+                    ($n:literal, $first:ident) => {
+                        self.by_columns::<S, { if $n > 6 { 3 } else { 4 } }, $n>(s, $first)
+                    };
+                }
+                by_parts!(self.b.ncols(), WIDE, part);
+            }
+            (true, false) => {
+                macro_rules! part {
+                    ($n:literal, $first:ident) => {
+                        self.by_columns::<S, 2, $n>(s, $first)
+                    };
+                }
+                by_parts!(self.b.ncols(), NARROW, part);
+            }
+        }
     }
 }
 
 impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> {
-    /// The products with N vectors, for R rows of A at a time.
+    /// R rows at a time, which meet up to MOST vectors, and then others while they are at hand.
     #[inline(always)]
-    fn part<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
-        match TRANSPOSED {
-            false => self.by_rows::<S, R, N>(s, first),
-            true => self.by_columns::<S, R, N>(s, first),
+    fn by_rows<S: Simd, const R: usize, const MOST: usize>(&mut self, s: S) {
+        let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
+        let (mut x, length) = (Aligned::default(), k.next_multiple_of(lanes) * C::PARTS);
+        let x = x.numbers(length * n);
+        macro_rules! lay_out {
+            ($n:literal, $first:ident) => {
+                side_by_side(
+                    self.b.slice(s![.., $first..$first + $n]),
+                    (lanes, C::PARTS),
+                    &mut x[length * $first..length * ($first + $n)],
+                )
+            };
+        }
+        by_parts!(n, MOST, lay_out);
+        let (ahead, groups) = (Ahead::new(&self.a, R), m / R * R);
+        // (Loops: what a closure calls is not compiled for the machine's vectors.)
+        for i in (0..groups).step_by(R) {
+            self.rows::<S, R, MOST>(s, i, x, ahead);
+        }
+        for i in groups..m {
+            self.rows::<S, 1, MOST>(s, i, x, ahead);
         }
     }
 
+    /// The products of R rows from one on.
     #[inline(always)]
-    fn by_rows<S: Simd, const R: usize, const N: usize>(&mut self, s: S, first: usize) {
-        let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
-        let mut x = Aligned::default();
-        let x = x.numbers(k.next_multiple_of(lanes) * C::PARTS * N);
-        side_by_side(self.b.slice(s![.., first..first + N]), (lanes, C::PARTS), x);
-        let x = T::vectors::<S>(x).0.as_chunks::<N>().0;
-        let ahead = Ahead::new(&self.a, R);
-        let row = |i: usize| self.a.row(i).to_slice().unwrap_or_default();
-        let groups = m / R * R;
-        for i in (0..groups).step_by(R) {
-            let mut rows = [&[][..]; R];
-            for (r, of) in rows.iter_mut().enumerate() {
-                *of = row(i + r);
-            }
-            let y = &mut self.y[i * n..(i + R) * n];
-            for (y, sums) in y.chunks_exact_mut(n).zip(dots::<S, T, C, R, N>(s, rows, x, ahead)) {
-                y[first..first + N].copy_from_slice(&sums);
-            }
+    fn rows<S: Simd, const R: usize, const MOST: usize>(&mut self, s: S, i: usize, x: &[T], ahead: Ahead) {
+        let (n, mut rows) = (self.b.ncols(), [&[][..]; R]);
+        for (r, of) in rows.iter_mut().enumerate() {
+            *of = self.a.row(i + r).to_slice().unwrap_or_default();
         }
-        for i in groups..m {
-            let [sums] = dots::<S, T, C, 1, N>(s, [row(i)], x, ahead);
-            self.y[i * n + first..][..N].copy_from_slice(&sums);
+        let (y, length) = (&mut self.y[i * n..(i + R) * n], x.len() / n);
+        macro_rules! put {
+            ($n:literal, $first:ident) => {{
+                let x = T::vectors::<S>(&x[length * $first..length * ($first + $n)]).0.as_chunks().0;
+                for (y, sums) in y.chunks_exact_mut(n).zip(dots::<S, T, C, R, $n>(s, rows, x, ahead)) {
+                    y[$first..$first + $n].copy_from_slice(&sums);
+                }
+            }};
         }
+        by_parts!(n, MOST, put);
     }
 }
 
@@ -282,7 +310,9 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> 
         for (part, ahead) in ahead.parts::<C::V<S>>(whole[0].len()) {
             let (sums, whole) = (&mut sums[part.start * C::PARTS..part.end * C::PARTS], parts(&whole, &part));
             for (j, sums) in sums.chunks_exact_mut(C::PARTS).enumerate() {
-                whole.iter().for_each(|row| prefetch(&row[j], ahead));
+                for row in &whole {
+                    prefetch(&row[j], ahead);
+                }
                 for (p, sums) in sums.iter_mut().enumerate() {
                     let mut own = *sums;
                     for r in 0..R {
