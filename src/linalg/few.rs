@@ -65,7 +65,10 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
     b: ArrayView2<'_, T>,
     y: &mut [T],
 ) {
-    if alone(&a) || y.is_empty() {
+    if y.is_empty() {
+        return;
+    }
+    if alone(&a) {
         return Arch::new().dispatch(Product::<T, C, TRANSPOSED> { a, b, y });
     }
     let n = b.ncols();

@@ -28,12 +28,14 @@ mod runs;
 mod vectors;
 mod way;
 
+pub(in super::super) use self::bfloat::{Cutting, DIGITS, STEP};
 pub(super) use self::bytes::write;
 use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
-use self::panel::{Lanes, kind, put, turned};
+pub(in super::super) use self::panel::{Lanes, turned};
+use self::panel::{kind, put};
 use self::vectors::Panel;
 use self::way::{Layout, Way};
 use super::CodedRows;

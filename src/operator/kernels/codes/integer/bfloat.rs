@@ -6,13 +6,12 @@
 //! rows with up to 16 inputs, in `f32`: so one sum holds all three, and only has to be scaled. Numbers under 2⁻¹²⁶ count as
 //! zero.
 
-use std::arch::asm;
 use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
+use super::super::super::tiles::tiles;
 use super::digits::padded;
-use super::matrix::tiles;
 use super::panel::{Lanes, Unpacking};
 use super::runs::{Runs, of_run};
 use super::way::Layout;
@@ -22,9 +21,9 @@ use crate::simd::prefetch_early;
 /// Bits of the widest codes: as many as a number has behind its leading bit.
 pub(super) const WIDEST: u8 = 7;
 /// Columns that meet in an instruction.
-pub(super) const STEP: usize = 2 * LANES;
+pub(in super::super::super) const STEP: usize = 2 * LANES;
 /// Numbers of an input.
-pub(super) const DIGITS: usize = 3;
+pub(in super::super::super) const DIGITS: usize = 3;
 
 /// Codes of a step: a pair of columns of 16 rows in each vector.
 pub(super) type Codes = [[Lanes<i32>; LANES]; BANDS];
@@ -121,7 +120,7 @@ impl Table {
 }
 
 /// Cuts inputs for codes of some layout.
-pub(super) struct Cutting {
+pub(in super::super::super) struct Cutting {
     /// The upper halves of columns, in the order of codes.
     order: __m512i,
 }
@@ -130,7 +129,12 @@ impl Cutting {
     #[target_feature(enable = "avx512f")]
     pub(super) fn new(layout: &Layout) -> Self {
         // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
-        let half = EACH * layout.parts / 2;
+        Self::of(EACH * layout.parts / 2)
+    }
+
+    /// Columns that meet so many later ones.
+    #[target_feature(enable = "avx512f")]
+    pub(in super::super::super) fn of(half: usize) -> Self {
         let column = |at: usize| at / 2 / half * 2 * half + at / 2 % half + at % 2 * half;
         Cutting { order: cast(std::array::from_fn::<_, STEP, _>(|at| 2 * column(at) as u16 + 1)) }
     }
@@ -138,7 +142,7 @@ impl Cutting {
     /// The digits of up to 32 columns, and sums of some of them each; zeros where there are none.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-    pub(super) fn cut(&self, x: &[f32]) -> ([Lanes<i32>; DIGITS], __m512) {
+    pub(in super::super::super) fn cut(&self, x: &[f32]) -> ([Lanes<i32>; DIGITS], __m512) {
         let (first, second) = match x.as_chunks::<LANES>().0 {
             [first, second, ..] => (*first, *second),
             _ => (padded(x), padded(x.get(LANES..).unwrap_or_default())),

@@ -5,14 +5,14 @@
 //! vectors, and codes of eight bits are read where they lie. As in [`few`](super::few), others are unpacked two steps ahead, and
 //! sums are scaled some time after they were written: when the next run of the panel has begun.
 
-use std::arch::asm;
 use std::arch::x86_64::*;
 
 use pulp::bytemuck::allocation::zeroed_box;
 use pulp::bytemuck::{Zeroable, cast, cast_slice_mut, try_cast_slice};
 
+use super::super::super::tiles::tiles;
 use super::inputs::Inputs;
-use super::matrix::{Shape, tiles};
+use super::matrix::Shape;
 use super::panel::{Lanes, Pair, Signed};
 use super::runs::{Runs, of_run};
 use super::vectors::{Panel, ahead};

@@ -4,48 +4,16 @@
 //! is an input's, with those of another, of which each row is a lane of [`panel`](super::panel): a row of sums is an input's
 //! with 16 rows of the matrix. The sums are those of `vpdpbusd`, to the last bit.
 
-use std::arch::asm;
 use std::marker::PhantomData;
-use std::sync::LazyLock;
 
+use super::super::super::tiles::{self, Registers, tiles};
 use super::panel::{Lanes, Pair};
 use super::way::Layout;
 use super::{BANDS, EACH, LANES, LIMBS};
 
-/// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory
-/// for the registers aside then for each thread that uses them.)
+/// Whether there are matrix instructions beside those of vectors.
 pub(super) fn available() -> bool {
-    static ALLOWED: LazyLock<bool> = LazyLock::new(|| present() && permitted());
-    *ALLOWED
-}
-
-/// Whether there are products of bytes and of bf16 in tiles. (All processors with tiles have both.)
-#[allow(unsafe_code, unused_unsafe)]
-fn present() -> bool {
-    const ALL: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-    if !super::available() {
-        return false;
-    }
-    // SAFETY: machines with AVX-512, as was asked, have the instruction and this leaf.
-    let features = unsafe { std::arch::x86_64::__cpuid_count(7, 0) }.edx;
-    features & ALL == ALL
-}
-
-/// Asks for the registers, which Linux gives to those who ask.
-#[cfg(all(target_os = "linux", not(miri)))]
-#[allow(unsafe_code)]
-fn permitted() -> bool {
-    /// `ARCH_REQ_XCOMP_PERM`.
-    const REQUEST: libc::c_long = 0x1023;
-    /// `XFEATURE_XTILEDATA`.
-    const TILE_DATA: libc::c_long = 18;
-    // SAFETY: the call takes two numbers and reads or writes no memory of this process.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
-}
-
-#[cfg(not(all(target_os = "linux", not(miri))))]
-fn permitted() -> bool {
-    false
+    super::available() && tiles::available()
 }
 
 /// How inputs meet codes: a register of them has a digit of an input in each row.
@@ -104,30 +72,6 @@ impl Default for Sums {
     }
 }
 
-/// What `ldtilecfg` reads.
-#[repr(C, align(64))]
-struct Configuration {
-    palette: u8,
-    start: u8,
-    reserved: [u8; 14],
-    bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// Assembly that uses the tile registers.
-macro_rules! tiles {
-    ($($code:expr),+; $($operand:tt)*) => {
-        asm!(
-            $($code),+,
-            $($operand)*
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    };
-}
-pub(super) use tiles;
-
 /// Assembly, for as many registers as have the sums of a band.
 macro_rules! with_sums {
     ($band:expr, $tiles:expr, $code:ident) => {
@@ -140,35 +84,6 @@ macro_rules! with_sums {
             _ => $code!("tmm3" "tmm4" "tmm5"),
         }
     };
-}
-
-/// The tile registers of this thread, in use from the first word to the last.
-pub(super) struct Registers {
-    /// They stay with their thread.
-    here: PhantomData<*const ()>,
-}
-
-impl Registers {
-    /// Of so many rows of so many bytes each.
-    ///
-    /// # Panics
-    /// Without the instructions, and for more than 16 rows of 64 bytes.
-    #[allow(unsafe_code)]
-    pub(super) fn new(registers: [(u8, u16); 8]) -> Self {
-        let fits = |&(rows, bytes): &(u8, u16)| (1..=16).contains(&rows) && (1..=64).contains(&bytes);
-        assert!(available() && registers.iter().all(fits), "registers that there are");
-        let mut of = Configuration { palette: 1, start: 0, reserved: [0; 14], bytes: [0; 16], rows: [0; 16] };
-        for (at, (rows, bytes)) in registers.into_iter().enumerate() {
-            (of.rows[at], of.bytes[at]) = (rows, bytes);
-        }
-        // SAFETY: the machine has the instruction and the system permits it. It reads the 64 bytes of the configuration, in
-        // which no register has more than the 16 rows of 64 bytes that palette 1 allows, by the assertion. It writes tile
-        // registers only, which compiled code does not use.
-        unsafe {
-            tiles!("ldtilecfg [{of}]"; of = in(reg) &raw const of,);
-        }
-        Registers { here: PhantomData }
-    }
 }
 
 /// Registers for some shape.
@@ -280,17 +195,6 @@ impl Shaped<'_> {
         // at most the 48 that a band has room for; no other memory is touched, nor the stack.
         unsafe {
             with_sums!(BAND, self.shape.tiles, put);
-        }
-    }
-}
-
-impl Drop for Registers {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        // SAFETY: as there is a `Registers`, the machine has the instruction and the system permits it. It empties the tile
-        // registers, which nothing else on this thread uses.
-        unsafe {
-            tiles!("tilerelease";);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::simd::prefetch_early;
 /// A vector in memory.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub(super) struct Lanes<N>(pub(super) [N; LANES]);
+pub(in super::super::super) struct Lanes<N>(pub(in super::super::super) [N; LANES]);
 
 // SAFETY: all its bytes may be zero.
 #[allow(unsafe_code)]
@@ -24,7 +24,7 @@ unsafe impl Pod for Lanes<i32> {}
 /// Turns a square around: vector i of the result has element i of each.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+pub(in super::super::super) fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
     let mut pairs = rows;
     for i in 0..8 {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);

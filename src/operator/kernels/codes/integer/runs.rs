@@ -1,10 +1,8 @@
 //! Tile registers for the sums of two runs by turns, of two bands each: while one run's are added up, those of the one before are
 //! written where they belong.
 
-use std::arch::asm;
-
+use super::super::super::tiles::{Registers, tiles};
 use super::BANDS;
-use super::matrix::{Registers, tiles};
 use super::panel::Lanes;
 
 /// Assembly, for the registers that have the sums of a run.
