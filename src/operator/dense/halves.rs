@@ -4,76 +4,85 @@
 use std::ops::Range;
 
 use half::bf16;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView2, ArrayViewMut2};
 
+use super::super::kernels::Aligned;
 #[cfg(target_arch = "x86_64")]
 use super::super::kernels::by_tiles;
 use super::super::sparse::{written, written_transposed};
-use crate::linalg::{MOST, pages, times};
+use crate::linalg::{MOST, times};
 
 /// Vectors that matrix instructions multiply faster, at least.
 const TILED: usize = 5;
 
 #[cfg(not(target_arch = "x86_64"))]
-fn by_tiles(_: ArrayView2<'_, u32>, _: ArrayView2<'_, f32>, _: &mut [f32]) -> bool {
+fn by_tiles(_: &[u32], _: (usize, usize), _: ArrayView2<'_, f32>, _: &mut [f32]) -> bool {
     false
 }
 
 /// m rows of ⌈n ÷ 2⌉ words of two numbers each, the first in the lower half. (After an odd last one there is a zero.)
 #[derive(Debug, Clone)]
 pub(super) struct Halves {
-    words: Array2<u32>,
-    columns: usize,
+    words: Aligned<u32>,
+    dim: (usize, usize),
 }
 
 impl Halves {
     /// Of numbers that are exactly representable.
     pub(super) fn new(values: ArrayView2<'_, f32>) -> Self {
         let (m, n) = values.dim();
-        let mut words = pages::with_capacity(m * n.div_ceil(2));
         let half = |of: &[f32], at: usize| of.get(at).map_or(0, |&v| u32::from(bf16::from_f32(v).to_bits()));
         let values = values.as_standard_layout();
-        for row in values.rows() {
-            let row = row.to_slice().unwrap_or_default();
-            words.extend(row.chunks(2).map(|two| half(two, 0) | half(two, 1) << 16));
-        }
-        // (The shape fits.)
-        Halves { words: Array2::from_shape_vec((m, n.div_ceil(2)), words).unwrap_or_default(), columns: n }
+        let words = Aligned::new(m * n.div_ceil(2), |words| {
+            for row in values.rows() {
+                let row = row.to_slice().unwrap_or_default();
+                words.extend(row.chunks(2).map(|two| half(two, 0) | half(two, 1) << 16));
+            }
+        });
+        Halves { words, dim: (m, n) }
     }
 
     pub(super) fn dim(&self) -> (usize, usize) {
-        (self.words.nrows(), self.columns)
+        self.dim
     }
 
     /// Writes some rows out, one after the other.
     pub(super) fn write(&self, rows: Range<usize>, to: &mut [f32]) {
-        for (to, row) in to.chunks_exact_mut(self.columns.max(1)).zip(rows) {
-            let words = self.words.row(row);
+        let (_, n) = self.dim;
+        for (to, row) in to.chunks_exact_mut(n.max(1)).zip(rows) {
+            let words = &self.words[row * n.div_ceil(2)..][..n.div_ceil(2)];
             let (pairs, last) = to.as_chunks_mut::<2>();
             let [low, high] = [|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000)];
-            pairs.iter_mut().zip(&words).for_each(|(to, &word)| *to = [low(word), high(word)]);
+            pairs.iter_mut().zip(words).for_each(|(to, &word)| *to = [low(word), high(word)]);
             last.iter_mut().zip(words.iter().last()).for_each(|(to, &word)| *to = low(word));
         }
     }
 
-    /// Y ← A·X, Y row by row. With many vectors rows are written out first, some at a time.
+    fn view(&self) -> Option<ArrayView2<'_, u32>> {
+        ArrayView2::from_shape((self.dim.0, self.dim.1.div_ceil(2)), &self.words).ok()
+    }
+
+    /// Y ← A·X, Y row by row. With many vectors, where there are no matrix instructions, rows are written out first, some at a
+    /// time.
     pub(super) fn product(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
-        if x.ncols() >= TILED && by_tiles(self.words.view(), x, y) {
+        if x.ncols() >= TILED && by_tiles(&self.words, self.dim, x, y) {
             return;
         }
-        if x.ncols() <= MOST {
-            times::<f32, u32, false>(self.words.view(), x, y);
-        } else if let Ok(y) = ArrayViewMut2::from_shape((self.dim().0, x.ncols()), y) {
-            written(self.dim(), x, y, |rows, to| self.write(rows, to));
+        let shape = (self.dim.0, x.ncols());
+        match (self.view(), ArrayViewMut2::from_shape(shape, &mut *y)) {
+            (_, Ok(y)) if x.ncols() > MOST => written(self.dim, x, y, |rows, to| self.write(rows, to)),
+            (Some(words), _) => times::<f32, u32, false>(words, x, y),
+            _ => {}
         }
     }
 
     /// Y ← Aᵀ·X, Y row by row and zero before.
     pub(super) fn product_transposed(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
-        if x.ncols() <= MOST {
-            times::<f32, u32, true>(self.words.view(), x, y);
-        } else if let Ok(y) = ArrayViewMut2::from_shape((self.columns, x.ncols()), y) {
-            written_transposed(self.columns, x, y, |rows, to| self.write(rows, to));
+        let shape = (self.dim.1, x.ncols());
+        match (self.view(), ArrayViewMut2::from_shape(shape, &mut *y)) {
+            (_, Ok(y)) if x.ncols() > MOST => written_transposed(shape.0, x, y, |rows, to| self.write(rows, to)),
+            (Some(words), _) => times::<f32, u32, true>(words, x, y),
+            _ => {}
         }
     }
 }

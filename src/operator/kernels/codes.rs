@@ -9,7 +9,6 @@ use std::ops::Range;
 use ndarray::{ArrayView1, ArrayView2};
 use pulp::Arch;
 
-mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

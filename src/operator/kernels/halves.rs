@@ -13,7 +13,6 @@ use pulp::bytemuck::cast;
 use super::codes::{Cutting, DIGITS, Lanes, STEP, turned};
 use super::tiles::{self, Registers, tiles};
 use crate::operator::sparse::each_panel;
-use crate::simd::prefetch;
 
 /// Rows and vectors of a register.
 const TILE: usize = 16;
@@ -21,12 +20,12 @@ const TILE: usize = 16;
 const WORDS: usize = STEP / 2;
 /// Vectors that are laid out at a time.
 const VECTORS: usize = 8 * TILE;
-/// Rows of a call, at most: their sums stay in the second cache.
-const ROWS: usize = 256;
+/// Rows of a call, at most.
+const ROWS: usize = 1024;
 /// Bytes of inputs that meet all rows of a call before the next columns do: they stay in the second cache, too.
-const HELD: usize = 512 << 10;
-/// Steps between what is multiplied and what is asked for.
-const AHEAD: usize = 12;
+const HELD: usize = 768 << 10;
+/// Steps that do so at least.
+const FEWEST: usize = 12;
 
 /// A step's inputs of 16 vectors: a pair of columns in each row, those of the largest digits first.
 type Step = [[Lanes<i32>; TILE]; DIGITS];
@@ -38,14 +37,17 @@ pub(crate) fn available() -> bool {
     tiles::available() && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq")
 }
 
-/// Y ← A·X, Y row by row, for A of words of two finite numbers each, if the machine has the instructions; else nothing, and false.
+/// Y ← A·X, Y row by row, for an m×k matrix A of finite numbers, two in a word (the first in the lower half, a zero after an odd last
+/// one), if the machine has the instructions; else nothing, and false.
 ///
 /// # Panics
-/// If the rows of X are neither twice as many as words of a row nor one less, or Y has another size.
-pub(crate) fn product(a: ArrayView2<'_, u32>, x: ArrayView2<'_, f32>, y: &mut [f32]) -> bool {
-    let ((m, stride), n) = (a.dim(), x.ncols());
-    assert!(x.nrows().div_ceil(2) == stride && y.len() == m * n, "shapes of a product");
-    let (Some(words), true) = (a.as_slice(), available()) else { return false };
+/// If shapes do not fit.
+pub(crate) fn product(words: &[u32], (m, k): (usize, usize), x: ArrayView2<'_, f32>, y: &mut [f32]) -> bool {
+    let (stride, n) = (k.div_ceil(2), x.ncols());
+    assert!((x.nrows(), words.len(), y.len()) == (k, m * stride, m * n), "shapes of a product");
+    if !available() {
+        return false;
+    }
     if y.is_empty() {
         return true;
     }
@@ -64,7 +66,7 @@ pub(crate) fn product(a: ArrayView2<'_, u32>, x: ArrayView2<'_, f32>, y: &mut [f
                 }
             }
         };
-        each_panel(y.chunks_mut(share * n), m * x.nrows() * some.nrows(), panel);
+        each_panel(y.chunks_mut(share * n), m * k * some.nrows(), panel);
     }
     true
 }
@@ -143,7 +145,7 @@ impl Task<'_> {
         sums.clear();
         sums.resize(rows.len().div_ceil(2 * TILE) * 2 * x.tiles, [Lanes([0.0; TILE]); TILE]);
         let (registers, mut held) = (Tiles::new(), Vec::new());
-        let together = (HELD / (x.tiles.max(1) * size_of::<Step>())).max(AHEAD);
+        let together = (HELD / (x.tiles.max(1) * size_of::<Step>())).max(FEWEST);
         for first in (0..x.steps).step_by(together) {
             let steps = first..x.steps.min(first + together);
             for (two, sums) in sums.chunks_mut(2 * x.tiles).enumerate() {
@@ -153,11 +155,11 @@ impl Task<'_> {
                 let whole = x.tiles / 2 * 2;
                 for t in (0..whole).step_by(2) {
                     let inputs = [x.of(t, &steps), x.of(t + 1, &steps)];
-                    registers.four(&a, inputs, [&mut upper[t..t + 2], &mut lower[t..t + 2]], t == 0);
+                    registers.four(&a, inputs, [&mut upper[t..t + 2], &mut lower[t..t + 2]]);
                 }
                 if whole < x.tiles {
-                    registers.one(&a, 0, x.of(whole, &steps), &mut upper[whole], whole == 0);
-                    registers.one(&a, TILE, x.of(whole, &steps), &mut lower[whole], whole == 0);
+                    registers.one(&a, 0, x.of(whole, &steps), &mut upper[whole]);
+                    registers.one(&a, TILE, x.of(whole, &steps), &mut lower[whole]);
                 }
             }
         }
@@ -165,7 +167,9 @@ impl Task<'_> {
 
     /// Some steps of 32 rows: where they lie, or copied, with zeros for what is missing.
     fn block<'b>(&'b self, rows: Range<usize>, steps: &Range<usize>, held: &'b mut Vec<u32>) -> Block<'b> {
-        let whole = rows.len() == 2 * TILE && steps.end * WORDS <= self.stride;
+        // What the last of a row's steps reads of the next row meets zeros.
+        let end = (rows.end - 1) * self.stride + steps.end * WORDS;
+        let whole = rows.len() == 2 * TILE && end <= self.words.len();
         if whole {
             let words = &self.words[rows.start * self.stride + steps.start * WORDS..];
             return Block { words, stride: self.stride };
@@ -186,23 +190,6 @@ struct Block<'a> {
     stride: usize,
 }
 
-impl Block<'_> {
-    /// Asks for what a step of some rows comes to later, in them, or in as many rows behind them.
-    #[inline(always)]
-    fn ask(&self, rows: Range<usize>, step: usize, steps: usize) {
-        let line = WORDS * size_of::<u32>();
-        let ahead = match step + AHEAD < steps {
-            true => AHEAD * line,
-            false => {
-                (rows.len() * self.stride * size_of::<u32>()).wrapping_add(AHEAD * line).wrapping_sub(steps * line)
-            }
-        };
-        for row in rows {
-            prefetch(&self.words[row * self.stride + step * WORDS], ahead);
-        }
-    }
-}
-
 /// Tile registers of 16 rows of 64 bytes.
 struct Tiles {
     /// In use as long as there are these.
@@ -219,7 +206,7 @@ impl Tiles {
     /// # Panics
     /// If there are fewer of them than inputs have steps.
     #[allow(unsafe_code)]
-    fn four(&self, a: &Block<'_>, x: [&[Step]; 2], [upper, lower]: [&mut [Sums]; 2], fresh: bool) {
+    fn four(&self, a: &Block<'_>, x: [&[Step]; 2], [upper, lower]: [&mut [Sums]; 2]) {
         let steps = x[0].len();
         assert!(x[1].len() == steps && upper.len() == 2 && lower.len() == 2, "inputs and sums of four registers");
         assert!(a.words.len() >= (2 * TILE - 1) * a.stride + steps * WORDS, "rows of two registers");
@@ -248,10 +235,7 @@ impl Tiles {
             sums!("load", "tmm2", lower[0]);
             sums!("load", "tmm3", lower[1]);
         }
-        for step in 0..steps {
-            if fresh {
-                a.ask(0..2 * TILE, step, steps);
-            }
+        for (step, (x, z)) in x[0].iter().zip(x[1]).enumerate() {
             let first = &a.words[step * WORDS];
             macro_rules! digit {
                 ($offset:literal) => {
@@ -282,8 +266,8 @@ impl Tiles {
                     a = in(reg) &raw const *first,
                     b = in(reg) (&raw const *first).wrapping_add(TILE * a.stride),
                     stride = in(reg) a.stride * size_of::<u32>(),
-                    x = in(reg) &raw const x[0][step],
-                    z = in(reg) &raw const x[1][step],
+                    x = in(reg) &raw const *x,
+                    z = in(reg) &raw const *z,
                     line = in(reg) line,
                 );
             }
@@ -302,18 +286,14 @@ impl Tiles {
     /// # Panics
     /// If there are fewer of them than inputs have steps.
     #[allow(unsafe_code)]
-    fn one(&self, a: &Block<'_>, row: usize, x: &[Step], sums: &mut Sums, fresh: bool) {
+    fn one(&self, a: &Block<'_>, row: usize, x: &[Step], sums: &mut Sums) {
         assert!(a.words.len() >= (row + TILE - 1) * a.stride + x.len() * WORDS, "rows of a register");
         let (line, mut parts) = (size_of::<Lanes<i32>>(), [[Lanes([0f32; TILE]); TILE]; DIGITS]);
         // SAFETY: the registers are configured, as above. No memory is touched.
         unsafe {
             tiles!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2";);
         }
-        let steps = x.len();
         for (step, x) in x.iter().enumerate() {
-            if fresh {
-                a.ask(row..row + TILE, step, steps);
-            }
             // SAFETY: the registers are configured, as above. Of each of 16 rows 64 bytes are read that are the step's: the last of
             // these are there by the assertion. Of the inputs of a step all are read. No other memory is touched, nor the
             // stack.
@@ -372,7 +352,7 @@ mod tests {
                 let columns = x.t().as_standard_layout().into_owned();
                 for x in [x.view(), columns.t()] {
                     let mut y = vec![f32::NAN; m * n];
-                    if !product(words.view(), x, &mut y) {
+                    if !product(words.as_slice().unwrap(), (m, k), x, &mut y) {
                         assert!(!available());
                         return;
                     }
@@ -393,7 +373,7 @@ mod tests {
         let mut x = Array2::from_shape_fn((1060, 40), |(j, v)| ((j * 31 + v * 7) % 17) as f32 / 7.0 - 1.0);
         let run = |x: &Array2<f32>| {
             let mut y = vec![0.0; 1100 * 40];
-            product(words.view(), x.view(), &mut y).then_some(y)
+            product(words.as_slice().unwrap(), (1100, 1060), x.view(), &mut y).then_some(y)
         };
         let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let (several, one) = (run(&x), alone.install(|| run(&x)));

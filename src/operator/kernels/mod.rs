@@ -1,5 +1,6 @@
 //! Products of structured leaves with many vectors.
 
+mod aligned;
 mod bit_mask;
 mod blocks;
 mod codes;
@@ -10,6 +11,7 @@ mod tiles;
 mod turn;
 mod two_four;
 
+pub(crate) use self::aligned::Aligned;
 pub(crate) use self::bit_mask::MaskedRow;
 pub(crate) use self::blocks::{Job, Output, Stretch, block_product, stretch_product, stretches};
 pub(crate) use self::codes::{Beside, CodedRow, CodedRows, Inputs, PackedCodes, each_code, pack, width};

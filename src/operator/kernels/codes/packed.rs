@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::aligned::Aligned;
+use super::super::Aligned;
 use crate::scalar::Real;
 
 /// Bytes of a row that are gathered together.
@@ -38,7 +38,7 @@ pub(crate) fn width(n: usize, bits: u8) -> usize {
 pub(crate) struct PackedCodes {
     bits: u8,
     shape: (usize, usize),
-    bytes: Aligned,
+    bytes: Aligned<u8>,
     /// Whether rows are side by side.
     panels: bool,
     /// Of the rows of each panel for each group, if rows are side by side.
@@ -246,7 +246,7 @@ fn gather(_: &[u8], _: usize, _: usize, _: &mut [u8]) -> bool {
 }
 
 /// Rows of codes as panels: chunk by chunk, row by row; zeros where there are no rows or columns.
-fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Aligned {
+fn side_by_side(bits: u8, (m, n): (usize, usize), rows: &[u8]) -> Aligned<u8> {
     let (width, chunk) = (width(n, bits), chunk(bits));
     let size = chunk * usize::from(bits);
     let bytes = m.div_ceil(PANEL) * n.div_ceil(chunk) * PANEL * size / 8;
