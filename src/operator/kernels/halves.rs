@@ -7,10 +7,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use ndarray::{Array2, ArrayView2, Axis, s};
+use ndarray::{ArrayView2, s};
 use pulp::bytemuck::cast;
 
-use super::codes::{Cutting, DIGITS, Lanes, STEP, turned};
+use super::codes::{Cutting, DIGITS, Kept, Lanes, STEP, columns, turned};
 use super::tiles::{self, Registers, tiles};
 use crate::operator::sparse::each_panel;
 
@@ -52,21 +52,22 @@ pub(crate) fn product(words: &[u32], (m, k): (usize, usize), x: ArrayView2<'_, f
         return true;
     }
     let share = m.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(2 * TILE).min(ROWS);
-    let columns = x.t();
     for first in (0..n).step_by(VECTORS) {
-        let some = columns.slice(s![first..n.min(first + VECTORS), ..]);
-        let inputs = Inputs::new(some);
+        let some = x.slice(s![.., first..n.min(first + VECTORS)]);
+        let (inputs, count) = (Inputs::new(some), some.ncols());
         let task = Task { words, stride, x: &inputs };
         let panel = |sums: &mut Vec<Sums>, (at, y): (usize, &mut [f32])| {
             let rows = at * share..at * share + y.len() / n;
             task.multiply(rows, sums);
             for (r, y) in y.chunks_exact_mut(n).enumerate() {
-                for (y, sums) in y[first..first + some.nrows()].chunks_mut(TILE).zip(&sums[r / TILE * inputs.tiles..]) {
-                    y.copy_from_slice(&sums[r % TILE].0[..y.len()]);
-                }
+                let sums = sums[r / TILE * inputs.tiles..].iter().map(|tile| &tile[r % TILE].0);
+                let (whole, rest) = y[first..first + count].as_chunks_mut();
+                let mut sums = sums.take(inputs.tiles);
+                whole.iter_mut().zip(&mut sums).for_each(|(y, sums)| *y = *sums);
+                sums.take(1).for_each(|sums| rest.copy_from_slice(&sums[..rest.len()]));
             }
         };
-        each_panel(y.chunks_mut(share * n), m * k * some.nrows(), panel);
+        each_panel(y.chunks_mut(share * n), m * k * count, panel);
     }
     true
 }
@@ -77,28 +78,21 @@ struct Inputs {
     tiles: usize,
     steps: usize,
     /// Tile, step.
-    digits: Vec<Step>,
+    digits: Kept,
 }
 
 impl Inputs {
-    /// Of rows. There are the instructions, as was asked.
+    /// Of some columns. There are the instructions, as was asked.
     fn new(x: ArrayView2<'_, f32>) -> Self {
-        let (tiles, steps) = (x.nrows().div_ceil(TILE), x.ncols().div_ceil(STEP));
-        let mut digits = vec![[[Lanes::default(); TILE]; DIGITS]; tiles * steps];
-        let of = x.axis_chunks_iter(Axis(0), TILE).zip(digits.chunks_mut(steps.max(1)));
-        each_panel(of, 16 * x.len(), |held: &mut Array2<f32>, (_, (x, to))| {
-            let mut rows: [&[f32]; TILE] = [&[]; TILE];
-            if x.strides()[1] != 1 {
-                *held = x.as_standard_layout().into_owned();
-            }
-            let x = if x.strides()[1] == 1 { x } else { held.view() };
-            for (row, x) in rows.iter_mut().zip(x.rows()) {
-                *row = x.to_slice().unwrap_or_default();
-            }
+        let (tiles, steps) = (x.ncols().div_ceil(TILE), x.nrows().div_ceil(STEP));
+        let mut digits = Kept::new(tiles * steps * DIGITS * TILE);
+        let of = digits.as_chunks_mut().0.as_chunks_mut::<DIGITS>().0.chunks_mut(steps.max(1));
+        each_panel(of, 16 * x.len(), |held: &mut Vec<f32>, (tile, to)| {
+            let x = columns(&x, tile * TILE, TILE, held);
             // SAFETY: the machine has the instructions: only `product` calls this, which asks.
             #[allow(unsafe_code)]
             unsafe {
-                lay_out(rows, to);
+                lay_out(x, to);
             }
         });
         Inputs { tiles, steps, digits }
@@ -106,7 +100,7 @@ impl Inputs {
 
     /// Steps of a tile.
     fn of(&self, tile: usize, steps: &Range<usize>) -> &[Step] {
-        &self.digits[tile * self.steps..][steps.clone()]
+        &self.digits.as_chunks().0.as_chunks().0[tile * self.steps..][steps.clone()]
     }
 }
 
@@ -334,6 +328,7 @@ impl Tiles {
 #[cfg(test)]
 mod tests {
     use half::bf16;
+    use ndarray::Array2;
 
     use super::*;
 

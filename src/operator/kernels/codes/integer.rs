@@ -32,6 +32,8 @@ pub(in super::super) use self::bfloat::{Cutting, DIGITS, STEP};
 pub(super) use self::bytes::write;
 use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
+pub(in super::super) use self::inputs::columns;
+pub(in super::super) use self::kept::Kept;
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
 pub(in super::super) use self::panel::{Lanes, turned};

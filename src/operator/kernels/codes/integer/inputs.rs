@@ -271,7 +271,7 @@ fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; L
 }
 
 /// The numbers of some columns from one on, sixteen at most, in their order each; none of those that are missing.
-fn columns<'a, T: Real>(
+pub(in super::super::super) fn columns<'a, T: Real>(
     x: &'a ArrayView2<'_, T>,
     first: usize,
     count: usize,

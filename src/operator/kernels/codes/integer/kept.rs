@@ -15,10 +15,10 @@ thread_local! {
 
 /// Some vectors, of which those that a product before has left are not zero.
 #[derive(Debug)]
-pub(super) struct Kept(Vec<Lanes<i32>>);
+pub(in super::super::super) struct Kept(Vec<Lanes<i32>>);
 
 impl Kept {
-    pub(super) fn new(count: usize) -> Self {
+    pub(in super::super::super) fn new(count: usize) -> Self {
         // (Nothing is kept while a thread ends.)
         let mut memory = MEMORY.try_with(Cell::take).unwrap_or_default();
         if memory.capacity() < count {
