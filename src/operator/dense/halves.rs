@@ -65,9 +65,12 @@ impl Halves {
     /// Y ← A·X, Y row by row. With many vectors, where there are no matrix instructions, rows are written out first, some at a
     /// time.
     pub(super) fn product(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
-        if x.ncols() >= TILED && by_tiles(&self.words, self.dim, x, y) {
-            return;
+        if x.ncols() < TILED || !by_tiles(&self.words, self.dim, x, y) {
+            self.by_vectors(x, y);
         }
+    }
+
+    fn by_vectors(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
         let shape = (self.dim.0, x.ncols());
         match (self.view(), ArrayViewMut2::from_shape(shape, &mut *y)) {
             (_, Ok(y)) if x.ncols() > MOST => written(self.dim, x, y, |rows, to| self.write(rows, to)),
@@ -83,6 +86,30 @@ impl Halves {
             (_, Ok(y)) if x.ncols() > MOST => written_transposed(shape.0, x, y, |rows, to| self.write(rows, to)),
             (Some(words), _) => times::<f32, u32, true>(words, x, y),
             _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+
+    #[test]
+    fn vectors_find_what_registers_do() {
+        for (m, n) in [(1, 1), (7, 33), (130, 66), (600, 131)] {
+            let numbers =
+                |m, n, seed| Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + seed) % 64) as f32 - 31.0);
+            let (wide, all) = (numbers(m, n, 1), Halves::new(numbers(m, n, 1).view()));
+            for count in [1, 4, 5, 16, 17, 40] {
+                // (Whole numbers: all sums are exact.)
+                let x = numbers(n, count, 2);
+                let (exact, mut one, mut other) = (wide.dot(&x), vec![f32::NAN; m * count], vec![f32::NAN; m * count]);
+                all.by_vectors(x.view(), &mut one);
+                all.product(x.view(), &mut other);
+                assert_eq!((&one, &other), (&exact.into_raw_vec_and_offset().0, &one), "{m}x{n}, {count} vectors");
+            }
         }
     }
 }

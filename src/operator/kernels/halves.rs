@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use ndarray::{ArrayView2, s};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::bytemuck::cast;
 
 use super::codes::{Cutting, DIGITS, Kept, Lanes, STEP, columns, turned};
@@ -18,11 +18,11 @@ use crate::operator::sparse::each_panel;
 const TILE: usize = 16;
 /// Words of a step: 32 numbers.
 const WORDS: usize = STEP / 2;
-/// Vectors that are laid out at a time.
+/// Vectors at a time, at most.
 const VECTORS: usize = 8 * TILE;
-/// Rows of a call, at most.
+/// Rows that meet some steps before the next ones do, at most.
 const ROWS: usize = 1024;
-/// Bytes of inputs that meet all rows of a call before the next columns do: they stay in the second cache, too.
+/// Bytes of the inputs of these steps: they stay in the second cache.
 const HELD: usize = 768 << 10;
 /// Steps that do so at least.
 const FEWEST: usize = 12;
@@ -48,31 +48,32 @@ pub(crate) fn product(words: &[u32], (m, k): (usize, usize), x: ArrayView2<'_, f
     if !available() {
         return false;
     }
-    if y.is_empty() {
+    let Ok(mut y) = ArrayViewMut2::from_shape((m, n), y) else { return false };
+    if m * n == 0 {
         return true;
     }
-    let share = m.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(2 * TILE).min(ROWS);
-    for first in (0..n).step_by(VECTORS) {
-        let some = x.slice(s![.., first..n.min(first + VECTORS)]);
-        let (inputs, count) = (Inputs::new(some), some.ncols());
+    let threads = if rayon::current_thread_index().is_some() { 1 } else { rayon::current_num_threads() };
+    let width = n.div_ceil(threads).next_multiple_of(2 * TILE).min(VECTORS);
+    if n.div_ceil(width) >= threads {
+        // Some vectors for each thread, which lays out its own: they wait for each other once.
+        let panels = y.axis_chunks_iter_mut(Axis(1), width);
+        each_panel(panels, m * k * n, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
+            let first = at * width;
+            let inputs = Inputs::new(x.slice(s![.., first..first + y.ncols()]));
+            Task { words, stride, x: &inputs }.multiply(0, sums, y);
+        });
+    } else {
+        let (share, inputs) = (m.div_ceil(4 * threads).next_multiple_of(2 * TILE), Inputs::new(x));
         let task = Task { words, stride, x: &inputs };
-        let panel = |sums: &mut Vec<Sums>, (at, y): (usize, &mut [f32])| {
-            let rows = at * share..at * share + y.len() / n;
-            task.multiply(rows, sums);
-            for (r, y) in y.chunks_exact_mut(n).enumerate() {
-                let sums = sums[r / TILE * inputs.tiles..].iter().map(|tile| &tile[r % TILE].0);
-                let (whole, rest) = y[first..first + count].as_chunks_mut();
-                let mut sums = sums.take(inputs.tiles);
-                whole.iter_mut().zip(&mut sums).for_each(|(y, sums)| *y = *sums);
-                sums.take(1).for_each(|sums| rest.copy_from_slice(&sums[..rest.len()]));
-            }
-        };
-        each_panel(y.chunks_mut(share * n), m * k * count, panel);
+        let panels = y.axis_chunks_iter_mut(Axis(0), share);
+        each_panel(panels, m * k * n, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
+            task.multiply(at * share, sums, y);
+        });
     }
     true
 }
 
-/// Up to [`VECTORS`] vectors, cut into digits.
+/// Vectors, cut into digits.
 struct Inputs {
     /// Registers of vectors side by side.
     tiles: usize,
@@ -133,8 +134,22 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// Y ← the products of rows from one on, as many as Y has.
+    fn multiply(&self, first: usize, sums: &mut Vec<Sums>, mut y: ArrayViewMut2<'_, f32>) {
+        for (at, mut y) in y.axis_chunks_iter_mut(Axis(0), ROWS).enumerate() {
+            let first = first + at * ROWS;
+            self.add_up(first..first + y.nrows(), sums);
+            for (r, mut y) in y.rows_mut().into_iter().enumerate() {
+                let mut sums = sums[r / TILE * self.x.tiles..].iter().take(self.x.tiles).map(|tile| &tile[r % TILE].0);
+                let (whole, rest) = y.as_slice_mut().unwrap_or_default().as_chunks_mut();
+                whole.iter_mut().zip(&mut sums).for_each(|(y, sums)| *y = *sums);
+                sums.take(1).for_each(|sums| rest.copy_from_slice(&sums[..rest.len()]));
+            }
+        }
+    }
+
     /// The products of some rows: of each 16 of them, with each tile of inputs.
-    fn multiply(&self, rows: Range<usize>, sums: &mut Vec<Sums>) {
+    fn add_up(&self, rows: Range<usize>, sums: &mut Vec<Sums>) {
         let x = self.x;
         sums.clear();
         sums.resize(rows.len().div_ceil(2 * TILE) * 2 * x.tiles, [Lanes([0.0; TILE]); TILE]);
