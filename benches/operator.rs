@@ -34,7 +34,7 @@ fn numbers(m: usize, n: usize) -> Array2<f32> {
 fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     let w = numbers(n, n);
     let dense = |a: Array2<f32>| Operator::Dense(Dense::new(a));
-    let compact = |a: Array2<f32>| Ok(Operator::Dense(Dense::rounded(a, DType::BF16)?.compact()));
+    let compact = |a: Array2<f32>| Ok(Operator::Dense(Dense::rounded(a, DType::BF16)?));
     let quarter = n / 4;
     // r(2n − r) = n²/2; the pivots lie scattered, as they do in a weight.
     let r = (n as f64 * (1.0 - 0.5f64.sqrt())) as usize;

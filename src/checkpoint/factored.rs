@@ -97,7 +97,7 @@ impl<T: Real> Loader<'_, T> {
                 let values = stored.matrix::<T>()?.into_owned();
                 check_finite("weight", &values)?;
                 let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
-                Ok(Operator::Dense(Dense::rounded(values, dtype)?.compact()))
+                Ok(Operator::Dense(Dense::rounded(values, dtype)?))
             }
         };
         load().map_err(|e: Error| e.of_tensor(name))

@@ -292,14 +292,15 @@ fn share<T: Real>(
     let Operator::Dense(own) = own else {
         return Err(Error::Unsupported("the factor that a group does not share is dense".into()));
     };
+    let (dtype, own) = (own.dtype(), own.values());
     let mut at = 0;
     let mut operators = Vec::with_capacity(group.len());
     for problem in group {
         let (m, n) = problem.shape();
         let (range, axis) = if stacked { (at..at + m, Axis(0)) } else { (at..at + n, Axis(1)) };
         at = range.end;
-        let part = own.values().slice_axis(axis, range.into()).to_owned();
-        let part = Operator::Dense(Dense::rounded(part, own.dtype())?);
+        let part = own.slice_axis(axis, range.into()).to_owned();
+        let part = Operator::Dense(Dense::rounded(part, dtype)?);
         let common = Operator::Shared(common.clone());
         operators.push(Operator::product_of(if stacked { vec![part, common] } else { vec![common, part] })?);
     }

@@ -117,12 +117,13 @@ impl<T: Real> Fit<'_, T> {
     /// The right factor of a product of two dense ones, in other coordinates between the two.
     fn turned(&self, left: &Dense<T>, right: &Dense<T>) -> Array2<T> {
         let norm = |v: ndarray::ArrayView1<'_, T>| v.iter().map(|v| v.wide() * v.wide()).sum::<f64>().sqrt();
+        let (left, right) = (left.values(), right.values());
         let balance = |k: usize| {
-            let (l, r) = (norm(left.values().column(k)), norm(right.values().row(k)));
+            let (l, r) = (norm(left.column(k)), norm(right.row(k)));
             T::from_f64(if l > 0.0 && r > 0.0 { (l / r).sqrt() } else { 1.0 })
         };
-        let scales = Array1::from_shape_fn(right.shape().0, balance);
-        let balanced = &right.values() * &scales.insert_axis(Axis(1));
+        let scales = Array1::from_shape_fn(right.nrows(), balance);
+        let balanced = &right * &scales.insert_axis(Axis(1));
         if !self.mix || balanced.nrows() < 2 {
             return balanced;
         }

@@ -59,11 +59,11 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             return Err(Error::Unsupported(format!("an operator tree deeper than {DEPTH}")));
         };
         Ok(match node {
-            Node::Dense { tensor } => Operator::Dense(self.dense(tensor)?.compact()),
+            Node::Dense { tensor } => Operator::Dense(self.dense(tensor)?),
             Node::Interpolative { side, len, pivots, coefficients } => {
                 let pivots = self.indices(pivots, *len)?;
                 let coefficients = match coefficients {
-                    Coefficients::Tensor(name) => Operator::Dense(self.dense(name)?.compact()),
+                    Coefficients::Tensor(name) => Operator::Dense(self.dense(name)?),
                     Coefficients::Node(node) => self.visit(node, depth)?,
                 };
                 Operator::Interpolative(Interpolative::new(*side, pivots, coefficients)?)
