@@ -1,7 +1,7 @@
 //! Numbers: what is computed in ([`Real`]: f32, f64) and what is stored ([`DType`]).
 //!
-//! Half types are storage only. They are widened on load (exact) and narrowed on save (round to
-//! nearest, ties to even); arithmetic in them would be two orders of magnitude slower on a CPU.
+//! Half types are storage only, in files and (bf16) in memory. They are widened on their way into arithmetic (exact) and narrowed
+//! when a leaf is made (round to nearest, ties to even); arithmetic in them would be two orders of magnitude slower on a CPU.
 
 use std::fmt;
 

@@ -81,7 +81,7 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
     });
 }
 
-/// Calls for each part of n vectors with a function's count of them as its last parameter, by as many at a time at most.
+/// Expands `call!(count, first)` for each part of n vectors, of so many at most, with its count as a literal.
 macro_rules! by_parts {
     ($n:expr, $most:expr, $call:ident) => {
         let (n, parts) = ($n, $n.div_ceil($most));
@@ -143,9 +143,9 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> WithSimd for Product<'_, T, C,
 }
 
 impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> {
-    /// R rows at a time, which meet up to MOST vectors, and then others while they are at hand.
+    /// R rows at a time, which meet up to TOGETHER vectors, and then others while they are at hand.
     #[inline(always)]
-    fn by_rows<S: Simd, const R: usize, const MOST: usize>(&mut self, s: S) {
+    fn by_rows<S: Simd, const R: usize, const TOGETHER: usize>(&mut self, s: S) {
         let ((m, k), n, lanes) = (self.a.dim(), self.b.ncols(), T::lanes::<S>());
         let (mut x, length) = (Aligned::default(), k.next_multiple_of(lanes) * C::PARTS);
         let x = x.numbers(length * n);
@@ -158,20 +158,20 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> 
                 )
             };
         }
-        by_parts!(n, MOST, lay_out);
+        by_parts!(n, TOGETHER, lay_out);
         let (ahead, groups) = (Ahead::new(&self.a, R), m / R * R);
         // (Loops: what a closure calls is not compiled for the machine's vectors.)
         for i in (0..groups).step_by(R) {
-            self.rows::<S, R, MOST>(s, i, x, ahead);
+            self.rows::<S, R, TOGETHER>(s, i, x, ahead);
         }
         for i in groups..m {
-            self.rows::<S, 1, MOST>(s, i, x, ahead);
+            self.rows::<S, 1, TOGETHER>(s, i, x, ahead);
         }
     }
 
     /// The products of R rows from one on.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const MOST: usize>(&mut self, s: S, i: usize, x: &[T], ahead: Ahead) {
+    fn rows<S: Simd, const R: usize, const TOGETHER: usize>(&mut self, s: S, i: usize, x: &[T], ahead: Ahead) {
         let (n, mut rows) = (self.b.ncols(), [&[][..]; R]);
         for (r, of) in rows.iter_mut().enumerate() {
             *of = self.a.row(i + r).to_slice().unwrap_or_default();
@@ -185,7 +185,7 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> 
                 }
             }};
         }
-        by_parts!(n, MOST, put);
+        by_parts!(n, TOGETHER, put);
     }
 }
 
