@@ -34,9 +34,9 @@ impl<T: Real> Dense<T> {
     /// A leaf stored in `dtype`; the values are rounded to it now (to nearest, ties to even).
     ///
     /// Those of bf16 are bf16 in memory too if T is `f32`: half the bytes, which products with up to four vectors read in half the
-    /// time, and with more where there are matrix instructions (AMX); without those, products with more than 16 vectors write
-    /// rows out first, and take a fifth to a third longer (by AVX2 those with 16 nearly twice as long). Sums are `f32` sums in any case. In matrix instructions numbers under
-    /// 2⁻¹²⁶ count as zero, and vectors with an infinite number make NaN.
+    /// time, and with more where there are matrix instructions (AMX). Without those, products with more than 16 vectors write
+    /// rows out first, and take a fifth to a third longer (by AVX2 those with 16 nearly twice as long). Sums are `f32` sums in
+    /// any case. In matrix instructions numbers under 2⁻¹²⁶ count as zero, and vectors with an infinite number make NaN.
     ///
     /// ```
     /// use ndarray::array;
