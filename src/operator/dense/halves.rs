@@ -58,34 +58,31 @@ impl Halves {
         }
     }
 
-    fn view(&self) -> Option<ArrayView2<'_, u32>> {
-        ArrayView2::from_shape((self.dim.0, self.dim.1.div_ceil(2)), &self.words).ok()
-    }
-
-    /// Y ← A·X, Y row by row. With many vectors, where there are no matrix instructions, rows are written out first, some at a
-    /// time.
+    /// Y ← A·X, Y row by row.
     pub(super) fn product(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
         if x.ncols() < TILED || !by_tiles(&self.words, self.dim, x, y) {
-            self.by_vectors(x, y);
-        }
-    }
-
-    fn by_vectors(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
-        let shape = (self.dim.0, x.ncols());
-        match (self.view(), ArrayViewMut2::from_shape(shape, &mut *y)) {
-            (_, Ok(y)) if x.ncols() > MOST => written(self.dim, x, y, |rows, to| self.write(rows, to)),
-            (Some(words), _) => times::<f32, u32, false>(words, x, y),
-            _ => {}
+            self.by_vectors::<false>(x, y);
         }
     }
 
     /// Y ← Aᵀ·X, Y row by row and zero before.
     pub(super) fn product_transposed(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
-        let shape = (self.dim.1, x.ncols());
-        match (self.view(), ArrayViewMut2::from_shape(shape, &mut *y)) {
-            (_, Ok(y)) if x.ncols() > MOST => written_transposed(shape.0, x, y, |rows, to| self.write(rows, to)),
-            (Some(words), _) => times::<f32, u32, true>(words, x, y),
-            _ => {}
+        self.by_vectors::<true>(x, y);
+    }
+
+    /// Either without matrix instructions: with many vectors rows are written out first, some at a time.
+    fn by_vectors<const TRANSPOSED: bool>(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
+        let (m, n) = self.dim;
+        let (rows, write) = (if TRANSPOSED { n } else { m }, |rows, to: &mut [f32]| self.write(rows, to));
+        if x.ncols() <= MOST {
+            if let Ok(words) = ArrayView2::from_shape((m, n.div_ceil(2)), &self.words) {
+                times::<f32, u32, TRANSPOSED>(words, x, y);
+            }
+        } else if let Ok(y) = ArrayViewMut2::from_shape((rows, x.ncols()), y) {
+            match TRANSPOSED {
+                true => written_transposed(n, x, y, write),
+                false => written(self.dim, x, y, write),
+            }
         }
     }
 }
@@ -106,7 +103,7 @@ mod tests {
                 // (Whole numbers: all sums are exact.)
                 let x = numbers(n, count, 2);
                 let (exact, mut one, mut other) = (wide.dot(&x), vec![f32::NAN; m * count], vec![f32::NAN; m * count]);
-                all.by_vectors(x.view(), &mut one);
+                all.by_vectors::<false>(x.view(), &mut one);
                 all.product(x.view(), &mut other);
                 assert_eq!((&one, &other), (&exact.into_raw_vec_and_offset().0, &one), "{m}x{n}, {count} vectors");
             }

@@ -24,7 +24,6 @@ mod wide;
 #[cfg(target_arch = "x86_64")]
 use self::integer as panels;
 #[cfg(target_arch = "x86_64")]
-pub(super) use self::integer::{Cutting, DIGITS, Kept, Lanes, STEP, columns, turned};
 #[cfg(target_arch = "aarch64")]
 use self::neon as panels;
 pub(crate) use self::packed::{Beside, PackedCodes, width};

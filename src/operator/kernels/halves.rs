@@ -10,7 +10,9 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis, s};
 use pulp::bytemuck::cast;
 
-use super::codes::{Cutting, DIGITS, Kept, Lanes, STEP, columns, turned};
+use super::cutting::{Cutting, DIGITS, STEP};
+use super::kept::Kept;
+use super::lanes::{Lanes, columns, turned};
 use super::tiles::{self, Registers, tiles};
 use crate::operator::sparse::each_panel;
 
@@ -220,29 +222,20 @@ impl Tiles {
         assert!(x[1].len() == steps && upper.len() == 2 && lower.len() == 2, "inputs and sums of four registers");
         assert!(a.words.len() >= (2 * TILE - 1) * a.stride + steps * WORDS, "rows of two registers");
         let line = size_of::<Lanes<i32>>();
-        macro_rules! sums {
-            ($move:literal, $register:literal, $sums:expr) => {
-                match $move {
-                    "load" => tiles!(
-                        concat!("tileloadd ", $register, ", [{sums} + {line}]");
-                        sums = in(reg) &raw mut $sums, line = in(reg) line,
-                    ),
-                    _ => tiles!(
-                        concat!("tilestored [{sums} + {line}], ", $register);
-                        sums = in(reg) &raw mut $sums, line = in(reg) line,
-                    ),
-                }
-            };
-        }
         // SAFETY: the registers are configured, as there is a `Registers`, which stays on its thread: nothing that is called
         // while there is one touches them, since compilers emit tile instructions for their own intrinsics only, and the
-        // system restores them for each thread. 16 rows of 64 bytes are read from and written to sums, which have these. No
-        // other memory is touched, nor the stack.
+        // system restores them for each thread. 16 rows of 64 bytes are read of each of the sums, which have these: two and two,
+        // side by side, by the first assertion. No other memory is touched, nor the stack.
         unsafe {
-            sums!("load", "tmm0", upper[0]);
-            sums!("load", "tmm1", upper[1]);
-            sums!("load", "tmm2", lower[0]);
-            sums!("load", "tmm3", lower[1]);
+            tiles!(
+                "tileloadd tmm0, [{upper} + {line}]",
+                "tileloadd tmm1, [{upper} + {line} + 1024]",
+                "tileloadd tmm2, [{lower} + {line}]",
+                "tileloadd tmm3, [{lower} + {line} + 1024]";
+                upper = in(reg) upper.as_ptr(),
+                lower = in(reg) lower.as_ptr(),
+                line = in(reg) line,
+            );
         }
         for (step, (x, z)) in x[0].iter().zip(x[1]).enumerate() {
             let first = &a.words[step * WORDS];
@@ -281,12 +274,17 @@ impl Tiles {
                 );
             }
         }
-        // SAFETY: as of the first.
+        // SAFETY: as of the first, but that rows are written to sums.
         unsafe {
-            sums!("put", "tmm0", upper[0]);
-            sums!("put", "tmm1", upper[1]);
-            sums!("put", "tmm2", lower[0]);
-            sums!("put", "tmm3", lower[1]);
+            tiles!(
+                "tilestored [{upper} + {line}], tmm0",
+                "tilestored [{upper} + {line} + 1024], tmm1",
+                "tilestored [{lower} + {line}], tmm2",
+                "tilestored [{lower} + {line} + 1024], tmm3";
+                upper = in(reg) upper.as_mut_ptr(),
+                lower = in(reg) lower.as_mut_ptr(),
+                line = in(reg) line,
+            );
         }
     }
 

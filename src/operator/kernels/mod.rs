@@ -5,7 +5,13 @@ mod bit_mask;
 mod blocks;
 mod codes;
 #[cfg(target_arch = "x86_64")]
+mod cutting;
+#[cfg(target_arch = "x86_64")]
 mod halves;
+#[cfg(target_arch = "x86_64")]
+mod kept;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 mod turn;

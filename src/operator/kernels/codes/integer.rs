@@ -20,7 +20,6 @@ mod digits;
 mod few;
 mod four;
 mod inputs;
-mod kept;
 mod many;
 mod matrix;
 mod panel;
@@ -28,25 +27,23 @@ mod runs;
 mod vectors;
 mod way;
 
-pub(in super::super) use self::bfloat::{Cutting, DIGITS, STEP};
 pub(super) use self::bytes::write;
 use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
-pub(in super::super) use self::inputs::columns;
-pub(in super::super) use self::kept::Kept;
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
-pub(in super::super) use self::panel::{Lanes, turned};
-use self::panel::{kind, put};
+use self::panel::kind;
 use self::vectors::Panel;
 use self::way::{Layout, Way};
+use super::super::cutting::{Cutting, DIGITS, STEP};
+use super::super::kept::Kept;
+use super::super::lanes::{LANES, Lanes, columns, padded, put, turned};
+use super::super::tiles;
 use super::CodedRows;
 use super::layout::EACH;
 use super::packed::{LINE, PANEL};
 use crate::scalar::Real;
 
-/// Rows in a vector.
-const LANES: usize = 16;
 /// Vectors of rows that are multiplied together.
 const BANDS: usize = PANEL / LANES;
 /// Signed bytes of an input.

@@ -10,9 +10,8 @@ use pulp::bytemuck::cast;
 
 use super::super::packed::{Floats, Grids};
 use super::inputs::Inputs;
-use super::panel::Lanes;
 use super::vectors::Panel;
-use super::{BANDS, LANES, PANEL, TOGETHER};
+use super::{BANDS, LANES, Lanes, PANEL, TOGETHER};
 
 mod cut;
 mod spread;

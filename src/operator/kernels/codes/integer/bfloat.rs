@@ -10,20 +10,14 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::super::tiles::tiles;
-use super::digits::padded;
-use super::panel::{Lanes, Unpacking};
+use super::panel::Unpacking;
 use super::runs::{Runs, of_run};
-use super::way::Layout;
-use super::{BANDS, EACH, LANES, LINE};
+use super::tiles::tiles;
+use super::{BANDS, DIGITS, LANES, LINE, Lanes};
 use crate::simd::prefetch_early;
 
 /// Bits of the widest codes: as many as a number has behind its leading bit.
 pub(super) const WIDEST: u8 = 7;
-/// Columns that meet in an instruction.
-pub(in super::super::super) const STEP: usize = 2 * LANES;
-/// Numbers of an input.
-pub(in super::super::super) const DIGITS: usize = 3;
 
 /// Codes of a step: a pair of columns of 16 rows in each vector.
 pub(super) type Codes = [[Lanes<i32>; LANES]; BANDS];
@@ -116,48 +110,6 @@ impl Table {
                 }
             }
         }
-    }
-}
-
-/// Cuts inputs for codes of some layout.
-pub(in super::super::super) struct Cutting {
-    /// The upper halves of columns, in the order of codes.
-    order: __m512i,
-}
-
-impl Cutting {
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn new(layout: &Layout) -> Self {
-        // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
-        Self::of(EACH * layout.parts / 2)
-    }
-
-    /// Columns that meet so many later ones.
-    #[target_feature(enable = "avx512f")]
-    pub(in super::super::super) fn of(half: usize) -> Self {
-        let column = |at: usize| at / 2 / half * 2 * half + at / 2 % half + at % 2 * half;
-        Cutting { order: cast(std::array::from_fn::<_, STEP, _>(|at| 2 * column(at) as u16 + 1)) }
-    }
-
-    /// The digits of up to 32 columns, and sums of some of them each; zeros where there are none.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-    pub(in super::super::super) fn cut(&self, x: &[f32]) -> ([Lanes<i32>; DIGITS], __m512) {
-        let (first, second) = match x.as_chunks::<LANES>().0 {
-            [first, second, ..] => (*first, *second),
-            _ => (padded(x), padded(x.get(LANES..).unwrap_or_default())),
-        };
-        let (mut first, mut second): (__m512, __m512) = (cast(first), cast(second));
-        let sums = _mm512_add_ps(first, second);
-        let upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff_0000_u32 as i32));
-        let mut digits = [Lanes::default(); DIGITS];
-        for digit in &mut digits {
-            *digit = Lanes(cast(_mm512_permutex2var_epi16(cast(first), self.order, cast(second))));
-            // What is cut off is exact, and so is the rest.
-            first = _mm512_sub_ps(first, _mm512_and_ps(first, upper));
-            second = _mm512_sub_ps(second, _mm512_and_ps(second, upper));
-        }
-        (digits, sums)
     }
 }
 

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::super::layout::unit_of;
-use super::{EACH, LANES, LIMBS};
+use super::{EACH, LANES, LIMBS, padded};
 
 /// Sums of the products of all digits, from those of each.
 #[inline]
@@ -58,11 +58,6 @@ pub(super) fn totalled(of: __m512i) -> [i32; EACH] {
     let of = _mm512_add_epi32(of, _mm512_shuffle_epi32::<0b10_11_00_01>(of));
     let of: [[i32; LANES / EACH]; EACH] = cast(_mm512_add_epi32(of, _mm512_shuffle_epi32::<0b01_00_11_10>(of)));
     of.map(|[sum, ..]| sum)
-}
-
-/// Some numbers, at most 16, and zeros.
-pub(super) fn padded(of: &[f32]) -> [f32; LANES] {
-    std::array::from_fn(|i| of.get(i).copied().unwrap_or_default())
 }
 
 /// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.

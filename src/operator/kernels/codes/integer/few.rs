@@ -10,12 +10,11 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::allocation::zeroed_box;
 use pulp::bytemuck::{Zeroable, cast};
 
-use super::bfloat::{Codes, Cut, STEP, Sums, Table, Tiles, WIDEST};
+use super::bfloat::{Codes, Cut, Sums, Table, Tiles, WIDEST};
 use super::inputs::Inputs;
-use super::panel::Lanes;
 use super::vectors::{Panel, Scaling};
 use super::way::Layout;
-use super::{BANDS, LANES, PANEL};
+use super::{BANDS, LANES, Lanes, PANEL, STEP};
 
 /// Columns of the longest runs.
 pub(super) const LONGEST: usize = 4 * STEP;

@@ -10,14 +10,14 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::allocation::zeroed_box;
 use pulp::bytemuck::{Zeroable, cast, cast_slice_mut, try_cast_slice};
 
-use super::super::super::tiles::tiles;
 use super::inputs::Inputs;
 use super::matrix::Shape;
-use super::panel::{Lanes, Pair, Signed};
+use super::panel::{Pair, Signed};
 use super::runs::{Runs, of_run};
+use super::tiles::tiles;
 use super::vectors::{Panel, ahead};
 use super::way::Layout;
-use super::{BANDS, EACH, LANES, LIMBS, LINE, TOGETHER};
+use super::{BANDS, EACH, LANES, LIMBS, LINE, Lanes, TOGETHER};
 use crate::simd::prefetch;
 
 /// Inputs for which this is the faster way, at least.

@@ -4,17 +4,14 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use ndarray::{ArrayView2, Axis};
+use ndarray::ArrayView2;
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::layout::sum;
-use super::bfloat::{self, Cutting, DIGITS};
-use super::digits::{Cut, padded, totalled, unit};
-use super::kept::Kept;
+use super::digits::{Cut, totalled, unit};
 use super::matrix::Shape;
-use super::panel::{put, turned};
 use super::way::{Layout, Way};
-use super::{EACH, LANES, LIMBS, TOGETHER, available, avx2, few};
+use super::{Cutting, DIGITS, EACH, Kept, LANES, LIMBS, STEP, TOGETHER, avx2, bfloat, columns, few};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
 
@@ -252,72 +249,21 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
 /// Lays a tile out for matrix instructions with bf16, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; LANES]) {
-    let cutting = Cutting::new(layout);
+    // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
+    let cutting = Cutting::of(EACH * layout.parts / 2);
     let limbs = tile.limbs.chunks_mut(few::Blocks::new(layout).steps() * DIGITS * inputs * LANES);
     for (run, (to, sums)) in limbs.zip(tile.sums.chunks_mut(inputs)).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = layout.of_run(run, x);
             let mut total = _mm512_setzero_ps();
             for (step, to) in to.chunks_mut(DIGITS * inputs * LANES).enumerate() {
-                let (digits, sums) = cutting.cut(x.get(step * bfloat::STEP..).unwrap_or_default());
+                let (digits, sums) = cutting.cut(x.get(step * STEP..).unwrap_or_default());
                 total = _mm512_add_ps(total, sums);
                 for (digit, to) in digits.iter().zip(to.chunks_mut(inputs * LANES)) {
                     to[v * LANES..][..LANES].copy_from_slice(&digit.0);
                 }
             }
             sums[v] = _mm512_reduce_add_ps(total);
-        }
-    }
-}
-
-/// The numbers of some columns from one on, sixteen at most, in their order each; none of those that are missing.
-pub(in super::super::super) fn columns<'a, T: Real>(
-    x: &'a ArrayView2<'_, T>,
-    first: usize,
-    count: usize,
-    held: &'a mut Vec<T>,
-) -> [&'a [f32]; LANES] {
-    let ((n, b), count) = (x.dim(), count.min(LANES).min(x.ncols() - first));
-    let in_order = n == 1 || x.strides()[0] == 1;
-    if !in_order {
-        held.resize(n * count, T::zero());
-        match x.as_slice() {
-            Some(all) if available() => {
-                let to = cast_slice_mut(held);
-                // SAFETY: the machine has the instructions, as was asked.
-                #[allow(unsafe_code)]
-                unsafe {
-                    gather(cast_slice(all), b, first, to);
-                }
-            }
-            _ => x.rows().into_iter().enumerate().for_each(|(j, row)| {
-                (0..count).for_each(|v| held[v * n + j] = row[first + v]);
-            }),
-        }
-    }
-    let held = &held[..];
-    std::array::from_fn(|v| {
-        if v >= count {
-            return [].as_slice();
-        }
-        let column = if in_order { x.index_axis(Axis(1), first + v).to_slice() } else { held.get(v * n..(v + 1) * n) };
-        cast_slice(column.unwrap_or_default())
-    })
-}
-
-/// Some columns, up to 16 from one on, of rows of b numbers: by squares, as columns of numbers that lie far apart would
-/// evict each other.
-#[target_feature(enable = "avx512f")]
-fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
-    let n = rows.len() / b;
-    let count = to.len() / n;
-    for (square, rows) in rows.chunks(b * LANES).enumerate() {
-        let rows: [_; LANES] = std::array::from_fn(|j| {
-            let row = rows.get(j * b + first..j * b + first + count).unwrap_or_default();
-            cast(row.first_chunk().copied().unwrap_or_else(|| padded(row)))
-        });
-        for (column, to) in turned(rows).into_iter().zip(to.chunks_mut(n)) {
-            put(column, &mut to[square * LANES..]);
         }
     }
 }

@@ -12,9 +12,9 @@ use std::ops::Range;
 use pulp::bytemuck::cast;
 
 use super::matrix::{Shape, Sums, Tiles};
-use super::panel::{Lanes, Pair, Signed};
+use super::panel::{Pair, Signed};
 use super::vectors::{Panel, Scaling};
-use super::{BANDS, EACH, Inputs, LIMBS};
+use super::{BANDS, EACH, Inputs, LIMBS, Lanes};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;

@@ -6,10 +6,10 @@
 
 use std::marker::PhantomData;
 
-use super::super::super::tiles::{self, Registers, tiles};
-use super::panel::{Lanes, Pair};
+use super::panel::Pair;
+use super::tiles::{self, Registers, tiles};
 use super::way::Layout;
-use super::{BANDS, EACH, LANES, LIMBS};
+use super::{BANDS, EACH, LANES, LIMBS, Lanes};
 
 /// Whether there are matrix instructions beside those of vectors.
 pub(super) fn available() -> bool {

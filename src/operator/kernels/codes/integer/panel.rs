@@ -2,66 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use pulp::bytemuck::{Pod, Zeroable, cast};
+use pulp::bytemuck::cast;
 
 use super::bytes::Spread;
-use super::{BANDS, LANES, LINE};
+use super::{BANDS, LINE, Lanes};
 use crate::simd::prefetch_early;
-
-/// A vector in memory.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C, align(64))]
-pub(in super::super::super) struct Lanes<N>(pub(in super::super::super) [N; LANES]);
-
-// SAFETY: all its bytes may be zero.
-#[allow(unsafe_code)]
-unsafe impl Zeroable for Lanes<i32> {}
-// SAFETY: 16 integers of four bytes fill the 64 bytes of its alignment: there are no others between or behind them, and any
-// bytes are integers.
-#[allow(unsafe_code)]
-unsafe impl Pod for Lanes<i32> {}
-
-/// Turns a square around: vector i of the result has element i of each.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(in super::super::super) fn turned(rows: [__m512i; LANES]) -> [__m512i; LANES] {
-    let mut pairs = rows;
-    for i in 0..8 {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // Element c of quarter j of `fours[4q + c]` is column 4j + c of the rows from 4q on.
-    let mut fours = pairs;
-    for q in 0..4 {
-        fours[4 * q] = _mm512_unpacklo_epi64(pairs[4 * q], pairs[4 * q + 2]);
-        fours[4 * q + 1] = _mm512_unpackhi_epi64(pairs[4 * q], pairs[4 * q + 2]);
-        fours[4 * q + 2] = _mm512_unpacklo_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
-        fours[4 * q + 3] = _mm512_unpackhi_epi64(pairs[4 * q + 1], pairs[4 * q + 3]);
-    }
-    let mut columns = fours;
-    for c in 0..4 {
-        let upper = _mm512_shuffle_i32x4::<0x44>(fours[c], fours[4 + c]);
-        let lower = _mm512_shuffle_i32x4::<0x44>(fours[8 + c], fours[12 + c]);
-        columns[c] = _mm512_shuffle_i32x4::<0x88>(upper, lower);
-        columns[4 + c] = _mm512_shuffle_i32x4::<0xdd>(upper, lower);
-        let upper = _mm512_shuffle_i32x4::<0xee>(fours[c], fours[4 + c]);
-        let lower = _mm512_shuffle_i32x4::<0xee>(fours[8 + c], fours[12 + c]);
-        columns[8 + c] = _mm512_shuffle_i32x4::<0x88>(upper, lower);
-        columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(upper, lower);
-    }
-    columns
-}
-
-/// Writes the numbers of a vector, as many as there is room for.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn put(vector: __m512i, to: &mut [f32]) {
-    let numbers: [f32; LANES] = cast(vector);
-    match to.first_chunk_mut() {
-        Some(to) => *to = numbers,
-        None => to.copy_from_slice(&numbers[..to.len()]),
-    }
-}
 
 /// How codes of some bits come out of the bytes of vectors, two bands each.
 #[derive(Clone, Copy)]

@@ -1,9 +1,8 @@
 //! Tile registers for the sums of two runs by turns, of two bands each: while one run's are added up, those of the one before are
 //! written where they belong.
 
-use super::super::super::tiles::{Registers, tiles};
-use super::BANDS;
-use super::panel::Lanes;
+use super::tiles::{Registers, tiles};
+use super::{BANDS, Lanes};
 
 /// Assembly, for the registers that have the sums of a run.
 macro_rules! of_run {

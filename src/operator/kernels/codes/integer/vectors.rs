@@ -8,8 +8,8 @@ use pulp::bytemuck::cast;
 use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
-use super::panel::{Lanes, Unpacking};
-use super::{BANDS, LANES, LIMBS, TOGETHER};
+use super::panel::Unpacking;
+use super::{BANDS, LANES, LIMBS, Lanes, TOGETHER};
 use crate::simd::prefetch;
 
 /// Some rows.

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 
-use super::panel::Lanes;
+use super::lanes::Lanes;
 
 /// Vectors that a thread keeps at most: 4 MiB.
 const MOST: usize = (4 << 20) / size_of::<Lanes<i32>>();
@@ -15,10 +15,10 @@ thread_local! {
 
 /// Some vectors, of which those that a product before has left are not zero.
 #[derive(Debug)]
-pub(in super::super::super) struct Kept(Vec<Lanes<i32>>);
+pub(super) struct Kept(Vec<Lanes<i32>>);
 
 impl Kept {
-    pub(in super::super::super) fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         // (Nothing is kept while a thread ends.)
         let mut memory = MEMORY.try_with(Cell::take).unwrap_or_default();
         if memory.capacity() < count {
