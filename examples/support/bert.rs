@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use tokenizers::{Tokenizer, TruncationParams};
 use weightpress::checkpoint::Checkpoint;
 use weightpress::operator::{LinearOperator, Operator};
-use weightpress::tensor::Tensor;
 
 use super::attention::{Heads, attention};
 use super::llama::{text_of, vector};
@@ -129,12 +128,15 @@ impl Layer {
 /// An encoder ready to run.
 pub struct Bert {
     config: Config,
-    words: Array2<f32>,
+    words: Operator<f32>,
     /// Position and token type 0 together.
     positions: Array2<f32>,
     norm: Norm,
     pub layers: Vec<Layer>,
 }
+
+const WORDS: &str = "embeddings.word_embeddings.weight";
+const POSITIONS: &str = "embeddings.position_embeddings.weight";
 
 impl Bert {
     /// Loads a Hugging Face folder, dense or factored.
@@ -183,20 +185,21 @@ impl Bert {
                 norm: norm(name("output.LayerNorm"))?,
             });
         }
-        let table = |name: &str, rows: usize| -> Result<Array2<f32>> {
-            let table = checkpoint.get(name)?.matrix::<f32>()?.into_owned();
-            let (m, n) = table.dim();
+        let fits = |name: &str, (m, n): (usize, usize), rows: usize| -> Result<()> {
             ensure!((m, n) == (rows, hidden), "{name} is {m}x{n}, config.json says {rows}x{hidden}");
-            Ok(table)
+            Ok(())
         };
-        let types = checkpoint.get("embeddings.token_type_embeddings.weight")?.matrix::<f32>()?.into_owned();
+        let types = weights.operator("embeddings.token_type_embeddings.weight")?.to_dense();
         ensure!(
             types.nrows() > 0 && types.ncols() == hidden,
             "token types of {:?}, expected [_, {hidden}]",
             types.dim()
         );
-        let positions = table("embeddings.position_embeddings.weight", config.max_position_embeddings)? + types.row(0);
-        let words = table("embeddings.word_embeddings.weight", config.vocab_size)?;
+        let mut positions = weights.operator(POSITIONS)?.to_dense();
+        fits(POSITIONS, positions.dim(), config.max_position_embeddings)?;
+        positions += &types.row(0);
+        let words = weights.operator(WORDS)?;
+        fits(WORDS, words.shape(), config.vocab_size)?;
         Ok(Bert { words, positions, norm: norm("embeddings.LayerNorm".into())?, layers, config })
     }
 
@@ -223,7 +226,7 @@ impl Bert {
             unknown.is_none(),
             "token {unknown:?} of a vocabulary of {vocab_size}: the tokenizer is another model's"
         );
-        let sum = self.words.select(Axis(0), tokens) + self.positions.slice(ndarray::s![..tokens.len(), ..]);
+        let sum = self.words.select_rows(tokens)? + self.positions.slice(ndarray::s![..tokens.len(), ..]);
         Ok(self.norm.apply(&sum.t().as_standard_layout().into_owned(), self.eps()))
     }
 

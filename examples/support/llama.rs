@@ -11,7 +11,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use serde::Deserialize;
 use weightpress::checkpoint::{Checkpoint, Loader};
-use weightpress::operator::{Dense, LinearOperator, Operator};
+use weightpress::operator::{LinearOperator, Operator};
 
 use super::attention::{Heads, Rotary, attention};
 use super::math::{losses, rms_norm, swiglu};
@@ -187,7 +187,7 @@ pub struct Llama {
     pub config: Config,
     pub layers: Vec<Layer>,
     pub norm: Array1<f32>,
-    embedding: Dense<f32>,
+    embedding: Operator<f32>,
     head: Option<Operator<f32>>,
 }
 
@@ -215,7 +215,7 @@ impl Llama {
         let has_head = checkpoint.info("lm_head.weight").is_some();
         let mut weights = checkpoint.loader()?;
         let head = if has_head { Some(weights.operator("lm_head.weight")?) } else { None };
-        let Operator::Dense(embedding) = weights.operator(EMBEDDING)? else { bail!("{EMBEDDING} is compressed") };
+        let embedding = weights.operator(EMBEDDING)?;
         let expected = (config.vocab_size, config.hidden_size);
         let head_shape = head.as_ref().map_or(expected, LinearOperator::shape);
         for (name, (rows, columns)) in [(EMBEDDING, embedding.shape()), ("lm_head.weight", head_shape)] {
@@ -242,7 +242,7 @@ impl Llama {
         if let Some(&wrong) = tokens.iter().find(|&&token| token >= known) {
             bail!("token {wrong} of a vocabulary of {known}: the tokenizer is another model's");
         }
-        Ok(self.embedding.rows(tokens)?.reversed_axes().as_standard_layout().into_owned())
+        Ok(self.embedding.select_rows(tokens)?.reversed_axes().as_standard_layout().into_owned())
     }
 
     /// Final hidden states, features × tokens, of tokens that follow those in the cache; it takes them in.
@@ -276,10 +276,7 @@ impl Llama {
 
     /// The weight that makes logits of hidden states.
     pub fn head(&self) -> &dyn LinearOperator<f32> {
-        match &self.head {
-            Some(head) => head,
-            None => &self.embedding,
-        }
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Logits, vocabulary × tokens.

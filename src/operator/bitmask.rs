@@ -12,6 +12,7 @@ use pulp::Arch;
 use super::coded::Coded;
 use super::kernels::MaskedRow;
 use super::permutation::LONGEST;
+use super::rows::rows_by;
 use super::sparse::{each_panel, each_row, fitted};
 use super::{Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
@@ -247,6 +248,12 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
                 .for_each(|(column, value)| y.row_mut(column).scaled_add(value, &from));
         }
         y
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let mut scratch = Vec::new();
+        rows_by(self.shape(), rows, |row, to| {
+            self.row(Arch::new(), row, &mut scratch).entries().for_each(|(column, value)| to[column] = value);
+        })
     }
     fn params(&self) -> usize {
         match &self.values {

@@ -4,6 +4,7 @@ use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 use pulp::bytemuck::cast_slice_mut;
 
 use self::halves::Halves;
+use super::rows::rows_by;
 use super::{LinearOperator, matmul};
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real, check_finite};
@@ -103,27 +104,6 @@ impl<T: Real> Dense<T> {
         }
     }
 
-    /// Some rows, in the order they are named in.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if the matrix has no such row.
-    pub fn rows(&self, rows: &[usize]) -> Result<Array2<T>> {
-        let (m, n) = self.shape();
-        if let Some(&missing) = rows.iter().find(|&&row| row >= m) {
-            return Err(Error::shape(format!("one of {m} rows"), missing));
-        }
-        let mut chosen = Array2::zeros((rows.len(), n));
-        for (&row, mut to) in rows.iter().zip(chosen.rows_mut()) {
-            match &self.memory {
-                Memory::Wide(values) => to.assign(&values.row(row)),
-                Memory::Halves(halves) => {
-                    halves.write(row..row + 1, cast_slice_mut(to.as_slice_mut().unwrap_or_default()));
-                }
-            }
-        }
-        Ok(chosen)
-    }
-
     /// The values row by row; nothing of those that are bf16 in memory.
     pub(super) fn wide(&self) -> &[T] {
         match &self.memory {
@@ -171,6 +151,13 @@ impl<T: Real> LinearOperator<T> for Dense<T> {
                 by_halves((n, m), x, |x, y| halves.product_transposed(x, y))
             }
         }
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let (m, n) = self.shape();
+        rows_by((m, n), rows, |row, to| match &self.memory {
+            Memory::Wide(_) => to.copy_from_slice(&self.wide()[row * n..(row + 1) * n]),
+            Memory::Halves(halves) => halves.write(row..row + 1, cast_slice_mut(to)),
+        })
     }
     fn params(&self) -> usize {
         self.shape().0 * self.shape().1
@@ -256,10 +243,10 @@ mod tests {
     fn rows_are_those_that_are_named() {
         let wide = Dense::rounded(numbers(9, 5, 1), DType::BF16).unwrap().widened();
         for leaf in [wide.clone(), wide.clone().compact()] {
-            let chosen = leaf.rows(&[8, 0, 0, 3]).unwrap();
+            let chosen = leaf.select_rows(&[8, 0, 0, 3]).unwrap();
             assert_eq!(chosen, wide.values().select(ndarray::Axis(0), &[8, 0, 0, 3]));
-            assert_eq!(leaf.rows(&[]).unwrap().dim(), (0, 5));
-            let missing = leaf.rows(&[1, 9]).unwrap_err().to_string();
+            assert_eq!(leaf.select_rows(&[]).unwrap().dim(), (0, 5));
+            let missing = leaf.select_rows(&[1, 9]).unwrap_err().to_string();
             assert!(missing.contains("one of 9 rows") && missing.contains('9'), "{missing}");
         }
     }

@@ -7,6 +7,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
+use super::rows::rows_by;
 use super::{IndexSet, LinearOperator, Operator};
 use crate::error::{Error, Result};
 use crate::linalg::rows_times_to;
@@ -123,6 +124,25 @@ impl<T: Real> LinearOperator<T> for Interpolative<T> {
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let t = |x: ArrayView2<'_, T>| self.coefficients.product_transposed(x);
         if self.side == Side::Left { self.gather(x, t) } else { self.spread(t(x), x) }
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let (shape, t) = (self.shape(), &self.coefficients);
+        if self.side == Side::Right {
+            let units = rows_by((shape.0, shape.0), rows, |row, to| to[row] = T::one())?;
+            return Ok(self.spread(t.select_rows(rows)?.reversed_axes(), units.t()).reversed_axes());
+        }
+        let places: Vec<_> = rows.iter().map(|row| self.rest.binary_search(row)).collect();
+        let of: Vec<usize> = places.iter().filter_map(|place| place.ok()).collect();
+        let mut chosen = rows_by(shape, rows, |_, _| {})?;
+        let mut others = t.select_rows(&of)?.into_iter();
+        for ((row, place), mut to) in rows.iter().zip(places).zip(chosen.rows_mut()) {
+            match place {
+                Ok(_) => to.iter_mut().zip(&mut others).for_each(|(to, from)| *to = from),
+                // As many of the others come before it as it could be placed behind.
+                Err(before) => to[row - before] = T::one(),
+            }
+        }
+        Ok(chosen)
     }
     fn params(&self) -> usize {
         self.coefficients.params()

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use ndarray::{Array2, ArrayView2};
 
+use super::rows::rows_by;
 use super::{Dense, LinearOperator, Operator, matmul};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
@@ -89,6 +90,10 @@ impl<T: Real> LinearOperator<T> for Mixture<T> {
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         matmul(self.formed().reversed_axes(), x)
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let formed = self.formed();
+        rows_by(self.shape(), rows, |row, to| formed.row(row).iter().zip(to).for_each(|(&from, to)| *to = from))
     }
     fn params(&self) -> usize {
         self.coefficients.params() + self.atoms.iter().map(LinearOperator::params).sum::<usize>()

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView2};
 
 use self::chain::{chain, stages};
+use self::rows::rows_by;
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::Real;
@@ -29,6 +30,7 @@ mod monarch;
 mod n_m;
 mod permutation;
 mod quantized;
+mod rows;
 mod sparse;
 mod stacked;
 
@@ -68,6 +70,28 @@ pub trait LinearOperator<T: Real>: Debug + Send + Sync {
     fn flops(&self, columns: usize) -> u64;
     /// Ŵ as a matrix, m×n.
     fn to_dense(&self) -> Array2<T>;
+
+    /// Some rows of Ŵ in the order they are named in, r×n: what an embedding looks up, without the rest of it.
+    ///
+    /// Cost: that of the rows where a node has them at hand (matrices, codes, masks, sums of such, and products that begin
+    /// with one, whose other factors cost a transposed product with r vectors); else a transposed product of the whole with
+    /// r vectors.
+    ///
+    /// ```
+    /// use ndarray::array;
+    /// use weightpress::operator::{Dense, LinearOperator, Operator};
+    ///
+    /// let (left, right) = (Dense::new(array![[1.0], [2.0], [3.0]]), Dense::new(array![[4.0, 5.0]]));
+    /// let embedding = Operator::product_of(vec![left.into(), right.into()])?;
+    /// assert_eq!(embedding.select_rows(&[2, 0])?, array![[12.0, 15.0], [4.0, 5.0]]);
+    /// # Ok::<(), weightpress::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is no such row.
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        rows::by_units(self, rows)
+    }
 
     /// Ŵ·X with the shapes checked.
     ///
@@ -250,6 +274,23 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
             Operator::Product(factors) => chain(&stages(factors), true, x),
             Operator::Sum(terms) => sum(terms.iter().map(|term| term.product_transposed(x))),
             other => other.node().product_transposed(x),
+        }
+    }
+
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        match self {
+            Operator::Product(factors) => match factors.split_first() {
+                Some((first, rest)) => {
+                    Ok(chain(&stages(rest), true, first.select_rows(rows)?.view().reversed_axes()).reversed_axes())
+                }
+                None => rows_by((0, 0), rows, |_, _| {}),
+            },
+            Operator::Sum(terms) => {
+                let mut chosen = rows_by(self.shape(), rows, |_, _| {})?;
+                terms.iter().try_for_each(|term| term.select_rows(rows).map(|of| chosen += &of))?;
+                Ok(chosen)
+            }
+            other => other.node().select_rows(rows),
         }
     }
 

@@ -17,6 +17,7 @@ use pulp::{Arch, bytemuck};
 use super::coded::Coded;
 use super::kernels::TwoFour;
 use super::permutation::LONGEST;
+use super::rows::rows_by;
 use super::sparse::{accumulate, each_row};
 use super::{Bitmask, BlockDiagonal, Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
@@ -339,6 +340,9 @@ impl<T: Real> LinearOperator<T> for NmSparse<T> {
             self.row(i, |column, value| y.row_mut(column).scaled_add(value, &from));
         }
         y
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        rows_by(self.shape, rows, |row, to| self.row(row, |column, value| to[column] = value))
     }
     fn params(&self) -> usize {
         self.codes().map_or(self.stored(), Coded::params)

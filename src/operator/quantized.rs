@@ -17,6 +17,7 @@ use pulp::Arch;
 use super::LinearOperator;
 use super::kernels::{CodedRows, Inputs, PackedCodes, width};
 use super::permutation::LONGEST;
+use super::rows::rows_by;
 use super::sparse::{panel_rows, some_rows, written, written_transposed};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
@@ -119,6 +120,9 @@ impl<T: Real> LinearOperator<T> for Quantized<T> {
         let mut y = Array2::zeros((self.shape().1, x.ncols()));
         written_transposed(self.shape().1, x, y.view_mut(), |rows, to| self.write(rows, to));
         y
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        rows_by(self.shape(), rows, |row, to| self.write(row..row + 1, to))
     }
     fn params(&self) -> usize {
         self.shape().0 * self.shape().1 + self.grid.own_params()

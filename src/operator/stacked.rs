@@ -6,6 +6,7 @@
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::kernels::{Inputs, each_code, pack, width};
+use super::rows::rows_by;
 use super::sparse::each_panel;
 use super::{LinearOperator, Operator, Quantized};
 use crate::error::{Error, Result};
@@ -186,6 +187,15 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
             y += &part.product_transposed(x.select(Axis(0), own).view());
         }
         y
+    }
+    fn select_rows(&self, rows: &[usize]) -> Result<Array2<T>> {
+        let mut chosen = rows_by(self.shape(), rows, |_, _| {})?;
+        for (part, own) in self.parts.iter().zip(&self.rows) {
+            let found = rows.iter().enumerate().filter_map(|(at, row)| Some((at, own.binary_search(row).ok()?)));
+            let (to, of): (Vec<_>, Vec<_>) = found.unzip();
+            to.iter().zip(part.select_rows(&of)?.rows()).for_each(|(&to, from)| chosen.row_mut(to).assign(&from));
+        }
+        Ok(chosen)
     }
     fn params(&self) -> usize {
         self.parts.iter().map(LinearOperator::params).sum()

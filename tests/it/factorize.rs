@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, Axis};
 use proptest::prelude::*;
 use weightpress::budget::Budget;
 use weightpress::error::Error;
@@ -137,6 +137,11 @@ fn every_method_keeps_shape_budget_and_determinism_and_survives_the_codec() {
                     let product = operator.apply_transpose(y.view()).unwrap();
                     assert!((&product - &dense.t().dot(&y)).iter().all(|v| v.abs() < 1e-10), "{at}: transpose");
                     assert!(operator.apply(wide(n + 1, 2, 1).view()).is_err(), "{at}: wrong shape");
+                    let named = [m - 1, 0, m / 2, m - 1];
+                    let (rows, expected) = (operator.select_rows(&named).unwrap(), dense.select(Axis(0), &named));
+                    assert!((&rows - &expected).iter().all(|v| v.abs() < 1e-10), "{at}: rows");
+                    assert_eq!(operator.select_rows(&[]).unwrap().dim(), (0, n), "{at}: no rows");
+                    assert!(operator.select_rows(&[0, m]).is_err(), "{at}: a row that is not there");
                     let norm = metric.squared(w.view(), &Faer);
                     let error = metric.squared((&w - &dense).view(), &Faer);
                     assert!(error <= norm * (1.0 + 1e-9), "{at}: worse than zero, {error} of {norm}");
@@ -182,6 +187,9 @@ fn half_precision_factors_lose_little_and_are_what_is_measured() {
         let problem = Problem::new("w", w.view(), Budget::Keep(0.8)).dtype(DType::BF16);
         let half = method.factorize(std::slice::from_ref(&problem)).unwrap().remove(0);
         assert!(half.bytes() <= (32 * 48 * 2) * 8 / 10);
+        let (named, dense) = ([31, 0, 7], half.to_dense());
+        let off = half.select_rows(&named).unwrap() - dense.select(Axis(0), &named);
+        assert!(off.iter().all(|v| v.abs() < 1e-5), "{method:?}: rows");
         // What the same operator takes with 32-bit values; its indices weigh the same.
         let full = Problem::new("w", w.view(), Budget::Bytes(half.bytes() + 2 * half.params() as u64));
         let full = method.factorize(std::slice::from_ref(&full)).unwrap().remove(0);
