@@ -195,6 +195,7 @@ pub struct Llama {
 type Hook<'h> = &'h mut dyn FnMut(&str, ArrayView2<'_, f32>) -> weightpress::Result<()>;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 impl Llama {
     /// Loads a Hugging Face folder, dense or factored.
@@ -212,13 +213,13 @@ impl Llama {
     /// What is not in a layer.
     pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
         let config = Config::read(checkpoint)?;
-        let has_head = checkpoint.info("lm_head.weight").is_some();
+        let has_head = checkpoint.info(HEAD).is_some();
         let mut weights = checkpoint.loader()?;
-        let head = if has_head { Some(weights.operator("lm_head.weight")?) } else { None };
+        let head = if has_head { Some(weights.operator(HEAD)?) } else { None };
         let embedding = weights.operator(EMBEDDING)?;
         let expected = (config.vocab_size, config.hidden_size);
         let head_shape = head.as_ref().map_or(expected, LinearOperator::shape);
-        for (name, (rows, columns)) in [(EMBEDDING, embedding.shape()), ("lm_head.weight", head_shape)] {
+        for (name, (rows, columns)) in [(EMBEDDING, embedding.shape()), (HEAD, head_shape)] {
             ensure!(
                 (rows, columns) == expected,
                 "{name} is {rows}x{columns}, config.json says {}x{}",
@@ -274,7 +275,12 @@ impl Llama {
         self.extend(tokens, &mut Cache::new(&self.config), hook)
     }
 
-    /// The weight that makes logits of hidden states.
+    /// The name of the weight that makes logits of hidden states.
+    pub fn head_name(&self) -> &'static str {
+        if self.head.is_some() { HEAD } else { EMBEDDING }
+    }
+
+    /// The weight itself.
     pub fn head(&self) -> &dyn LinearOperator<f32> {
         self.head.as_ref().unwrap_or(&self.embedding)
     }

@@ -71,6 +71,12 @@ impl Walk {
         (0..=SITES.len()).try_for_each(|site| self.advance(site, layer, config))
     }
 
+    /// To the input of the head, behind the last layer.
+    pub fn finish(&mut self, model: &Llama) {
+        let eps = model.config.rms_norm_eps;
+        self.stream.par_iter().zip(&mut self.input).for_each(|(x, input)| *input = rms_norm(x, &model.norm, eps));
+    }
+
     /// Mean of x·xᵀ over the tokens at this site, in f64.
     pub fn gram(&self) -> Result<Array2<f64>> {
         let parts = self.input.par_chunks(self.input.len().div_ceil(PARTS).max(1)).map(|windows| {
@@ -104,7 +110,7 @@ impl Walk {
 }
 
 impl Llama {
-    /// Gram matrices of the inputs of all linear layers over windows of text. Weights that see the same
+    /// Gram matrices of the inputs of all linear layers, and of the head, over windows of text. Weights that see the same
     /// input (q, k, v; gate, up) share one. `done` is told after each layer.
     pub fn calibrate(&self, windows: &[&[usize]], done: &dyn Fn(usize)) -> Result<Stats> {
         let (mut walk, mut stats) = (Walk::new(self, windows)?, Stats::empty());
@@ -118,6 +124,8 @@ impl Llama {
             walk.advance(SITES.len(), layer, &self.config)?;
             done(i);
         }
+        walk.finish(self);
+        stats.insert_gram(self.head_name(), walk.gram()?)?;
         Ok(stats)
     }
 }

@@ -4,10 +4,12 @@ use std::path::Path;
 
 use weightpress::checkpoint::Checkpoint;
 use weightpress::factorize::{Factorize, Method, Problem};
+use weightpress::metric::MetricSpec;
 use weightpress::ndarray::{Array2, Axis, concatenate, s};
 use weightpress::operator::{Dense, LinearOperator, Operator};
+use weightpress::run::{Options, Silent};
 use weightpress::stats::Kind;
-use weightpress::{Budget, Stats};
+use weightpress::{Budget, Recipe, Rule, Stats};
 
 use super::support::llama::{Cache, LINEAR, Llama, weight_name};
 use super::support::walk::correction;
@@ -127,6 +129,36 @@ fn fisher_sums_are_those_of_the_squared_gradients() {
     // What ships beside the model was computed by another program on its calibration text.
     let known = Stats::open(&[Path::new(MODEL).join("fisher.safetensors")]).unwrap();
     assert!(known.has(&name, Kind::FisherRow));
+}
+
+/// Words are looked up in it, and hidden states multiplied with it.
+#[test]
+fn an_embedding_that_is_also_the_head_may_be_compressed() {
+    let (text, model, out) = (text(128), bundled(), tempfile::tempdir().unwrap());
+    let stats = model.calibrate(&text.chunks(64).collect::<Vec<_>>(), &|_| ()).unwrap();
+    let hidden: Vec<_> =
+        text.chunks(64).map(|window| model.hidden(window, &mut |_, _| Ok(())).unwrap().mapv(f64::from)).collect();
+    let naive = hidden.iter().fold(Array2::<f64>::zeros((192, 192)), |sum, h| sum + h.dot(&h.t())) / 128.0;
+    let (name, largest) = (model.head_name(), naive.iter().fold(0.0, |most: f64, v| most.max(v.abs())));
+    let off = &stats.gram(name).unwrap().matrix() - &naive;
+    assert!(off.iter().all(|v| v.abs() < 1e-5 * largest));
+
+    let checkpoint = Checkpoint::open(MODEL).unwrap();
+    let smaller = |metric: &str, keep: f64| {
+        let rule = Rule::new(name, Method::named("quantize").unwrap(), Budget::Keep(keep));
+        let rules = vec![Rule { metric: MetricSpec::named(metric).unwrap(), ..rule }];
+        let recipe = Recipe { rules, ..Recipe::default() };
+        let out = out.path().join(format!("{metric}{keep}"));
+        recipe.plan(&checkpoint, &stats).unwrap().run(&out, &Options::default(), &Silent).unwrap();
+        Llama::load(&Checkpoint::open(&out).unwrap()).unwrap()
+    };
+    let logits = |model: &Llama| model.logits(hidden[0].mapv(|v| v as f32).view()).unwrap();
+    let off = |model: &Llama| apart(&logits(model), &logits(&bundled()));
+    let eight = smaller("gram", 0.53);
+    assert_eq!(eight.embed(&text).unwrap(), eight.head().to_dense().select(Axis(0), &text).reversed_axes());
+    assert!(off(&eight) < 0.01, "{}", off(&eight));
+    let four = [smaller("gram", 0.28), smaller("frobenius", 0.28)].map(|model| off(&model));
+    assert!(four[0] < 0.7 * four[1], "{four:?}");
 }
 
 #[test]
