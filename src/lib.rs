@@ -80,6 +80,7 @@ pub mod stats;
 pub mod tensor;
 #[cfg(test)]
 mod testing;
+mod threads;
 mod unit;
 
 pub use ndarray;

@@ -5,9 +5,10 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use super::few::{MOST, multiply_few};
 use super::vector::multiply_vector;
 use crate::scalar::Real;
+use crate::threads::{self, Pace};
 
-/// Below this many multiply-adds a product runs on one thread.
-pub(super) const PARALLEL_FROM: usize = 1 << 20;
+/// Multiply-adds from which on it counts how operands lie in memory.
+const LARGE: usize = 1 << 20;
 
 /// C ← α·A·B + β·C. Uses the global pool for large products, unless the calling thread is a rayon
 /// worker already: then the caller is parallel and nesting would only add waiting.
@@ -60,16 +61,13 @@ fn costly_to_pack<T>(a: &ArrayView2<'_, T>, b: &ArrayView2<'_, T>, c: &ArrayView
     let right = if row_major(b.strides()) { 0 } else { n * k };
     // As the crate sees it, the left side is A if C is column-major, and Bᵀ if not.
     let (now, other) = if row_major(c.strides()) { (right, left) } else { (left, right) };
-    m * n * k >= PARALLEL_FROM && now > 2 * (other + m * n)
+    m * n * k >= LARGE && now > 2 * (other + m * n)
 }
 
 fn multiply<T: Real>(alpha: T, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, beta: T, mut c: ArrayViewMut2<'_, T>) {
     let ((m, k), n) = (a.dim(), b.ncols());
-    let parallelism = if m * n * k < PARALLEL_FROM || rayon::current_thread_index().is_some() {
-        gemm::Parallelism::None
-    } else {
-        gemm::Parallelism::Rayon(0)
-    };
+    let parallelism =
+        if threads::alone(Pace::FLOATS.time(m * k, n)) { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
     // SAFETY: the three views are valid for their shapes and strides (an invariant of ndarray), the
     // shapes were checked by the only caller to be m×k, k×n and m×n, and `c` is borrowed exclusively, so that it
     // overlaps neither `a` nor `b`. gemm takes (column stride, row stride) in elements.

@@ -20,6 +20,7 @@ use super::dct::{Twist, fold, real, twist_back, twist_forward, twists, unfold};
 use super::pages;
 use crate::error::{Error, Result};
 use crate::scalar::Real;
+use crate::threads;
 
 /// An orthogonal matrix Q of any (allowed) length n, with a fast product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,8 +39,6 @@ pub enum Transform {
 
 /// Even lengths from here on, but for 16, are faster by way of an FFT than by rustdct (measured).
 const FFT_FROM: usize = 10;
-/// Below this many numbers one thread does it all.
-const PARALLEL_FROM: usize = 1 << 16;
 /// Rows that are gathered together when the rows of the input are not contiguous: the numbers of one
 /// cache line.
 const STRIP: usize = 16;
@@ -148,7 +147,7 @@ fn transform_rows<S: Real + FftNum + FloatConst>(kind: Transform, x: Option<Arra
         }
         out.chunks_exact_mut(n).for_each(|row| plan.run(row, scratch));
     };
-    if b * n < PARALLEL_FROM || rayon::current_thread_index().is_some() {
+    if threads::alone(b * n) {
         let mut scratch = plan.scratch();
         all.chunks_mut(STRIP * n).enumerate().for_each(|(index, out)| strip(&mut scratch, index, out));
     } else {

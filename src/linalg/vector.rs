@@ -9,9 +9,9 @@ use ndarray::{ArrayView2, ArrayViewMut2, s};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::product::PARALLEL_FROM;
 use crate::scalar::Real;
 use crate::simd::prefetch;
+use crate::threads::{self, Pace};
 
 /// Rows that share the loads of x, or of sums.
 const ROWS: usize = 4;
@@ -76,12 +76,12 @@ pub(crate) fn rows_times_to<T: Real>(a: ArrayView2<'_, T>, x: &[T], y: &mut [T],
 
 /// Whether a product stays on this thread.
 pub(super) fn alone<T>(a: &ArrayView2<'_, T>) -> bool {
-    a.len() < PARALLEL_FROM || rayon::current_thread_index().is_some()
+    threads::alone(Pace::FLOATS.time(a.len(), 1))
 }
 
 /// Parts of a product with so many sums: some for each thread, none without a vector or two.
 pub(super) fn share(sums: usize) -> usize {
-    sums.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64)
+    threads::share(sums).next_multiple_of(64)
 }
 
 /// y = A·x for A whose rows lie in order in memory.

@@ -18,6 +18,7 @@ use super::{Dense, Grid, LinearOperator};
 use crate::error::{Error, Result};
 use crate::linalg::matmul_into;
 use crate::scalar::{DType, Real};
+use crate::threads::Pace;
 
 /// Up to so many vectors, each by itself.
 const FEW: usize = 4;
@@ -236,7 +237,7 @@ impl<T: Real> LinearOperator<T> for Bitmask<T> {
             }
             matmul_into(T::one(), rows.slice(s![.., ..self.columns]), x, T::zero(), y);
         };
-        each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), m * self.columns * b, panel);
+        each_panel(y.axis_chunks_iter_mut(Axis(0), PANEL), Pace::FLOATS.time(m * self.columns, b), panel);
         y
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {

@@ -21,6 +21,7 @@ use super::rows::rows_by;
 use super::sparse::{panel_rows, some_rows, written, written_transposed};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
+use crate::threads::{self, Pace};
 
 mod grid;
 
@@ -169,9 +170,9 @@ impl<T: Real> Quantized<T> {
     pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
         let (m, n) = self.shape();
         // Enough calls for all threads. (There may be no rows at all.)
-        let share = m.div_ceil(4 * rayon::current_num_threads());
+        let share = threads::share(m);
         let together = share.next_multiple_of(TOGETHER.0).clamp(TOGETHER.0, TOGETHER.1);
-        some_rows(m, b, together, m * n, |first, y| self.some_products(x, first, b, y))
+        some_rows(m, b, together, Pace::CODES.time(m * n, b), |first, y| self.some_products(x, first, b, y))
     }
 }
 

@@ -7,28 +7,26 @@ use rayon::prelude::*;
 
 use crate::linalg::matmul_into;
 use crate::scalar::Real;
+use crate::threads::{Pace, alone};
 
-/// Below this many multiply-adds a product runs on one thread.
-const PARALLEL_FROM: usize = 1 << 20;
-
-/// An m×b matrix, row by row: `row(i, y)` adds to row i, which starts at zero. `stored` values times b
-/// decide whether rows are worth several threads; on a rayon worker they never are.
+/// An m×b matrix, row by row: `row(i, y)` adds to row i, which starts at zero. `stored` floats decide about threads.
 pub(super) fn each_row<T: Real>(m: usize, b: usize, stored: usize, row: impl Fn(usize, &mut [T]) + Sync) -> Array2<T> {
-    some_rows(m, b, 1, stored, row)
+    some_rows(m, b, 1, Pace::FLOATS.time(stored, b), row)
 }
 
-/// The same for some rows `together`, of which the first is number i; at the end there may be fewer.
+/// The same for some rows `together`, of which the first is number i; at the end there may be fewer. The time on one thread
+/// decides about others.
 pub(super) fn some_rows<T: Real>(
     m: usize,
     b: usize,
     together: usize,
-    stored: usize,
+    nanoseconds: usize,
     rows: impl Fn(usize, &mut [T]) + Sync,
 ) -> Array2<T> {
     let mut y = vec![T::zero(); m * b];
     if b > 0 {
         let call = |(at, y): (usize, &mut [T])| rows(at * together, y);
-        if stored * b < PARALLEL_FROM || rayon::current_thread_index().is_some() {
+        if alone(nanoseconds) {
             y.chunks_mut(b * together).enumerate().for_each(call);
         } else {
             y.par_chunks_mut(b * together).enumerate().for_each(call);
@@ -37,21 +35,21 @@ pub(super) fn some_rows<T: Real>(
     Array2::from_shape_vec((m, b), y).unwrap_or_default()
 }
 
-/// Calls for each of some panels of rows, with its number and memory that those before it may have left; `work`
-/// multiply-adds decide about threads.
+/// Calls for each of some panels of rows, with its number and memory that those before it may have left; the time on one thread
+/// decides about others.
 pub(super) fn each_panel<T: Send, S: Default, I>(
     panels: I,
-    work: usize,
+    nanoseconds: usize,
     call: impl Fn(&mut S, (usize, T)) + Sync + Send,
 ) where
     I: ExactSizeIterator<Item = T> + Send,
 {
-    let panels: Vec<_> = panels.enumerate().collect();
-    if work < PARALLEL_FROM || rayon::current_thread_index().is_some() {
+    let panels = panels.enumerate();
+    if alone(nanoseconds) {
         let mut scratch = S::default();
-        panels.into_iter().for_each(|panel| call(&mut scratch, panel));
+        panels.for_each(|panel| call(&mut scratch, panel));
     } else {
-        panels.into_par_iter().for_each_init(S::default, call);
+        panels.collect::<Vec<_>>().into_par_iter().for_each_init(S::default, call);
     }
 }
 
@@ -80,7 +78,7 @@ pub(super) fn written<T: Real>(
         write(at * height..at * height + y.nrows(), fitted(rows, (y.nrows(), n)));
         matmul_into(T::one(), rows.view(), x, T::zero(), y);
     };
-    each_panel(y.axis_chunks_iter_mut(Axis(0), height), m * n * x.ncols(), panel);
+    each_panel(y.axis_chunks_iter_mut(Axis(0), height), Pace::FLOATS.time(m * n, x.ncols()), panel);
 }
 
 /// Y ← Y + Aᵀ·X, for a matrix A of n columns whose rows `write` writes out, some at a time.

@@ -11,9 +11,12 @@ use super::sparse::each_panel;
 use super::{LinearOperator, Operator, Quantized};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
+use crate::threads::{self, Pace};
 
 /// Rows of a part that are multiplied at a time: two panels of packed codes.
 const TOGETHER: usize = 64;
+/// Sums of a part that are held at a time, on one thread.
+const HELD: usize = 4096;
 
 /// The rows of several operators of one width, interleaved.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,30 +109,44 @@ impl<T: Real> Stacked<T> {
         if read.encode_places() != packed { Err(Error::shape("bits of places only", "others")) } else { Ok(read) }
     }
 
-    /// What each part makes of something, in its rows.
-    fn spread(&self, columns: usize, mut of: impl FnMut(&Operator<T>) -> Array2<T>) -> Array2<T> {
-        let mut y = Array2::zeros((self.height(), columns));
-        for (part, own) in self.parts.iter().zip(&self.rows) {
-            let from = of(part);
-            match (from.as_slice(), y.as_slice_mut(), columns) {
-                // One vector: a row is a number.
-                (Some(from), Some(y), 1) => own.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
-                _ => own.iter().zip(from.rows()).for_each(|(&to, from)| y.row_mut(to).assign(&from)),
+    /// The product on this thread, part by part; of each the codes with inputs that are laid out for them, if it has codes.
+    fn product_alone<'a>(
+        &self,
+        x: ArrayView2<'_, T>,
+        of_parts: impl Iterator<Item = Option<(&'a Quantized<T>, &'a Inputs<T>)>>,
+    ) -> Array2<T> {
+        let b = x.ncols();
+        let (mut y, mut held) = (vec![T::zero(); self.height() * b], Vec::new());
+        // Sums that stay in the nearest cache until they are where they belong.
+        let together = (HELD / b.max(1)).next_multiple_of(TOGETHER);
+        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(of_parts) {
+            let Some((codes, inputs)) = of else {
+                scatter(own, part.product(x).as_standard_layout().as_slice().unwrap_or_default(), b, &mut y);
+                continue;
+            };
+            for (at, own) in own.chunks(together).enumerate() {
+                held.resize(own.len() * b, T::zero());
+                codes.some_products(inputs, at * together, b, &mut held);
+                scatter(own, &held, b, &mut y);
             }
         }
-        y
+        Array2::from_shape_vec((self.height(), b), y).unwrap_or_default()
     }
 
-    /// The product with more than one input, with rows of all parts at the same time: each lands where it belongs while it
-    /// is still in the cache.
-    fn product_with_many(&self, x: ArrayView2<'_, T>, laid: &[Inputs<T>]) -> Array2<T> {
+    /// The same on all threads, with rows of all parts at the same time: each lands where it belongs while it is still in the
+    /// cache.
+    fn product_by_threads<'a>(
+        &self,
+        x: ArrayView2<'_, T>,
+        of_parts: impl Iterator<Item = Option<(&'a Quantized<T>, &'a Inputs<T>)>>,
+    ) -> Array2<T> {
         let b = x.ncols();
         let mut y = vec![T::zero(); self.height() * b];
-        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b).map(Some).collect();
+        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b.max(1)).map(Some).collect();
         let mut tasks = Vec::new();
-        for (part, own) in self.parts.iter().zip(&self.rows) {
+        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(of_parts) {
             let mut take = |own: &[usize]| own.iter().filter_map(|&row| rows[row].take()).collect::<Vec<_>>();
-            match laid_for(part, laid) {
+            match of {
                 Some((codes, inputs)) => {
                     let some = own.chunks(TOGETHER).enumerate();
                     tasks.extend(some.map(|(at, own)| (codes, inputs, at * TOGETHER, take(own))));
@@ -142,8 +159,8 @@ impl<T: Real> Stacked<T> {
                 }
             }
         }
-        let work = self.height() * x.len();
-        each_panel(tasks.into_iter(), work, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
+        let time = Pace::CODES.time(self.height() * x.nrows(), b);
+        each_panel(tasks.into_iter(), time, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
             held.resize(TOGETHER * b, T::zero());
             let held = &mut held[..to.len() * b];
             codes.some_products(inputs, first, b, held);
@@ -153,10 +170,15 @@ impl<T: Real> Stacked<T> {
     }
 }
 
-/// The codes of a part with the inputs that are laid out for them, if there are any.
-fn laid_for<'a, T: Real>(part: &'a Operator<T>, laid: &'a [Inputs<T>]) -> Option<(&'a Quantized<T>, &'a Inputs<T>)> {
-    let Operator::Quantized(codes) = part else { return None };
-    laid.iter().find(|inputs| codes.meets(inputs)).map(|inputs| (codes, inputs))
+/// Rows of b numbers to where they belong.
+fn scatter<T: Real>(rows: &[usize], from: &[T], b: usize, y: &mut [T]) {
+    match b {
+        // A row is a number.
+        1 => rows.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
+        _ => {
+            rows.iter().zip(from.chunks_exact(b.max(1))).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from))
+        }
+    }
 }
 
 impl<T: Real> LinearOperator<T> for Stacked<T> {
@@ -164,21 +186,25 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         (self.height(), self.parts.first().map_or(0, |part| part.shape().1))
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        if x.ncols() == 0 {
+            return Array2::zeros((self.height(), 0));
+        }
         // Inputs that are laid out for the codes of one part serve all others that are cut the same way.
         let mut laid: Vec<Inputs<T>> = Vec::new();
-        for part in &self.parts {
-            if let Operator::Quantized(codes) = part
-                && !laid.iter().any(|inputs| codes.meets(inputs))
-            {
-                laid.extend(codes.inputs(x));
-            }
-        }
-        match x.ncols() {
-            0 | 1 => self.spread(x.ncols(), |part| match laid_for(part, &laid) {
-                Some((codes, inputs)) => codes.products(inputs, x.ncols()),
-                None => part.product(x),
-            }),
-            _ => self.product_with_many(x, &laid),
+        let of_parts = self.parts.iter().map(|part| {
+            let Operator::Quantized(codes) = part else { return None };
+            let known = laid.iter().position(|inputs| codes.meets(inputs));
+            let inputs = known.or_else(|| {
+                laid.push(codes.inputs(x)?);
+                Some(laid.len() - 1)
+            });
+            inputs.map(|inputs| (codes, inputs))
+        });
+        let of_parts: Vec<Option<(&Quantized<T>, usize)>> = of_parts.collect();
+        let of_parts = of_parts.iter().map(|of| of.map(|(codes, inputs)| (codes, &laid[inputs])));
+        match threads::alone(Pace::CODES.time(self.height() * x.nrows(), x.ncols())) {
+            true => self.product_alone(x, of_parts),
+            false => self.product_by_threads(x, of_parts),
         }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
@@ -208,7 +234,11 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         self.parts.iter().map(|part| part.flops(columns)).sum()
     }
     fn to_dense(&self) -> Array2<T> {
-        self.spread(self.shape().1, LinearOperator::to_dense)
+        let mut dense = Array2::zeros(self.shape());
+        for (part, own) in self.parts.iter().zip(&self.rows) {
+            own.iter().zip(part.to_dense().rows()).for_each(|(&to, from)| dense.row_mut(to).assign(&from));
+        }
+        dense
     }
 }
 

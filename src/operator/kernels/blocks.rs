@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use crate::operator::permutation::NONE;
 use crate::scalar::Real;
 use crate::simd::Lanes;
+use crate::threads::{self, Pace};
 
 mod panel;
 #[cfg(test)]
@@ -42,9 +43,6 @@ impl<T: Real> Leaf<T> for bf16 {
         buffer
     }
 }
-
-/// Below this many multiply-adds a product runs on one thread.
-const PARALLEL_FROM: usize = 1 << 20;
 
 /// What is multiplied: diag(B)·G·x, or with Bᵀ for B.
 pub(crate) struct Job<'a, T, L> {
@@ -82,13 +80,14 @@ fn block_product_by<T: Real, L: Leaf<T>>(
     let Some(all) = y.as_slice_mut().filter(|all| !all.is_empty() && columns > 0) else { return };
     let blocks = job.blocks();
     let mut out = Output { all, stride, from, columns, first: 0, scatter };
-    if job.values.len() * columns < PARALLEL_FROM || blocks.len() < 2 || rayon::current_thread_index().is_some() {
+    if blocks.len() < 2 || threads::alone(Pace::FLOATS.time(job.values.len(), columns)) {
         return arch.dispatch(Run { job, blocks: &blocks, out });
     }
-    // A few shares for each thread, so that none waits long for the last. They cannot write to y, where the
-    // rows of one share lie between those of another.
-    let share = blocks.len().div_ceil(4 * rayon::current_num_threads());
-    let parts: Vec<_> = blocks.par_chunks(share).map(|blocks| (blocks, arch.dispatch(Part { job, blocks }))).collect();
+    // They cannot write to y, where the rows of one share lie between those of another.
+    let parts: Vec<_> = blocks
+        .par_chunks(threads::share(blocks.len()))
+        .map(|blocks| (blocks, arch.dispatch(Part { job, blocks })))
+        .collect();
     for (blocks, part) in parts {
         for (o, numbers) in (blocks[0].output..).zip(part.chunks_exact(columns)) {
             if let Some(row) = out.row(o) {

@@ -15,6 +15,7 @@ use super::kept::Kept;
 use super::lanes::{Lanes, columns, turned};
 use super::tiles::{self, Registers, tiles};
 use crate::operator::sparse::each_panel;
+use crate::threads::{self, Pace};
 
 /// Rows and vectors of a register.
 const TILE: usize = 16;
@@ -54,12 +55,13 @@ pub(crate) fn product(words: &[u32], (m, k): (usize, usize), x: ArrayView2<'_, f
     if m * n == 0 {
         return true;
     }
-    let threads = if rayon::current_thread_index().is_some() { 1 } else { rayon::current_num_threads() };
+    let time = Pace::HALVES.time(m * k, n);
+    let threads = if threads::alone(time) { 1 } else { rayon::current_num_threads() };
     let width = n.div_ceil(threads).next_multiple_of(2 * TILE).min(VECTORS);
     if n.div_ceil(width) >= threads {
         // Some vectors for each thread, which lays out its own: they wait for each other once.
         let panels = y.axis_chunks_iter_mut(Axis(1), width);
-        each_panel(panels, m * k * n, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
+        each_panel(panels, time, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
             let first = at * width;
             let inputs = Inputs::new(x.slice(s![.., first..first + y.ncols()]));
             Task { words, stride, x: &inputs }.multiply(0, sums, y);
@@ -68,7 +70,7 @@ pub(crate) fn product(words: &[u32], (m, k): (usize, usize), x: ArrayView2<'_, f
         let (share, inputs) = (m.div_ceil(4 * threads).next_multiple_of(2 * TILE), Inputs::new(x));
         let task = Task { words, stride, x: &inputs };
         let panels = y.axis_chunks_iter_mut(Axis(0), share);
-        each_panel(panels, m * k * n, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
+        each_panel(panels, time, |sums: &mut Vec<Sums>, (at, y): (usize, ArrayViewMut2<'_, f32>)| {
             task.multiply(at * share, sums, y);
         });
     }
@@ -90,7 +92,7 @@ impl Inputs {
         let (tiles, steps) = (x.ncols().div_ceil(TILE), x.nrows().div_ceil(STEP));
         let mut digits = Kept::new(tiles * steps * DIGITS * TILE);
         let of = digits.as_chunks_mut().0.as_chunks_mut::<DIGITS>().0.chunks_mut(steps.max(1));
-        each_panel(of, 16 * x.len(), |held: &mut Vec<f32>, (tile, to)| {
+        each_panel(of, x.len(), |held: &mut Vec<f32>, (tile, to)| {
             let x = columns(&x, tile * TILE, TILE, held);
             // SAFETY: the machine has the instructions: only `product` calls this, which asks.
             #[allow(unsafe_code)]

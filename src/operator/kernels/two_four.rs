@@ -9,6 +9,8 @@ use ndarray::ArrayView2;
 use pulp::{Arch, Simd};
 use rayon::prelude::*;
 
+use crate::threads::{self, Pace};
+
 mod batch;
 mod spread;
 #[cfg(test)]
@@ -24,8 +26,6 @@ const KEPT: usize = WIDTH / 2;
 const ROWS: usize = 8;
 /// Rows whose sums stay in the cache while all columns go by.
 const BLOCK: usize = 512;
-/// Below this many multiply-adds a product runs on one thread.
-const PARALLEL_FROM: usize = 1 << 20;
 
 /// Stored values of a row in 64 columns.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -176,10 +176,10 @@ impl<L: Kept> TwoFour<L> {
             return y.fill(0.0);
         }
         let x = x.as_standard_or_turned();
-        let alone = self.chunks.len() * KEPT * b < PARALLEL_FROM || rayon::current_thread_index().is_some();
+        let alone = threads::alone(Pace::FLOATS.time(self.chunks.len() * KEPT, b));
         let share = match alone {
             true => self.padded(),
-            false => self.rows.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(ROWS),
+            false => threads::share(self.rows).next_multiple_of(ROWS),
         };
         let few = vector::few(arch, b);
         let packed =
@@ -216,7 +216,7 @@ impl<L: Kept> TwoFour<L> {
             true => spread::run(arch, self, &x, block, b),
             false => arch.dispatch(batch::Transposed { of: self, x: &x, block, b }),
         };
-        let alone = self.chunks.len() * KEPT * b < PARALLEL_FROM || rayon::current_thread_index().is_some();
+        let alone = threads::alone(Pace::FLOATS.time(self.chunks.len() * KEPT, b));
         let parts: Vec<Vec<f32>> = match alone {
             true => (0..self.blocks()).map(part).collect(),
             false => (0..self.blocks()).into_par_iter().map(part).collect(),

@@ -102,7 +102,7 @@ impl Inputs {
         let of = digits.zip(beside).map(|((words, less), (units, sums))| Tile { words, less, units, sums });
         let of: Vec<_> = tiles(padded).zip(of).collect();
         // An entry takes a dozen steps or so.
-        each_panel(of.into_iter(), 16 * x.len(), |_: &mut (), (_, ((first, count), tile))| {
+        each_panel(of.into_iter(), x.len(), |_: &mut (), (_, ((first, count), tile))| {
             let columns: [Vec<T>; TOGETHER] = std::array::from_fn(|v| match first + v < vectors.min(first + count) {
                 true => x.index_axis(Axis(1), first + v).to_vec(),
                 false => Vec::new(),

@@ -10,9 +10,10 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::{Output, Stretch, stretches};
-use super::{KEPT, Kept, PARALLEL_FROM, ROWS, TwoFour, WIDTH, batch, vector};
+use super::{KEPT, Kept, ROWS, TwoFour, WIDTH, batch, vector};
 use crate::operator::BlockDiagonal;
 use crate::simd::{Aligned, Lanes, take};
+use crate::threads::{self, Pace};
 
 /// Inputs that B turns upright at a time: they stay in the second cache.
 const INPUTS: usize = 256;
@@ -58,12 +59,12 @@ impl<L: Kept> TwoFour<L> {
         if vector::few(arch, b) || y.is_empty() || self.chunks.is_empty() {
             return false;
         }
-        let alone = self.chunks.len() * KEPT * b < PARALLEL_FROM || rayon::current_thread_index().is_some();
+        let alone = threads::alone(Pace::FLOATS.time(self.chunks.len() * KEPT, b));
         let packed = self.packed(arch, right, x, alone);
         let (length, all) = (self.blocks() * WIDTH, b.div_ceil(lanes));
         let packed = packed.filled(length * all * lanes);
         let most = batch::rows_at_once(all);
-        let share = if alone { most } else { most.min(self.rows.div_ceil(4 * rayon::current_num_threads())) };
+        let share = if alone { most } else { most.min(threads::share(self.rows)) };
         let run = |(stretch, y): (&Stretch, &mut [f32])| {
             // Blocks may begin and end within what the kernel takes at once.
             let own = stretch.inputs.clone();

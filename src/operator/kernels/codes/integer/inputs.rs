@@ -85,8 +85,8 @@ impl Inputs {
             let less = less_of.next().unwrap_or_default();
             Tile { limbs, less, units, sums }
         });
-        // An entry takes a dozen steps or so.
-        each_panel(tiles, 16 * x.len(), |held: &mut Vec<T>, (at, tile)| {
+        // An entry takes a nanosecond or so.
+        each_panel(tiles, x.len(), |held: &mut Vec<T>, (at, tile)| {
             let (first, count) = (at * width, tile.units.len() / runs);
             let x = columns(&x, first, count, held);
             // SAFETY: the machine has the instructions: `Way::new` asks before it takes a way, and `Digits::all` for digits.
