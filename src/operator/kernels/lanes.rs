@@ -105,6 +105,11 @@ pub(super) fn columns<'a, T: Real>(
     })
 }
 
+/// The first so many lanes.
+fn present(count: usize) -> __mmask16 {
+    ((1u32 << count.min(LANES)) - 1) as __mmask16
+}
+
 /// Some columns, up to 16 from one on, of rows of b numbers: by squares, as columns of numbers that lie far apart would
 /// evict each other.
 #[target_feature(enable = "avx512f")]
@@ -114,7 +119,12 @@ fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
     for (square, rows) in rows.chunks(b * LANES).enumerate() {
         let rows: [_; LANES] = std::array::from_fn(|j| {
             let row = rows.get(j * b + first..j * b + first + count).unwrap_or_default();
-            cast(row.first_chunk().copied().unwrap_or_else(|| padded(row)))
+            // SAFETY: as many numbers are read as the row has, at most 16; the machine has the instruction, or this were not
+            // called.
+            #[allow(unsafe_code)]
+            unsafe {
+                cast(_mm512_maskz_loadu_ps(present(row.len()), row.as_ptr()))
+            }
         });
         for (column, to) in turned(rows).into_iter().zip(to.chunks_mut(n)) {
             put(column, &mut to[square * LANES..]);

@@ -2,8 +2,8 @@
 //!
 //! On disk a row is a stream of bits that ends on a whole byte, and so it is here, unless there is a kernel for panels of
 //! rows side by side: then a chunk of columns of each of 32 rows follow each other, as kernels put them into the lanes of
-//! vectors. There are as many bytes either way, but for rows that fill the last panel: fewer than there are,
-//! as a matrix of fewer rows than a panel stays as it is.
+//! vectors. There are as many bytes either way, but for rows that fill the last panel; a matrix of fewer than [`FEWEST`] rows
+//! stays as it is.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,6 +17,8 @@ use crate::scalar::Real;
 pub(super) const LINE: usize = 64;
 /// Rows side by side.
 pub(super) const PANEL: usize = 32;
+/// Rows that take less time as part of a panel than one by one.
+const FEWEST: usize = 8;
 
 /// Codes of a row that follow each other in a panel: 32 bits where a byte holds whole codes, else half a byte for each bit
 /// of a code.
@@ -117,7 +119,7 @@ impl PackedCodes {
         of: Beside<'_, T>,
     ) -> Self {
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-        let panels = m >= PANEL && super::panels::takes::<T>(bits, group, n);
+        let panels = m >= FEWEST && super::panels::takes::<T>(bits, group, n);
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let (panels, _) = (false, (group, T::DTYPE));
         let bytes = if panels { side_by_side(bits, (m, n), &rows) } else { rows.into() };
