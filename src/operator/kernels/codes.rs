@@ -23,7 +23,6 @@ mod wide;
 
 #[cfg(target_arch = "x86_64")]
 use self::integer as panels;
-#[cfg(target_arch = "x86_64")]
 #[cfg(target_arch = "aarch64")]
 use self::neon as panels;
 pub(crate) use self::packed::{Beside, PackedCodes, width};
