@@ -26,6 +26,7 @@ impl Pace {
     /// Floats, and whatever is made of them.
     pub(crate) const FLOATS: Pace = Pace { read: 8, multiplied: 64 };
     /// bf16 in matrix instructions.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) const HALVES: Pace = Pace { read: 8, multiplied: 256 };
     /// Packed codes.
     pub(crate) const CODES: Pace = Pace { read: 64, multiplied: 256 };
