@@ -274,6 +274,7 @@ mod tests {
 
     #[test]
     fn codes_of_all_widths_share_inputs() {
+        let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let m = 1100;
         let places: Vec<u8> = (0..m).map(|i| (i * 7 % 8) as u8).collect();
         // Runs, groups that are none, and rows of one group; the last part has groups of its own.
@@ -297,9 +298,11 @@ mod tests {
                 let wide =
                     Array2::from_shape_fn((n, 2 * b), |(j, v)| if v % 2 == 0 { x[(j, v / 2)] } else { f32::NAN });
                 for x in [x.view(), columns.t(), wide.slice(ndarray::s![.., ..;2])] {
+                    // On all threads where there is enough to do, and on one.
                     let y = whole.product(x);
                     let close = expected.iter().zip(&y).all(|(&a, &b)| (a - f64::from(b)).abs() < 1e-4);
                     assert!(close, "{n} columns in groups of {group}, {b} vectors");
+                    assert_eq!(alone.install(|| whole.product(x)), y, "{n} columns, {b} vectors on one thread");
                 }
             }
         }
