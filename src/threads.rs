@@ -41,3 +41,22 @@ impl Pace {
 pub(crate) fn share(all: usize) -> usize {
     all.div_ceil(4 * rayon::current_num_threads())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_long_is_shared_out_but_not_twice() {
+        let several = rayon::current_num_threads() > 1;
+        assert!(alone(0) && alone(FROM - 1));
+        assert_eq!(alone(FROM), !several);
+        assert!(rayon::scope(|_| alone(usize::MAX)), "a share is not shared out");
+        // Few vectors wait for memory, many for arithmetic; nothing overflows.
+        assert_eq!([1, 8, 16].map(|vectors| Pace::FLOATS.time(6400, vectors)), [800, 800, 1600]);
+        assert_eq!([1, 4, 8].map(|vectors| Pace::CODES.time(6400, vectors)), [100, 100, 200]);
+        assert!(Pace::CODES.time(usize::MAX, usize::MAX) >= FROM);
+        let threads = rayon::current_num_threads();
+        assert_eq!([0, 1, 8 * threads].map(share), [0, 1, 2]);
+    }
+}

@@ -109,17 +109,13 @@ impl<T: Real> Stacked<T> {
         if read.encode_places() != packed { Err(Error::shape("bits of places only", "others")) } else { Ok(read) }
     }
 
-    /// The product on this thread, part by part; of each the codes with inputs that are laid out for them, if it has codes.
-    fn product_alone<'a>(
-        &self,
-        x: ArrayView2<'_, T>,
-        of_parts: impl Iterator<Item = Option<(&'a Quantized<T>, &'a Inputs<T>)>>,
-    ) -> Array2<T> {
+    /// The product with a vector or more on this thread, part by part.
+    fn product_alone(&self, x: ArrayView2<'_, T>, laid: &Laid<'_, T>) -> Array2<T> {
         let b = x.ncols();
         let (mut y, mut held) = (vec![T::zero(); self.height() * b], Vec::new());
         // Sums that stay in the nearest cache until they are where they belong.
-        let together = (HELD / b.max(1)).next_multiple_of(TOGETHER);
-        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(of_parts) {
+        let together = (HELD / b).next_multiple_of(TOGETHER);
+        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(laid.of_parts()) {
             let Some((codes, inputs)) = of else {
                 scatter(own, part.product(x).as_standard_layout().as_slice().unwrap_or_default(), b, &mut y);
                 continue;
@@ -135,16 +131,12 @@ impl<T: Real> Stacked<T> {
 
     /// The same on all threads, with rows of all parts at the same time: each lands where it belongs while it is still in the
     /// cache.
-    fn product_by_threads<'a>(
-        &self,
-        x: ArrayView2<'_, T>,
-        of_parts: impl Iterator<Item = Option<(&'a Quantized<T>, &'a Inputs<T>)>>,
-    ) -> Array2<T> {
+    fn product_by_threads(&self, x: ArrayView2<'_, T>, laid: &Laid<'_, T>, nanoseconds: usize) -> Array2<T> {
         let b = x.ncols();
         let mut y = vec![T::zero(); self.height() * b];
-        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b.max(1)).map(Some).collect();
+        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b).map(Some).collect();
         let mut tasks = Vec::new();
-        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(of_parts) {
+        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(laid.of_parts()) {
             let mut take = |own: &[usize]| own.iter().filter_map(|&row| rows[row].take()).collect::<Vec<_>>();
             match of {
                 Some((codes, inputs)) => {
@@ -159,8 +151,7 @@ impl<T: Real> Stacked<T> {
                 }
             }
         }
-        let time = Pace::CODES.time(self.height() * x.nrows(), b);
-        each_panel(tasks.into_iter(), time, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
+        each_panel(tasks.into_iter(), nanoseconds, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
             held.resize(TOGETHER * b, T::zero());
             let held = &mut held[..to.len() * b];
             codes.some_products(inputs, first, b, held);
@@ -170,14 +161,39 @@ impl<T: Real> Stacked<T> {
     }
 }
 
-/// Rows of b numbers to where they belong.
+/// Parts that are codes, and inputs that are laid out for them: those of one part serve all others that are cut the same way.
+struct Laid<'a, T: Real> {
+    inputs: Vec<Inputs<T>>,
+    /// Of each part its codes and the number of their inputs, if it has codes that take any.
+    parts: Vec<Option<(&'a Quantized<T>, usize)>>,
+}
+
+impl<'a, T: Real> Laid<'a, T> {
+    fn new(parts: &'a [Operator<T>], x: ArrayView2<'_, T>) -> Self {
+        let mut inputs: Vec<Inputs<T>> = Vec::new();
+        let of_part = |part: &'a Operator<T>| {
+            let Operator::Quantized(codes) = part else { return None };
+            let at = inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(inputs.len());
+            if at == inputs.len() {
+                inputs.push(codes.inputs(x)?);
+            }
+            Some((codes, at))
+        };
+        let parts = parts.iter().map(of_part).collect();
+        Laid { inputs, parts }
+    }
+
+    fn of_parts(&self) -> impl Iterator<Item = Option<(&'a Quantized<T>, &Inputs<T>)>> {
+        self.parts.iter().map(|of| of.map(|(codes, at)| (codes, &self.inputs[at])))
+    }
+}
+
+/// Rows of b numbers, one at least, to where they belong.
 fn scatter<T: Real>(rows: &[usize], from: &[T], b: usize, y: &mut [T]) {
     match b {
         // A row is a number.
         1 => rows.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
-        _ => {
-            rows.iter().zip(from.chunks_exact(b.max(1))).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from))
-        }
+        _ => rows.iter().zip(from.chunks_exact(b)).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from)),
     }
 }
 
@@ -189,22 +205,11 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         if x.ncols() == 0 {
             return Array2::zeros((self.height(), 0));
         }
-        // Inputs that are laid out for the codes of one part serve all others that are cut the same way.
-        let mut laid: Vec<Inputs<T>> = Vec::new();
-        let of_parts = self.parts.iter().map(|part| {
-            let Operator::Quantized(codes) = part else { return None };
-            let known = laid.iter().position(|inputs| codes.meets(inputs));
-            let inputs = known.or_else(|| {
-                laid.push(codes.inputs(x)?);
-                Some(laid.len() - 1)
-            });
-            inputs.map(|inputs| (codes, inputs))
-        });
-        let of_parts: Vec<Option<(&Quantized<T>, usize)>> = of_parts.collect();
-        let of_parts = of_parts.iter().map(|of| of.map(|(codes, inputs)| (codes, &laid[inputs])));
-        match threads::alone(Pace::CODES.time(self.height() * x.nrows(), x.ncols())) {
-            true => self.product_alone(x, of_parts),
-            false => self.product_by_threads(x, of_parts),
+        let laid = Laid::new(&self.parts, x);
+        let nanoseconds = Pace::CODES.time(self.height() * x.nrows(), x.ncols());
+        match threads::alone(nanoseconds) {
+            true => self.product_alone(x, &laid),
+            false => self.product_by_threads(x, &laid, nanoseconds),
         }
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
