@@ -134,7 +134,7 @@ fn blocks_around_it_are_part_of_it() {
 #[test]
 #[cfg_attr(miri, ignore = "large")]
 fn blocks_of_rows_and_threads_change_nothing() {
-    // More rows than a block; from 2^20 multiply-adds on, several threads.
+    // More rows than a block; enough for several threads.
     check::<f32>(1030, 130, &[1, 7, 17]);
     check::<f32>(4099, 20, &[1, 2]);
     check::<u16>(4099, 513, &[1]);
