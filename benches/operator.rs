@@ -14,8 +14,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use ndarray::{Array2, Axis, s};
 use weightpress::Result;
 use weightpress::operator::{
-    Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse, Operator, Permutation,
-    Quantized, Runs, Side, Stacked, ZeroPoint, ZeroPoints,
+    ActivationBits, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse,
+    Operator, Permutation, Quantized, Runs, Side, Stacked, ZeroPoint, ZeroPoints,
 };
 use weightpress::scalar::DType;
 
@@ -70,16 +70,19 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
     // Half the bytes: a bit for each entry, and 15 of 32 values.
     let kept = Array2::from_shape_fn((n, n), |(i, j)| (i * 31 + j * 17 + i * j) % 32 < 15);
     let masked = Bitmask::gather(w.view(), kept.view(), DType::F32)?;
-    let codes = |bits: u8, group: usize, zero: ZeroPoint| {
+    let met_in = |activations: ActivationBits, bits: u8, group: usize, zero: ZeroPoint| {
         let each = |value: f32| Dense::rounded(Array2::from_elem((n, n.div_ceil(group)), value), DType::F16);
         let zeros = match zero {
             ZeroPoint::None => ZeroPoints::None,
             ZeroPoint::Integer => ZeroPoints::Integer(Array2::from_elem((n, n.div_ceil(group)), 1)),
             ZeroPoint::Float => ZeroPoints::Float(each(0.02)?),
         };
-        Quantized::nearest(w.view(), Grid::new(bits, group.min(n), each(0.01)?, zeros)?).map(Operator::Quantized)
+        let nearest = Quantized::nearest(w.view(), Grid::new(bits, group.min(n), each(0.01)?, zeros)?)?;
+        Ok(Operator::Quantized(nearest.with_activation_bits(activations)))
     };
+    let codes = |bits, group, zero| met_in(ActivationBits::TwentyFour, bits, group, zero);
     let plain = |bits| codes(bits, 128, ZeroPoint::None);
+    let fewer = |activations, bits, group| met_in(activations, bits, group, ZeroPoint::None);
     // Rows of 2 to 6 bits, 4 in the mean, in no order.
     let mixed = || {
         const WIDTHS: [u8; 20] = [4, 3, 5, 4, 2, 4, 3, 5, 4, 4, 6, 4, 3, 5, 4, 4, 3, 5, 4, 4];
@@ -100,6 +103,12 @@ fn forms(n: usize) -> Result<Vec<(&'static str, Operator<f32>)>> {
         ("4 bits, groups of 64", codes(4, 64, ZeroPoint::Integer)?),
         ("4 bits, groups of 32", codes(4, 32, ZeroPoint::Integer)?),
         ("4 bits, groups of 32, float zero points", codes(4, 32, ZeroPoint::Float)?),
+        ("8 bits, inputs of 16", fewer(ActivationBits::Sixteen, 8, 128)?),
+        ("4 bits, inputs of 16", fewer(ActivationBits::Sixteen, 4, 128)?),
+        ("4 bits, groups of 32, inputs of 16", fewer(ActivationBits::Sixteen, 4, 32)?),
+        ("8 bits, inputs of 8", fewer(ActivationBits::Eight, 8, 128)?),
+        ("4 bits, inputs of 8", fewer(ActivationBits::Eight, 4, 128)?),
+        ("4 bits, groups of 32, inputs of 8", fewer(ActivationBits::Eight, 4, 32)?),
         ("rows of 2 to 6 bits", mixed()?),
         ("bit mask, half", Operator::Bitmask(masked)),
         ("2:4", sparse(DType::F32)?),

@@ -40,6 +40,7 @@ pub use self::block_diagonal::BlockDiagonal;
 pub use self::dense::Dense;
 pub use self::index_set::IndexSet;
 pub use self::interpolative::{Interpolative, Side};
+pub use self::kernels::ActivationBits;
 pub use self::layouts::Cutlass;
 pub use self::mixture::Mixture;
 pub use self::n_m::{Nm, NmSparse};

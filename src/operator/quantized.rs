@@ -15,7 +15,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use pulp::Arch;
 
 use super::LinearOperator;
-use super::kernels::{CodedRows, Inputs, PackedCodes, width};
+use super::kernels::{ActivationBits, CodedRows, Inputs, PackedCodes, width};
 use super::permutation::LONGEST;
 use super::rows::rows_by;
 use super::sparse::{panel_rows, some_rows, written, written_transposed};
@@ -36,6 +36,7 @@ const TOGETHER: (usize, usize) = (32, 512);
 pub struct Quantized<T: Real> {
     grid: Grid<T>,
     codes: PackedCodes,
+    activations: ActivationBits,
 }
 
 impl<T: Real> Quantized<T> {
@@ -62,7 +63,7 @@ impl<T: Real> Quantized<T> {
             return Err(Error::shape(format!("{columns} codes in each row"), "bits set beyond them"));
         }
         let codes = PackedCodes::new(grid.bits(), grid.group(), (m, columns), codes, grid.beside());
-        Ok(Quantized { grid, codes })
+        Ok(Quantized { grid, codes, activations: ActivationBits::default() })
     }
 
     /// The nearest entries on a grid.
@@ -78,6 +79,15 @@ impl<T: Real> Quantized<T> {
         Self::new(values.ncols(), grid, codes)
     }
 
+    /// The same with inputs in so many bits, or more: faster with several vectors at once, and less exact. Nothing of it is stored.
+    pub fn with_activation_bits(self, activations: ActivationBits) -> Self {
+        Quantized { activations, ..self }
+    }
+    /// Bits of its inputs, at least.
+    pub fn activation_bits(&self) -> ActivationBits {
+        self.activations
+    }
+
     /// What entries may be.
     pub fn grid(&self) -> &Grid<T> {
         &self.grid
@@ -91,7 +101,8 @@ impl<T: Real> Quantized<T> {
     pub(crate) fn select(&self, rows: &[usize]) -> Result<Self> {
         let (codes, width) = (self.codes(), width(self.shape().1, self.grid.bits()));
         let bytes = rows.iter().flat_map(|&row| &codes[row * width..(row + 1) * width]).copied().collect();
-        Self::new(self.shape().1, self.grid.select(rows)?, bytes)
+        let chosen = Self::new(self.shape().1, self.grid.select(rows)?, bytes)?;
+        Ok(chosen.with_activation_bits(self.activations))
     }
 
     fn rows(&self) -> CodedRows<'_, T> {
@@ -100,6 +111,7 @@ impl<T: Real> Quantized<T> {
             codes: &self.codes,
             groups: self.grid.scales().shape().1,
             beside: self.grid.beside(),
+            activations: self.activations,
         }
     }
 }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use ndarray::{ArrayView1, ArrayView2};
 use pulp::Arch;
 
+mod activations;
 #[cfg(target_arch = "x86_64")]
 mod integer;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -21,6 +22,7 @@ mod packed;
 #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod wide;
 
+pub use self::activations::ActivationBits;
 #[cfg(target_arch = "x86_64")]
 use self::integer as panels;
 #[cfg(target_arch = "aarch64")]
@@ -82,6 +84,8 @@ pub(crate) struct CodedRows<'a, T> {
     /// Scales of a row.
     pub groups: usize,
     pub beside: Beside<'a, T>,
+    /// What they ask inputs for, at least.
+    pub activations: ActivationBits,
 }
 
 impl<'a, T: Real> CodedRows<'a, T> {
@@ -121,7 +125,9 @@ impl<'a, T: Real> CodedRows<'a, T> {
         assert_eq!(x.nrows(), self.codes.shape().1, "rows of x");
         #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if self.codes.panels().is_some() {
-            return panels::Inputs::new(x, self.codes.bits(), self.group).map(Kind::Fixed).map(Inputs);
+            return panels::Inputs::new(x, self.activations, self.codes.bits(), self.group)
+                .map(Kind::Fixed)
+                .map(Inputs);
         }
         let plain = || x.columns().into_iter().map(|x| Plain::new(x, self.group)).collect();
         (x.ncols() <= FEW).then(|| Inputs(Kind::Plain(self.group, plain())))
@@ -309,7 +315,7 @@ mod tests {
             {
                 let beside = Beside { scales: &scales, zeros, offsets };
                 let codes = PackedCodes::new(bits, group, (m, n), codes.clone(), beside);
-                let rows = CodedRows { group, codes: &codes, groups, beside };
+                let rows = CodedRows { group, codes: &codes, groups, beside, activations: Default::default() };
                 let value = |i: usize, j: usize| {
                     let g = i * groups + j / group;
                     let zero = zeros.map_or(levels_of / 2, |zeros| zeros[g].into());
@@ -373,7 +379,7 @@ mod tests {
             let scales = vec![1.0f32; m * groups];
             let beside = Beside { scales: &scales, zeros: None, offsets: None };
             let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
-            let rows = CodedRows { group, codes: &codes, groups, beside };
+            let rows = CodedRows { group, codes: &codes, groups, beside, activations: Default::default() };
             for count in [1, 2, 4, 5, 9, 17] {
                 let at = |v: usize| (v * 89 + group + 7 * count) % n;
                 let value = |v: usize| (0.123_456_7 + v as f32) * if v.is_multiple_of(2) { 1.0 } else { -1e-5 };

@@ -1,8 +1,9 @@
 //! Products with codes in integers: AVX-512 with VNNI and VBMI, or AVX2.
 //!
-//! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
-//! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four
-//! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the three without any rounding;
+//! An input is in fixed point, x = u·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and a unit u such that the largest of a run of
+//! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are; or in one or two bytes, if less is asked for
+//! ([`ActivationBits`]). Codes of any width become bytes, four
+//! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the bytes without any rounding;
 //! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
 //! Where there are matrix instructions, more than two inputs meet the bytes in those ([`four`], [`many`]), with the same sums, or,
 //! more than four, codes of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where
@@ -34,21 +35,22 @@ use self::many::{Blocks, Task};
 use self::matrix::Tiles;
 use self::panel::kind;
 use self::vectors::Panel;
-use self::way::{Layout, Way};
+use self::way::Way;
+pub(super) use self::way::takes;
 use super::super::cutting::{Cutting, DIGITS, STEP};
 use super::super::kept::Kept;
 use super::super::lanes::{LANES, Lanes, columns, padded, put, turned};
 use super::super::tiles;
-use super::CodedRows;
 use super::layout::EACH;
 use super::packed::{LINE, PANEL};
+use super::{ActivationBits, CodedRows};
 use crate::scalar::Real;
 
 /// Vectors of rows that are multiplied together.
 const BANDS: usize = PANEL / LANES;
-/// Signed bytes of an input.
-const LIMBS: usize = 3;
-/// Inputs that meet codes together, at most: their sums fill the registers.
+/// Signed bytes of an input at full accuracy.
+const LIMBS: usize = ActivationBits::TwentyFour.bytes();
+/// Inputs of so many that meet codes together, at most: their sums fill the registers.
 const TOGETHER: usize = 4;
 
 /// Whether the machine has the instructions. (The answer is kept by the standard library.)
@@ -59,11 +61,6 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vbmi")
         && is_x86_feature_detected!("avx512vnni")
-}
-
-/// Whether there is a kernel for such rows here.
-pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
-    Layout::new::<T>(bits, group, columns).is_some()
 }
 
 /// Sixteen chunks of 32 bits of all rows of a panel as the rows have them; `None` without the instructions.
@@ -169,7 +166,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
-    Vectors,
+    Vectors(ActivationBits),
     Narrow(avx2::Digits, Box<avx2::Spread>),
     Four(four::Tiles, Box<four::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
@@ -189,7 +186,7 @@ impl Meeting {
             }
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
-            Way::Vectors => Meeting::Vectors,
+            Way::Vectors(activations) => Meeting::Vectors(activations),
             Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits))),
         }
     }
@@ -197,7 +194,7 @@ impl Meeting {
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors => vectors::PANELS,
+            Meeting::Vectors(_) => vectors::PANELS,
             Meeting::Narrow(..) => 1,
             Meeting::Four(..) => four::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
@@ -233,7 +230,7 @@ impl Meeting {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
-            Meeting::Vectors => vectors::multiply::<KIND, PARTS>(panels, x, totals),
+            Meeting::Vectors(activations) => vectors::multiply::<KIND, PARTS>(*activations, panels, x, totals),
             Meeting::Four(tiles, scratch) => four::multiply::<KIND, PARTS>(panels, x, tiles, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {
                 let task = Task { panels, x, tiles, unpacked, totals };
@@ -251,7 +248,7 @@ impl Meeting {
 
 /// Whether inputs are laid out for such rows.
 pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
-    x.meet::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1)
+    x.way.serves::<T>(rows.activations, rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(x.layout)
 }
 
 #[cfg(test)]

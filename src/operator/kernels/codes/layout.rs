@@ -5,10 +5,6 @@ use super::packed::chunk;
 /// Codes in a lane of a vector.
 pub(super) const EACH: usize = 4;
 
-/// Columns that share a unit at most: sums of their products with 8 bits still fit with 8 bits to spare, and a large
-/// input is felt no farther.
-pub(super) const LONGEST: usize = 256;
-
 /// How the columns of a row are cut.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Layout {
@@ -68,38 +64,10 @@ pub(super) fn sum(digits: &[i32], bits: u32, unit: f32) -> f32 {
     (whole as f64 * f64::from(unit)) as f32
 }
 
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite. (Vectors of the caller's
+/// The largest of a run of inputs without its sign, which is not a number or infinite if one is. (Vectors of the caller's
 /// instructions: it is part of it.)
 #[inline(always)]
-pub(super) fn unit(x: &[f32]) -> f32 {
+pub(super) fn largest(x: &[f32]) -> f32 {
     // NaN and infinity have the largest bits.
-    unit_of(f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1)))))
-}
-
-/// The same of the largest.
-pub(super) fn unit_of(largest: f32) -> f32 {
-    const LARGEST: f32 = (127 << 16) as f32;
-    if !largest.is_finite() {
-        return f32::NAN;
-    }
-    // (Any unit serves zeros, and the least one would make numbers that processors are slow to multiply.)
-    if largest == 0.0 {
-        return 1.0;
-    }
-    // The power of two at or above the quotient; the least normal number serves what is smaller still.
-    let quotient = (largest / LARGEST).max(f32::MIN_POSITIVE);
-    let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
-    if below < quotient { below * 2.0 } else { below }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zeros_have_a_unit_like_any() {
-        // (With the least one products of scales would be subnormal, which take processors hundreds of cycles.)
-        assert_eq!((unit(&[0.0; 5]), unit(&[])), (1.0, 1.0));
-        assert!(unit(&[0.0, f32::MIN_POSITIVE / 4.0]) == f32::MIN_POSITIVE && unit(&[1.0, f32::NAN]).is_nan());
-    }
+    f32::from_bits(x.iter().fold(0, |most, x| most.max(x.to_bits() & (u32::MAX >> 1))))
 }

@@ -11,7 +11,7 @@ use pulp::bytemuck::cast;
 use super::super::packed::{Floats, Grids};
 use super::inputs::Inputs;
 use super::vectors::Panel;
-use super::{BANDS, LANES, Lanes, PANEL, TOGETHER};
+use super::{ActivationBits, BANDS, LANES, Lanes, PANEL};
 
 mod cut;
 mod spread;
@@ -21,7 +21,7 @@ mod sums;
 pub(super) use self::cut::lay_out;
 pub(super) use self::spread::Spread;
 pub(super) use self::square::lines;
-use self::sums::{sums_of_bytes, sums_of_pairs, sums_of_twelve};
+use self::sums::{sums_of_bytes, sums_of_halves, sums_of_pairs};
 
 /// Rows in a vector, and vectors of the rows of a panel.
 const ROWS: usize = 8;
@@ -32,24 +32,44 @@ const AHEAD: usize = 2048;
 /// Digits that inputs are cut into.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Digits {
-    /// Three signed bytes, of which four meet their codes in one instruction (AVX-VNNI).
-    Bytes,
+    /// Signed bytes, as many as there are for so many bits, of which four meet their codes in one instruction (AVX-VNNI).
+    Bytes(ActivationBits),
     /// The same for codes of few bits: pairs of products are added up in 16 bits.
-    Pairs,
+    Pairs(ActivationBits),
     /// Two of twelve bits, in 16: for codes with which pairs of bytes would not fit those.
     Twelve,
+    /// One of sixteen, for such codes, where no more is asked for.
+    Sixteen,
 }
 
 impl Digits {
     /// What serves such codes on this machine, the fastest first.
-    pub(super) fn all(bits: u8) -> impl Iterator<Item = Self> {
-        let fits = if bits == 8 { Digits::Twelve } else { Digits::Pairs };
-        dots().then_some(Digits::Bytes).into_iter().chain(available().then_some(fits))
+    pub(super) fn all(bits: u8, activations: ActivationBits) -> impl Iterator<Item = Self> {
+        let fits = match (bits, activations) {
+            (8, ActivationBits::TwentyFour) => Digits::Twelve,
+            (8, _) => Digits::Sixteen,
+            _ => Digits::Pairs(activations),
+        };
+        let bytes = dots().then_some(Digits::Bytes(activations));
+        bytes.into_iter().chain(available().then_some(fits))
+    }
+
+    /// Bits of an input.
+    pub(super) fn activations(self) -> ActivationBits {
+        match self {
+            Digits::Bytes(activations) | Digits::Pairs(activations) => activations,
+            Digits::Twelve => ActivationBits::TwentyFour,
+            Digits::Sixteen => ActivationBits::Sixteen,
+        }
     }
 
     /// Their number, and the bits of each.
     pub(super) fn count(self) -> usize {
-        if self == Digits::Twelve { 2 } else { 3 }
+        match self {
+            Digits::Bytes(activations) | Digits::Pairs(activations) => activations.bytes(),
+            Digits::Twelve => 2,
+            Digits::Sixteen => 1,
+        }
     }
     pub(super) fn bits(self) -> u32 {
         if self == Digits::Twelve { 12 } else { 8 }
@@ -57,12 +77,16 @@ impl Digits {
 
     /// Inputs for which this is faster than to write rows out, at most.
     pub(super) fn most(self) -> usize {
-        if self == Digits::Bytes { usize::MAX } else { 32 }
+        if matches!(self, Digits::Pairs(ActivationBits::TwentyFour) | Digits::Twelve) { 32 } else { usize::MAX }
     }
 
     /// Words of 32 bits in which the digits of four columns lie.
     pub(super) fn words(self) -> usize {
-        if self == Digits::Twelve { 4 } else { 3 }
+        match self {
+            Digits::Bytes(activations) | Digits::Pairs(activations) => activations.bytes(),
+            Digits::Twelve => 4,
+            Digits::Sixteen => 2,
+        }
     }
 }
 
@@ -111,27 +135,55 @@ fn few<const KIND: u8, const PARTS: usize>(
     // SAFETY: inputs are laid out in such digits where the machine has the instructions for them: `Digits::all` asks.
     #[allow(unsafe_code)]
     unsafe {
+        use ActivationBits::{Eight, Sixteen, TwentyFour};
+        macro_rules! by {
+            ($name:ident, $digits:literal of $words:literal, $vectors:literal, $rows:literal) => {
+                $name::<KIND, PARTS, $digits, $words, $vectors, $rows>(spread, panel, x, first, totals)
+            };
+        }
         match (digits, count) {
             // (What unpacks codes of other widths takes registers.)
-            (Digits::Bytes, 1) if KIND == 0 => by_bytes::<KIND, PARTS, 1, 2>(spread, panel, x, first, totals),
-            (Digits::Bytes, 1) => by_bytes::<KIND, PARTS, 1, 4>(spread, panel, x, first, totals),
-            (Digits::Bytes, 2) => by_bytes::<KIND, PARTS, 2, 2>(spread, panel, x, first, totals),
-            (Digits::Bytes, _) => by_bytes::<KIND, PARTS, TOGETHER, 1>(spread, panel, x, first, totals),
-            (Digits::Pairs, 1) => by_pairs::<KIND, PARTS, 1, 2>(spread, panel, x, first, totals),
-            (Digits::Pairs, 2) => by_pairs::<KIND, PARTS, 2, 2>(spread, panel, x, first, totals),
-            (Digits::Pairs, _) => by_pairs::<KIND, PARTS, TOGETHER, 1>(spread, panel, x, first, totals),
-            (Digits::Twelve, 1) => by_twelve::<KIND, PARTS, 1, 4>(spread, panel, x, first, totals),
-            (Digits::Twelve, 2) => by_twelve::<KIND, PARTS, 2, 2>(spread, panel, x, first, totals),
-            (Digits::Twelve, _) => by_twelve::<KIND, PARTS, TOGETHER, 1>(spread, panel, x, first, totals),
+            (Digits::Bytes(TwentyFour), 1) if KIND == 0 => by!(by_bytes, 3 of 3, 1, 2),
+            (Digits::Bytes(TwentyFour), 1) => by!(by_bytes, 3 of 3, 1, 4),
+            (Digits::Bytes(TwentyFour), 2) => by!(by_bytes, 3 of 3, 2, 2),
+            (Digits::Bytes(TwentyFour), _) => by!(by_bytes, 3 of 3, 4, 1),
+            (Digits::Bytes(Sixteen), 1) => by!(by_bytes, 2 of 2, 1, 4),
+            (Digits::Bytes(Sixteen), 2) => by!(by_bytes, 2 of 2, 2, 2),
+            (Digits::Bytes(Sixteen), _) => by!(by_bytes, 2 of 2, 4, 1),
+            (Digits::Bytes(Eight), 1) => by!(by_bytes, 1 of 1, 1, 4),
+            (Digits::Bytes(Eight), 2) => by!(by_bytes, 1 of 1, 2, 4),
+            (Digits::Bytes(Eight), _) => by!(by_bytes, 1 of 1, 4, 2),
+            (Digits::Pairs(TwentyFour), 1) => by!(by_pairs, 3 of 3, 1, 2),
+            (Digits::Pairs(TwentyFour), 2) => by!(by_pairs, 3 of 3, 2, 2),
+            (Digits::Pairs(TwentyFour), _) => by!(by_pairs, 3 of 3, 4, 1),
+            (Digits::Pairs(Sixteen), 1) => by!(by_pairs, 2 of 2, 1, 4),
+            (Digits::Pairs(Sixteen), 2) => by!(by_pairs, 2 of 2, 2, 2),
+            (Digits::Pairs(Sixteen), _) => by!(by_pairs, 2 of 2, 4, 1),
+            (Digits::Pairs(Eight), 1) => by!(by_pairs, 1 of 1, 1, 4),
+            (Digits::Pairs(Eight), 2) => by!(by_pairs, 1 of 1, 2, 4),
+            (Digits::Pairs(Eight), _) => by!(by_pairs, 1 of 1, 4, 2),
+            (Digits::Twelve, 1) => by!(by_halves, 2 of 4, 1, 4),
+            (Digits::Twelve, 2) => by!(by_halves, 2 of 4, 2, 2),
+            (Digits::Twelve, _) => by!(by_halves, 2 of 4, 4, 1),
+            (Digits::Sixteen, 1) => by!(by_halves, 1 of 2, 1, 4),
+            (Digits::Sixteen, 2) => by!(by_halves, 1 of 2, 2, 4),
+            (Digits::Sixteen, _) => by!(by_halves, 1 of 2, 4, 2),
         }
     }
 }
 
 /// A function that adds the products of a panel with V inputs from one on, B vectors of rows at a time.
 macro_rules! tile {
-    ($name:ident, $features:literal, $sums:ident, $digits:literal, $words:literal, $bits:literal) => {
+    ($name:ident, $features:literal, $sums:ident, $bits:literal) => {
         #[target_feature(enable = $features)]
-        fn $name<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+        fn $name<
+            const KIND: u8,
+            const PARTS: usize,
+            const DIGITS: usize,
+            const WORDS: usize,
+            const V: usize,
+            const B: usize,
+        >(
             spread: &Spread,
             panel: &Panel<'_>,
             x: &Inputs,
@@ -148,21 +200,21 @@ macro_rules! tile {
                     return;
                 };
                 codes = rest;
-                let words = x.words::<$words, V>(number, first).as_chunks::<PARTS>().0;
-                let Some(starts) = x.begin::<$digits, V>(panel.starts, number, first) else { return };
+                let words = x.words::<WORDS, V>(number, first).as_chunks::<PARTS>().0;
+                let Some(starts) = x.begin::<DIGITS, V>(panel.starts, number, first) else { return };
                 let (units, whole) = x.beside(number, first, V);
                 let group = panel.group + x.layout.group_of(number);
                 for some in 0..VECTORS / B {
-                    let sums = $sums::<KIND, PARTS, V, B>(spread, of_run, words, starts, some);
+                    let sums = $sums::<KIND, PARTS, DIGITS, WORDS, V, B>(spread, of_run, words, starts, some);
                     for b in 0..B {
                         let at = some * B + b;
                         let (scales, shift) = scaling(panel, group, at);
                         for v in 0..V {
-                            let mut of = [_mm256_setzero_si256(); $digits];
-                            for digit in 0..$digits {
+                            let mut of = [_mm256_setzero_si256(); DIGITS];
+                            for digit in 0..DIGITS {
                                 of[digit] = sums[digit][v][b];
                             }
-                            let sum = join::<$digits, $bits>(of);
+                            let sum = join::<DIGITS, $bits>(of);
                             let scale = _mm256_mul_ps(scales, _mm256_set1_ps(units[v]));
                             let total = _mm256_fmadd_ps(sum, scale, totals[v][at]);
                             totals[v][at] = _mm256_fmadd_ps(shift, _mm256_set1_ps(whole[v]), total);
@@ -175,18 +227,22 @@ macro_rules! tile {
     };
 }
 
-tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 3, 3, 8);
-tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 3, 3, 8);
-tile!(by_twelve, "avx2,fma,f16c", sums_of_twelve, 2, 4, 12);
+tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 8);
+tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 8);
+tile!(by_halves, "avx2,fma,f16c", sums_of_halves, 12);
 
 /// The sum of the products of all digits, of so many bits.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn join<const DIGITS: usize, const BITS: i32>(of: [__m256i; DIGITS]) -> __m256 {
-    // All but the largest fit 32 bits together.
+    // All but the largest of three bytes fit 32 bits together, and all of two.
     let mut rest = of[DIGITS - 1];
-    for digit in (1..DIGITS - 1).rev() {
+    let apart = usize::from(DIGITS as i32 * BITS > 16);
+    for digit in (apart..DIGITS - 1).rev() {
         rest = _mm256_add_epi32(_mm256_slli_epi32::<BITS>(of[digit]), rest);
+    }
+    if apart == 0 {
+        return _mm256_cvtepi32_ps(rest);
     }
     let unit = _mm256_set1_ps((1 << (BITS as usize * (DIGITS - 1))) as f32);
     _mm256_fmadd_ps(_mm256_cvtepi32_ps(of[0]), unit, _mm256_cvtepi32_ps(rest))

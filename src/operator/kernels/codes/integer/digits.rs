@@ -1,18 +1,24 @@
-//! Numbers in fixed point, and the signed bytes they are cut into: x = 2ᵉ·(2¹⁶a + 2⁸b + c).
+//! Numbers in fixed point, and the signed bytes they are cut into: x = u·(2¹⁶a + 2⁸b + c), or one or two bytes.
 
 use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::layout::unit_of;
-use super::{EACH, LANES, LIMBS, padded};
+use super::{EACH, LANES, padded};
 
-/// Sums of the products of all digits, from those of each.
+/// Sums of the products of all bytes, from those of each, the largest first: up to three.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn join([high, middle, low]: [__m512i; LIMBS]) -> __m512 {
-    let rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low);
-    _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest))
+pub(super) fn join<const BYTES: usize>(of: [__m512i; BYTES]) -> __m512 {
+    // All but the largest of three fit 32 bits together.
+    let mut rest = of[BYTES - 1];
+    if BYTES > 1 {
+        rest = _mm512_add_epi32(_mm512_slli_epi32::<8>(of[BYTES - 2]), rest);
+    }
+    match BYTES {
+        3 => _mm512_fmadd_ps(_mm512_cvtepi32_ps(of[0]), _mm512_set1_ps(65_536.0), _mm512_cvtepi32_ps(rest)),
+        _ => _mm512_cvtepi32_ps(rest),
+    }
 }
 
 /// Cuts numbers of a layout.
@@ -25,16 +31,16 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// For codes of which so many begin in the same byte.
+    /// Into so many bytes, for codes of which so many begin in the same one.
     #[target_feature(enable = "avx512f")]
-    pub(super) fn new(parts: usize) -> Self {
+    pub(super) fn new(bytes: usize, parts: usize) -> Self {
         let place: [u8; 64] = std::array::from_fn(|at| {
             let (limb, lane, at) = (at / 16, at / EACH % EACH, at % EACH);
             // (What is behind the last limb is masked away.)
             let column = lane / parts * EACH * parts + at * parts + lane % parts;
-            (column * EACH + (LIMBS - 1).saturating_sub(limb)) as u8
+            (column * EACH + (bytes - 1).saturating_sub(limb)) as u8
         });
-        Cut { order: cast(place), present: u64::MAX >> (64 - 16 * LIMBS) }
+        Cut { order: cast(place), present: u64::MAX >> (64 - 16 * bytes) }
     }
 
     /// The first 16 of some inputs in bytes; zeros where there are none, and where the unit is not a number.
@@ -60,15 +66,15 @@ pub(super) fn totalled(of: __m512i) -> [i32; EACH] {
     of.map(|[sum, ..]| sum)
 }
 
-/// The power of two in which the largest of a run of inputs has 23 bits, NaN if one is not finite.
+/// The largest of a run of inputs without its sign, which is not a number or infinite if one is.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-pub(super) fn unit(x: &[f32]) -> f32 {
+pub(super) fn largest(x: &[f32]) -> f32 {
     // NaN and infinity have the largest bits.
     let (whole, rest) = x.as_chunks();
     let (mut largest, absolute) = (_mm512_setzero_si512(), _mm512_set1_epi32(i32::MAX));
     for &sixteen in whole.iter().chain((!rest.is_empty()).then_some(&padded(rest))) {
         largest = _mm512_max_epu32(largest, _mm512_and_si512(cast::<[f32; LANES], _>(sixteen), absolute));
     }
-    unit_of(f32::from_bits(_mm512_reduce_max_epu32(largest)))
+    f32::from_bits(_mm512_reduce_max_epu32(largest))
 }

@@ -8,10 +8,10 @@ use ndarray::ArrayView2;
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::layout::sum;
-use super::digits::{Cut, totalled, unit};
+use super::digits::{Cut, largest, totalled};
 use super::matrix::Shape;
 use super::way::{Layout, Way};
-use super::{Cutting, DIGITS, EACH, Kept, LANES, LIMBS, STEP, TOGETHER, avx2, bfloat, columns, few};
+use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, LIMBS, STEP, avx2, bfloat, columns, few};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
 
@@ -23,12 +23,12 @@ pub(in super::super) struct Inputs {
     /// Vectors with those that stand in for missing ones.
     padded: usize,
     pub(super) way: Way,
-    /// Four signed bytes each: [tile](Self::tiles), run, lane, limb (the largest first), vector. For matrix instructions tile,
-    /// run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
+    /// Four signed bytes each: [tile](Self::tiles), run, lane, byte of an input (the largest first), vector. For matrix instructions
+    /// tile, run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
     limbs: Kept,
-    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector. (Not for bf16.)
+    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector. (Not for bf16.)
     less: Vec<i32>,
-    /// 2ᵉ: tile, run, vector. (Not for bf16.)
+    /// What a whole number is worth: tile, run, vector. (Not for bf16.)
     units: Vec<f32>,
     /// Sums of runs, for zero points and offsets: tile, run, vector.
     sums: Vec<f32>,
@@ -44,36 +44,39 @@ pub(super) struct Tile<'a> {
 
 impl Inputs {
     /// `None` if there is no kernel for such rows here.
-    pub(in super::super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
-        let (way, layout) = Way::new::<T>(x.ncols(), bits, group, x.nrows())?;
+    pub(in super::super) fn new<T: Real>(
+        x: ArrayView2<'_, T>,
+        activations: ActivationBits,
+        bits: u8,
+        group: usize,
+    ) -> Option<Self> {
+        let (way, layout) = Way::new::<T>(x.ncols(), activations, bits, group, x.nrows())?;
         Some(Self::laid_out(x, layout, way))
-    }
-
-    /// Whether they are laid out for such rows.
-    pub(in super::super) fn meet<T: Real>(&self, bits: u8, group: usize, columns: usize) -> bool {
-        self.way.layout::<T>(bits, group, columns) == Some(self.layout)
     }
 
     /// Laid out for vectors, or for matrix instructions.
     pub(super) fn laid_out<T: Real>(x: ArrayView2<'_, T>, layout: Layout, way: Way) -> Self {
-        let (vectors, rest, width) = (x.ncols(), x.ncols() % TOGETHER, way.width());
+        let (vectors, width) = (x.ncols(), way.width());
         let runs = match way {
             Way::Numbers(_) => few::Blocks::new(&layout).all(),
             _ => layout.runs(),
         };
         let padded = match way {
-            Way::Vectors | Way::Narrow(_) if rest > 0 => vectors - rest + rest.next_power_of_two(),
+            Way::Vectors(_) | Way::Narrow(_) if !vectors.is_multiple_of(width) => {
+                vectors / width * width + (vectors % width).next_power_of_two()
+            }
             _ => vectors.next_multiple_of(width),
         };
         let digits = match way {
-            Way::Vectors => runs * (layout.run / EACH) * LIMBS * width,
+            Way::Vectors(activations) => runs * (layout.run / EACH) * activations.bytes() * width,
             Way::Narrow(digits) => runs * (layout.run / EACH) * digits.words() * width,
             Way::Bytes(shape) => runs * shape.run(&layout),
             Way::Numbers(inputs) => runs * few::Blocks::new(&layout).steps() * DIGITS * inputs * LANES,
         };
         let mut limbs = Kept::new((digits * padded).div_ceil(width * LANES));
         let starts = match way {
-            Way::Vectors | Way::Bytes(_) => LIMBS,
+            Way::Vectors(activations) => activations.bytes(),
+            Way::Bytes(_) => LIMBS,
             Way::Narrow(digits) => digits.count(),
             Way::Numbers(_) => 0,
         };
@@ -95,9 +98,10 @@ impl Inputs {
                 match (way, count) {
                     (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
                     (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
-                    (Way::Vectors, 1) => lay_out(&layout, tile, [x[0]]),
-                    (Way::Vectors, 2) => lay_out(&layout, tile, [x[0], x[1]]),
-                    (Way::Vectors, _) => lay_out(&layout, tile, [x[0], x[1], x[2], x[3]]),
+                    (Way::Vectors(activations), 1) => lay_out::<1>(activations, &layout, tile, x),
+                    (Way::Vectors(activations), 2) => lay_out::<2>(activations, &layout, tile, x),
+                    (Way::Vectors(activations), 4) => lay_out::<4>(activations, &layout, tile, x),
+                    (Way::Vectors(activations), _) => lay_out::<8>(activations, &layout, tile, x),
                     (Way::Narrow(digits), 1) => avx2::lay_out(digits, &layout, tile, [x[0]]),
                     (Way::Narrow(digits), 2) => avx2::lay_out(digits, &layout, tile, [x[0], x[1]]),
                     (Way::Narrow(digits), _) => avx2::lay_out(digits, &layout, tile, [x[0], x[1], x[2], x[3]]),
@@ -118,23 +122,12 @@ impl Inputs {
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
-    /// A tile's limbs of a run, for vectors.
-    #[inline(always)]
-    pub(super) fn limbs(&self, run: usize, first: usize, width: usize) -> &[i32] {
-        self.lanes(LIMBS, run, first, width)
-    }
-
-    /// A tile's words of a run, for vectors of eight rows: of each lane, so many of V inputs.
+    /// A tile's words of a run, for vectors: of each lane, so many of V inputs.
     #[inline(always)]
     pub(super) fn words<const WORDS: usize, const V: usize>(&self, run: usize, first: usize) -> &[[[i32; V]; WORDS]] {
-        self.lanes(WORDS, run, first, V).as_chunks().0.as_chunks().0
-    }
-
-    /// A tile's lanes of a run, of so many words.
-    #[inline(always)]
-    fn lanes(&self, words: usize, run: usize, first: usize, width: usize) -> &[i32] {
-        let from = (first * self.layout.runs() + run * width) * (self.layout.run / EACH) * words;
-        &cast_slice(&self.limbs[..])[from..from + self.layout.lanes(run) * words * width]
+        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * WORDS;
+        let words: &[i32] = cast_slice(&self.limbs[..]);
+        words[from..from + self.layout.lanes(run) * WORDS * V].as_chunks().0.as_chunks().0
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.
@@ -162,7 +155,7 @@ impl Inputs {
     }
 
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
-    /// run, limb, vector.
+    /// run, byte, vector.
     pub(super) fn starts(&self, bits: u8) -> Vec<i32> {
         self.less.iter().map(|sum| sum << (bits - 1)).collect()
     }
@@ -188,32 +181,36 @@ impl Inputs {
 
 /// Lays a tile out, in which a missing input has no numbers. (All that products read is written, as it was not empty.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
-    let cut = Cut::new(layout.parts);
-    let limbs = tile.limbs.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0.chunks_mut(layout.run / EACH);
+fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: Tile<'_>, x: [&[f32]; LANES]) {
+    let bytes = activations.bytes();
+    let cut = Cut::new(bytes, layout.parts);
+    let words = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * bytes);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
-    let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
-    for (run, ((limbs, less), (units, sums))) in limbs.zip(less).zip(beside).enumerate() {
-        let x = x.map(|x| layout.of_run(run, x));
-        *units = x.map(|x| unit(x));
+    let less = tile.less.as_chunks_mut::<V>().0.chunks_mut(bytes);
+    for (run, ((words, less), (units, sums))) in words.zip(less).zip(beside).enumerate() {
+        let mut of = [&[][..]; V];
         let mut totals = [_mm512_setzero_si512(); V];
-        for (step, to) in limbs[..layout.lanes(run)].chunks_mut(LANES / EACH).enumerate() {
+        for v in 0..V {
+            of[v] = layout.of_run(run, x[v]);
+            units[v] = activations.unit(largest(of[v]));
+        }
+        for (step, to) in words[..layout.lanes(run) * bytes].chunks_mut(LANES / EACH * bytes).enumerate() {
             let mut digits = [_mm512_setzero_si512(); V];
             for v in 0..V {
-                digits[v] = cut.split(x[v].get(step * LANES..).unwrap_or_default(), units[v]);
+                digits[v] = cut.split(of[v].get(step * LANES..).unwrap_or_default(), units[v]);
                 totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
             }
             let digits = digits.map(cast::<_, [[i32; LANES / EACH]; EACH]>);
-            for (lane, to) in to.iter_mut().enumerate() {
-                for limb in 0..LIMBS {
-                    to[limb] = digits.map(|of| of[limb][lane]);
+            for (lane, to) in to.chunks_exact_mut(bytes).enumerate() {
+                for (byte, to) in to.iter_mut().enumerate() {
+                    *to = digits.map(|of| of[byte][lane]);
                 }
             }
         }
         for v in 0..V {
             let total = totalled(totals[v]);
-            sums[v] = sum(&total[..LIMBS], 8, units[v]);
-            (0..LIMBS).for_each(|limb| less[limb][v] = -total[limb]);
+            sums[v] = sum(&total[..bytes], 8, units[v]);
+            less.iter_mut().zip(total).for_each(|(less, total)| less[v] = -total);
         }
     }
 }
@@ -221,13 +218,13 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
 /// Lays a tile out for matrix instructions with bytes, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
-    let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(layout.parts));
+    let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(LIMBS, layout.parts));
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
     let beside = beside.zip(tile.less.chunks_mut(LIMBS * inputs));
     for (run, (to, ((units, sums), less))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = layout.of_run(run, x);
-            units[v] = unit(x);
+            units[v] = ActivationBits::TwentyFour.unit(largest(x));
             let mut total = _mm512_setzero_si512();
             for (step, to) in to.chunks_mut(shape.step()).enumerate() {
                 for lane in (0..lanes).step_by(LANES / EACH) {

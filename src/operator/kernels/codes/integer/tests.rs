@@ -2,14 +2,23 @@ use ndarray::Array2;
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
 use super::avx2::Digits;
+use super::way::Layout;
 use super::*;
 
-/// With the way that was taken.
-type Products = Vec<(Way, Array2<f32>)>;
+/// Ways that inputs go, by vectors of eight rows in all digits there are and by those of sixteen, of what the machine has: with how
+/// columns are cut then.
+fn by_vectors(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
+    let narrow = |of| Digits::all(bits, of).map(Way::Narrow).chain(available().then_some(Way::Vectors(of)));
+    let ways = ActivationBits::ALL.into_iter().flat_map(narrow);
+    ways.map(|way| (way, way.layout(bits, group, n).unwrap())).collect()
+}
 
-/// Products with inputs by vectors of eight rows in all digits there are, by those of sixteen, and by matrix instructions, of
-/// what the machine has; with the exact products, and with those of the sizes of what is added up.
-fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Products, [Array2<f64>; 2]) {
+/// A product, with the way that was taken and the most that rounded inputs may make of it.
+type Product = (Way, Array2<f32>, Array2<f64>);
+
+/// Products with inputs that go all ways, by matrix instructions too if the machine has them; with the exact products, and with
+/// those of the sizes of what is added up.
+fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<Product>, [Array2<f64>; 2]) {
     let (groups, levels) = (n.div_ceil(group), 1usize << bits);
     let scales: Vec<f32> = (0..m * groups).map(|g| 0.01 + (g % 7) as f32 / 64.0).collect();
     let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 5 % levels) as u8).collect();
@@ -28,26 +37,49 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Prod
     let exact = [dense.dot(&x.mapv(f64::from)), largest.dot(&x.mapv(|v| f64::from(v.abs())))];
     let beside = Beside { scales: &scales, zeros, offsets: None };
     let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
-    let rows = CodedRows { group, codes: &codes, groups, beside };
-    let layout = Layout::new::<f32>(bits, group, n);
-    let narrow: Vec<Way> = Digits::all(bits).map(Way::Narrow).collect();
-    let few = [Way::Vectors].into_iter().filter(|_| available());
-    let laid_out = |way| layout.map(|layout| Inputs::laid_out(x.view(), layout, way));
-    let matrices = Inputs::new(x.view(), bits, group).filter(|x| matches!(x.way, Way::Bytes(_) | Way::Numbers(_)));
+    let laid_out = by_vectors(bits, group, n).into_iter();
+    let laid_out = laid_out.map(|(way, layout)| Inputs::laid_out(x.view(), layout, way));
+    let full = ActivationBits::TwentyFour;
+    let matrices =
+        Inputs::new(x.view(), full, bits, group).filter(|x| matches!(x.way, Way::Bytes(_) | Way::Numbers(_)));
     // The fastest there is was taken.
+    let layout = Way::Vectors(full).layout(bits, group, n);
     let four = x.ncols() >= four::FEWEST && layout.as_ref().and_then(four::shape).is_some();
     assert_eq!(matrices.is_some(), matrix::available() && (x.ncols() > TOGETHER || four));
-    assert!(layout.is_some() == (available() || !narrow.is_empty()));
+    assert_eq!(takes::<f32>(bits, group, n), available() || Digits::all(bits, full).next().is_some());
     let product = |x: Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
+        let rows = CodedRows { group, codes: &codes, groups, beside, activations: x.way.activations() };
         // Calls begin at panels.
         for (at, y) in y.as_slice_mut().unwrap().chunks_mut(64 * x.vectors).enumerate() {
             products(&rows, at * 64..(at * 64 + 64).min(m), &x, y);
         }
         y
     };
-    let all = narrow.into_iter().chain(few).filter_map(laid_out).chain(matrices);
-    (all.map(|x| (x.way, product(x))).collect(), exact)
+    // Half of a unit, of the largest input of each run, for each entry.
+    let rounding = |x_of: &Inputs| {
+        let run = x_of.layout.run;
+        let most = Array2::from_shape_fn((n, x.ncols()), |(j, v)| {
+            let run = x.slice(ndarray::s![j / run * run..n.min(j / run * run + run), v]);
+            let largest = run.iter().fold(0f64, |most, x| most.max(f64::from(x.abs())));
+            largest / f64::from(2 * (127u32 << (8 * (x_of.way.activations().bytes() - 1))))
+        });
+        dense.mapv(f64::abs).dot(&most)
+    };
+    let all = laid_out.chain(matrices).map(|x| {
+        let rounding = rounding(&x);
+        (x.way, product(x), rounding)
+    });
+    (all.collect(), exact)
+}
+
+/// The most that products are off, in what is added up, beside what rounded inputs may make of them. (A unit may be twice as large as
+/// it had to be where all bits of an `f32` are there.)
+fn worst((way, y, rounding): &Product, [exact, sizes]: &[Array2<f64>; 2]) -> f64 {
+    let slack = if way.activations() == ActivationBits::TwentyFour { 0.0 } else { 1.001 };
+    let off = y.iter().zip(exact).zip(rounding.iter().zip(sizes));
+    off.map(|((&y, exact), (most, size))| ((f64::from(y) - exact).abs() - slack * most) / size.max(1e-30))
+        .fold(0.0, f64::max)
 }
 
 #[test]
@@ -73,19 +105,20 @@ fn all_instructions_find_the_same_sums() {
                 let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
             });
-            let (products, [exact, sizes]) = all(width, group, (327, n), &x);
+            let (products, of) = all(width, group, (327, n), &x);
             let what = format!("{width} bits, groups of {group}, {n} columns, {count} inputs");
-            for (way, y) in &products {
-                let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size.max(1e-30);
-                let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
-                assert!(worst < 1e-6, "{what}, {way:?}: off by {worst:e} of what is added up");
+            for product in &products {
+                let worst = worst(product, &of);
+                assert!(worst < 1e-6, "{what}, {:?}: off by {worst:e} of what is added up", product.0);
             }
-            // Bytes have the same sums, whatever adds them up.
-            let bytes = |way: &Way| !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve));
-            let mut bytes = products.iter().filter(|(way, _)| bytes(way));
-            if let Some((first, sums)) = bytes.next() {
-                for (way, y) in bytes {
-                    assert_eq!(sums.mapv(f32::to_bits), y.mapv(f32::to_bits), "{what}, {first:?}, {way:?}");
+            // As many bytes have the same sums, whatever adds them up.
+            let bytes = |way: &Way| !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve | Digits::Sixteen));
+            for bits in ActivationBits::ALL {
+                let mut bytes = products.iter().filter(|(way, ..)| bytes(way) && way.activations() == bits);
+                if let Some((first, sums, _)) = bytes.next() {
+                    for (way, y, _) in bytes {
+                        assert_eq!(sums.mapv(f32::to_bits), y.mapv(f32::to_bits), "{what}, {first:?}, {way:?}");
+                    }
                 }
             }
         }
@@ -98,7 +131,7 @@ fn inputs_that_are_not_finite_make_no_numbers() {
         let mut x = Array2::from_elem((256, 20), 0.5f32);
         // (Of the last, what is left of a number that is cut is not all zero.)
         (x[[3, 7]], x[[200, 11]], x[[77, 2]]) = (f32::NAN, f32::INFINITY, f32::from_bits(0x7f80_0001));
-        for (way, y) in all(bits, group, (40, 256), &x).0 {
+        for (way, y, _) in all(bits, group, (40, 256), &x).0 {
             assert!(y.indexed_iter().all(|((_, v), y)| y.is_nan() == [2, 7, 11].contains(&v)), "{way:?}");
         }
     }
@@ -113,7 +146,9 @@ fn inputs_are_the_sums_of_their_numbers() {
     });
     // Where a chunk's codes begin in the same 16 bits: those of 4 columns and the next 4, of 8 and the next 8, of 2 and 2.
     for (bits, half) in [(4, 4), (2, 8), (3, 2), (5, 2)] {
-        let Some(laid_out) = Inputs::new(x.view(), bits, 64).filter(|x| x.way == Way::Numbers(LANES)) else {
+        let Some(laid_out) =
+            Inputs::new(x.view(), Default::default(), bits, 64).filter(|x| x.way == Way::Numbers(LANES))
+        else {
             assert!(!matrix::available());
             continue;
         };
@@ -132,8 +167,10 @@ fn inputs_are_the_sums_of_their_numbers() {
 
 #[test]
 fn rows_without_columns_have_no_kernel() {
-    assert_eq!(Layout::new::<f32>(4, 32, 1).is_some(), available() || Digits::all(4).next().is_some());
-    assert!([1, 32].iter().all(|&group| Layout::new::<f32>(4, group, 0).is_none()));
+    let full = ActivationBits::TwentyFour;
+    assert_eq!(takes::<f32>(4, 32, 1), available() || Digits::all(4, full).next().is_some());
+    assert!([1, 32].iter().all(|&group| !takes::<f32>(4, group, 0)));
+    assert!(!takes::<f64>(4, 32, 64));
 }
 
 #[test]
@@ -145,15 +182,16 @@ fn rows_know_nothing_of_the_scales_of_others() {
     (0..m).for_each(|_| pack(4, &[1; 96], &mut codes));
     let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
     let codes = PackedCodes::new(4, group, (m, n), codes, beside);
-    let rows = CodedRows { group, codes: &codes, groups: 3, beside };
-    for count in [1, 8, 16] {
-        let Some(x) = Inputs::new(Array2::from_elem((n, count), 1f32).view(), 4, group) else {
-            assert!(!available() && Digits::all(4).next().is_none());
+    for (activations, count) in ActivationBits::ALL.into_iter().flat_map(|of| [1, 8, 16].map(|count| (of, count))) {
+        let rows = CodedRows { group, codes: &codes, groups: 3, beside, activations };
+        let Some(x) = Inputs::new(Array2::from_elem((n, count), 1f32).view(), activations, 4, group) else {
+            assert!(!available() && Digits::all(4, activations).next().is_none_or(|of| count > of.most()));
             continue;
         };
         let mut y = vec![f32::NAN; m * count];
         products(&rows, 0..m, &x, &mut y);
-        assert!(y[..32 * count].iter().all(|&y| y == 48.0), "{count} inputs: {:?}", &y[..count]);
+        let close = |y: &f32| (y - 48.0).abs() < 1e-4;
+        assert!(y[..32 * count].iter().all(close), "{count} inputs in {activations:?}: {:?}", &y[..count]);
     }
 }
 
@@ -164,11 +202,10 @@ fn inputs_of_one_sign_are_no_less_exact() {
         (2..=7).flat_map(|bits| [(32, 32), (32, 640), (64, 64), (128, 128), (512, 512)].map(|(g, n)| (bits, g, n)))
     {
         let x = Array2::from_shape_fn((n, 16), |(j, v)| 1.0 + ((j * 37 + v * 11 + j * j * 3) % 1009) as f32 / 1009.0);
-        let (products, [exact, sizes]) = all(bits, group, (96, n), &x);
-        for (way, y) in products {
-            let off = |((y, exact), size): ((&f32, &f64), &f64)| (f64::from(*y) - exact).abs() / size;
-            let worst = y.iter().zip(&exact).zip(&sizes).map(off).fold(0.0, f64::max);
-            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {n} columns, {way:?}: off by {worst:e}");
+        let (products, of) = all(bits, group, (96, n), &x);
+        for product in products {
+            let worst = worst(&product, &of);
+            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {n} columns, {:?}: off by {worst:e}", product.0);
         }
     }
 }
@@ -178,46 +215,60 @@ fn lines_are_the_same_by_all_instructions() {
     let chunks = std::array::from_fn(|at| (at * 31 + at / 256) as u8);
     let exact: [[u8; LINE]; PANEL] =
         std::array::from_fn(|row| std::array::from_fn(|at| chunks[(at / EACH * PANEL + row) * EACH + at % EACH]));
-    let narrow = Digits::all(4).next().is_some();
+    let narrow = Digits::all(4, ActivationBits::TwentyFour).next().is_some();
     for (found, present) in [(lines(&chunks), available() || narrow), (avx2::lines(&chunks), narrow)] {
         assert_eq!(found, present.then_some(exact));
     }
 }
 
 #[test]
-fn digits_meet_no_codes_that_do_not_fit_them() {
+fn inputs_serve_the_rows_they_are_laid_out_for() {
     // (Codes of three and of eight bits are cut the same way.)
-    let x = Array2::from_elem((64, 2), 1f32);
-    for (bits, digits) in [3u8, 7, 8].into_iter().flat_map(|bits| Digits::all(bits).map(move |digits| (bits, digits))) {
-        // (There are digits, and so there is a kernel.)
-        let layout = Layout::new::<f32>(bits, 64, 64).unwrap();
-        let x = Inputs::laid_out(x.view(), layout, Way::Narrow(digits));
-        for other in [3, 7, 8] {
-            let fits = digits == Digits::Bytes || (bits == 8) == (other == 8);
-            assert_eq!(x.meet::<f32>(other, 64, 64), fits, "{digits:?} of {bits} bits with {other}");
+    for bits in [3u8, 7, 8] {
+        for (way, layout) in by_vectors(bits, 64, 64) {
+            for (other, asked) in [3, 7, 8].into_iter().flat_map(|other| ActivationBits::ALL.map(|of| (other, of))) {
+                let fits = match way {
+                    Way::Vectors(of) | Way::Narrow(Digits::Bytes(of)) => of == asked,
+                    Way::Narrow(Digits::Pairs(of)) => of == asked && other < 8,
+                    Way::Narrow(Digits::Twelve) => asked == ActivationBits::TwentyFour && other == 8,
+                    // (Of one byte no more is asked than of two.)
+                    _ => asked != ActivationBits::TwentyFour && other == 8,
+                };
+                let serves = way.serves::<f32>(asked, other, 64, 64) == Some(layout);
+                assert_eq!(serves, fits, "{way:?} of {bits} bits with {other}, {asked:?}");
+            }
         }
     }
+    // Runs of a byte are shorter ones.
+    assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {
+        ActivationBits::Eight => layout.run == 64,
+        _ => layout.run == 128,
+    }));
 }
 
 #[test]
 fn no_sum_of_the_largest_products_overflows() {
-    // Bytes -126, -128, -128 and 126, 127, 127 of units of one, with the largest codes.
-    for (bits, n, whole) in (2..=8)
-        .flat_map(|bits| [(64, -8_290_432.0), (512, -8_290_432.0), (512, 8_290_175.0)].map(|(n, w)| (bits, n, w)))
-    {
+    // All bytes as large as they can be, and next to it, of units of one: the largest of a run decides. With the largest codes.
+    for (bits, n, sign) in (2..=8).flat_map(|bits| [(64, -1.0), (512, -1.0), (512, 1.0)].map(|(n, s)| (bits, n, s))) {
         let (m, most) = (32, f64::from(u8::MAX >> (8 - bits)));
         let (scales, zeros, mut codes) = (vec![1f32; m], vec![0; m], Vec::new());
         (0..m).for_each(|_| pack(bits, &vec![most as u8; n], &mut codes));
         let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
         let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
-        let rows = CodedRows { group: n, codes: &codes, groups: 1, beside };
-        let Some(layout) = Layout::new::<f32>(bits, n, n) else {
-            assert!(!available() && Digits::all(bits).next().is_none());
-            continue;
-        };
-        let four = four::shape(&layout).filter(|_| matrix::available()).map(Way::Bytes);
-        let ways = Digits::all(bits).map(Way::Narrow).chain(available().then_some(Way::Vectors)).chain(four);
-        for (way, count) in ways.flat_map(|way| [1, 2, 4].map(|count| (way, count))) {
+        let full = Way::Vectors(ActivationBits::TwentyFour).layout(bits, n, n).unwrap();
+        let four = four::shape(&full).filter(|_| matrix::available()).map(|shape| (Way::Bytes(shape), full));
+        let ways = by_vectors(bits, n, n).into_iter().chain(four);
+        for ((way, layout), count) in ways.flat_map(|way| [1, 2, 4, 8].map(|count| (way, count))) {
+            let activations = way.activations();
+            // Bytes -126, -128, -128 and 126, 127, 127 of three, as units are powers of two; else the largest there are.
+            let whole = sign
+                * match activations {
+                    ActivationBits::Eight => 127.0,
+                    ActivationBits::Sixteen => 32_512.0,
+                    ActivationBits::TwentyFour if sign < 0.0 => 8_290_432.0,
+                    ActivationBits::TwentyFour => 8_290_175.0,
+                };
+            let rows = CodedRows { group: n, codes: &codes, groups: 1, beside, activations };
             let x = Inputs::laid_out(Array2::from_elem((n, count), whole as f32).view(), layout, way);
             let (mut y, exact) = (vec![f32::NAN; m * count], most * whole * n as f64);
             products(&rows, 0..m, &x, &mut y);

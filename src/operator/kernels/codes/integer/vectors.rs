@@ -9,7 +9,7 @@ use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
 use super::panel::Unpacking;
-use super::{BANDS, LANES, LIMBS, Lanes, TOGETHER};
+use super::{ActivationBits, BANDS, LANES, Lanes};
 use crate::simd::prefetch;
 
 /// Some rows.
@@ -23,9 +23,11 @@ pub(super) struct Panel<'a> {
     pub starts: &'a [i32],
 }
 
-/// Panels that are multiplied together, with one input: two streams of codes come from memory faster than one. (With two inputs
-/// their sums would have to be in memory.)
+/// Panels that are multiplied together, with as few inputs as let their sums stay in registers: two streams of codes come from memory
+/// faster than one.
 pub(super) const PANELS: usize = 2;
+/// Bytes of all inputs that meet them, at most.
+const PAIRED: usize = 4;
 /// Bytes of all panels between what is multiplied and what is asked for.
 const AHEAD: usize = 2048;
 
@@ -41,21 +43,46 @@ pub(super) fn ahead(far: usize, rest: &[u8], together: &[Panel<'_>]) -> usize {
 /// read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
+    activations: ActivationBits,
     panels: &[Panel<'_>],
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
+    use ActivationBits::{Eight, Sixteen, TwentyFour};
     for (first, count) in x.tiles() {
-        if let (Some(panels), 1) = (panels.first_chunk::<PANELS>(), count) {
-            tile::<KIND, PARTS, 1, PANELS>(panels, x, first, totals);
-            continue;
+        macro_rules! tile {
+            ($panels:ident, $totals:ident, $bytes:literal, $vectors:literal) => {
+                tile::<KIND, PARTS, $bytes, $vectors, _>($panels, x, first, $totals)
+            };
+        }
+        if let Some(panels) = panels.first_chunk::<PANELS>() {
+            // (Where the sums of more stay in registers.)
+            match (activations, count) {
+                (Eight, 1) => tile!(panels, totals, 1, 1),
+                (Eight, 2) => tile!(panels, totals, 1, 2),
+                (Eight, 4) => tile!(panels, totals, 1, 4),
+                (Sixteen, 1) => tile!(panels, totals, 2, 1),
+                (Sixteen, 2) => tile!(panels, totals, 2, 2),
+                (TwentyFour, 1) => tile!(panels, totals, 3, 1),
+                _ => {}
+            }
+            if count * activations.bytes() <= PAIRED {
+                continue;
+            }
         }
         for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
             let panel = std::array::from_ref(panel);
-            match count {
-                1 => tile::<KIND, PARTS, 1, 1>(panel, x, first, totals),
-                2 => tile::<KIND, PARTS, 2, 1>(panel, x, first, totals),
-                _ => tile::<KIND, PARTS, TOGETHER, 1>(panel, x, first, totals),
+            match (activations, count) {
+                (Eight, 1) => tile!(panel, totals, 1, 1),
+                (Eight, 2) => tile!(panel, totals, 1, 2),
+                (Eight, 4) => tile!(panel, totals, 1, 4),
+                (Eight, _) => tile!(panel, totals, 1, 8),
+                (Sixteen, 1) => tile!(panel, totals, 2, 1),
+                (Sixteen, 2) => tile!(panel, totals, 2, 2),
+                (Sixteen, _) => tile!(panel, totals, 2, 4),
+                (TwentyFour, 1) => tile!(panel, totals, 3, 1),
+                (TwentyFour, 2) => tile!(panel, totals, 3, 2),
+                (TwentyFour, _) => tile!(panel, totals, 3, 4),
             }
         }
     }
@@ -65,7 +92,7 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
 /// instructions: vectors would have to be in memory.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
-fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
+fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const P: usize>(
     panels: &[Panel<'_>; P],
     x: &Inputs,
     first: usize,
@@ -84,16 +111,16 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
     }
     for number in 0..x.layout.runs() {
         let (units, whole) = x.beside(number, first, V);
-        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; LIMBS]; P];
+        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; P];
         for p in 0..P {
-            let Some(starts) = x.begin::<LIMBS, V>(panels[p].starts, number, first) else { return };
-            for limb in 0..LIMBS {
+            let Some(starts) = x.begin::<BYTES, V>(panels[p].starts, number, first) else { return };
+            for limb in 0..BYTES {
                 for v in 0..V {
                     sums[p][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
         }
-        let limbs = x.limbs(number, first, V).as_chunks::<V>().0.as_chunks::<LIMBS>().0.as_chunks::<PARTS>().0;
+        let limbs = x.words::<BYTES, V>(number, first).as_chunks::<PARTS>().0;
         let bytes = limbs.len() * chunk;
         let ahead = ahead(AHEAD / P, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
@@ -109,7 +136,7 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
                 // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
                 let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
                 for part in 0..PARTS {
-                    for limb in 0..LIMBS {
+                    for limb in 0..BYTES {
                         for v in 0..V {
                             let input = _mm512_set1_epi32(limbs[part][limb][v]);
                             for band in 0..BANDS {
@@ -126,8 +153,11 @@ fn tile<const KIND: u8, const PARTS: usize, const V: usize, const P: usize>(
             let scalings = panels[p].scalings(panels[p].group + x.layout.group_of(number));
             for (band, scaling) in scalings.iter().enumerate() {
                 for v in 0..V {
-                    let limbs = [sums[p][0][v][band], sums[p][1][v][band], sums[p][2][v][band]];
-                    totals[p][v][band] = scaling.add(totals[p][v][band], limbs, units[v], whole[v]);
+                    let mut of = [_mm512_setzero_si512(); BYTES];
+                    for limb in 0..BYTES {
+                        of[limb] = sums[p][limb][v][band];
+                    }
+                    totals[p][v][band] = scaling.add(totals[p][v][band], of, units[v], whole[v]);
                 }
             }
         }
@@ -170,10 +200,16 @@ pub(super) struct Scaling {
 }
 
 impl Scaling {
-    /// Adds the sums of the digits of an input of some unit and sum.
+    /// Adds the sums of the bytes of an input of some unit and sum.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) fn add(&self, total: __m512, sums: [__m512i; LIMBS], unit: f32, whole: f32) -> __m512 {
+    pub(super) fn add<const BYTES: usize>(
+        &self,
+        total: __m512,
+        sums: [__m512i; BYTES],
+        unit: f32,
+        whole: f32,
+    ) -> __m512 {
         let scale = _mm512_mul_ps(self.scales, _mm512_set1_ps(unit));
         let total = _mm512_fmadd_ps(join(sums), scale, total);
         _mm512_fmadd_ps(self.shift, _mm512_set1_ps(whole), total)

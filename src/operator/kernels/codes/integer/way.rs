@@ -1,29 +1,24 @@
 //! Which way inputs meet the columns of rows.
 
-use super::super::layout::LONGEST;
 pub(super) use super::super::layout::Layout;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
-use super::{LANES, TOGETHER, available, bfloat, few, four};
+use super::{ActivationBits, LANES, TOGETHER, available, bfloat, few, four};
 use crate::scalar::{DType, Real};
 
-impl Layout {
-    /// `None` if there is no kernel for such rows here: for inputs in another dtype, rows without columns, groups that end within
-    /// a lane, and machines without the instructions.
-    pub(super) fn new<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Self> {
-        let present = available() || Digits::all(bits).next().is_some();
-        if T::DTYPE != DType::F32 || columns == 0 || !present {
-            return None;
-        }
-        Layout::cut(bits, group, columns, LONGEST)
-    }
+/// Whether there is a kernel for such rows here: not for inputs in another dtype, rows without columns, groups that end within a lane,
+/// and machines without the instructions.
+pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
+    let present = available() || Digits::all(bits, ActivationBits::default()).next().is_some();
+    let cut = || Layout::cut(bits, group, columns, ActivationBits::default().longest()).is_some();
+    T::DTYPE == DType::F32 && columns > 0 && present && cut()
 }
 
 /// What inputs are laid out for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Way {
-    /// Vectors.
-    Vectors,
+    /// Vectors, and inputs in so many bits.
+    Vectors(ActivationBits),
     /// Vectors of eight rows, in such digits.
     Narrow(Digits),
     /// Matrix instructions with bytes.
@@ -36,40 +31,75 @@ impl Way {
     /// For so many inputs, and how columns are cut then: four, eight or sixteen at a time by matrix instructions, where there are
     /// such, but for one or two, and for four where groups do not end with tiles. `None` if there is no kernel for such rows here,
     /// or if there are so many that rows had better be written out.
-    pub(super) fn new<T: Real>(inputs: usize, bits: u8, group: usize, columns: usize) -> Option<(Self, Layout)> {
-        let layout = Layout::new::<T>(bits, group, columns)?;
-        if !available() {
-            let digits = Digits::all(bits).next().filter(|digits| inputs <= digits.most());
-            return digits.map(|digits| (Way::Narrow(digits), layout));
+    pub(super) fn new<T: Real>(
+        inputs: usize,
+        activations: ActivationBits,
+        bits: u8,
+        group: usize,
+        columns: usize,
+    ) -> Option<(Self, Layout)> {
+        if !takes::<T>(bits, group, columns) {
+            return None;
         }
+        let with = |way: Way| Some((way, way.layout(bits, group, columns)?));
+        if !available() {
+            let digits = Digits::all(bits, activations).next().filter(|digits| inputs <= digits.most());
+            return with(Way::Narrow(digits?));
+        }
+        let layout = Layout::cut(bits, group, columns, ActivationBits::TwentyFour.longest())?;
         if inputs <= TOGETHER || !matrix::available() {
             let four = matrix::available() && inputs >= four::FEWEST;
             let shape = if four { four::shape(&layout) } else { None };
-            return Some((shape.map_or(Way::Vectors, Way::Bytes), layout));
+            return with(shape.map_or(Way::Vectors(activations), Way::Bytes));
         }
         let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
         let numbers = Way::Numbers(together);
-        match numbers.layout::<T>(bits, group, columns) {
+        match numbers.layout(bits, group, columns) {
             Some(cut) if few::takes(cut.run, cut != layout, inputs) => Some((numbers, cut)),
             _ => Some((Way::Bytes(Shape::of(together, &layout)), layout)),
         }
     }
 
     /// How the columns of rows are cut that inputs meet this way; `None` if there is no kernel for them.
-    pub(super) fn layout<T: Real>(self, bits: u8, group: usize, columns: usize) -> Option<Layout> {
-        let layout = Layout::new::<T>(bits, group, columns)?;
+    pub(super) fn layout(self, bits: u8, group: usize, columns: usize) -> Option<Layout> {
         match self {
             Way::Numbers(_) if bits > bfloat::WIDEST => None,
-            Way::Narrow(digits) if !Digits::all(bits).any(|of| of == digits) => None,
             Way::Numbers(_) => Layout::cut(bits, group, columns, few::LONGEST),
-            _ => Some(layout),
+            _ => Layout::cut(bits, group, columns, self.activations().longest()),
+        }
+    }
+
+    /// The same of rows that ask for inputs of so many bits; `None` as well if those would not be laid out this way.
+    pub(super) fn serves<T: Real>(
+        self,
+        activations: ActivationBits,
+        bits: u8,
+        group: usize,
+        columns: usize,
+    ) -> Option<Layout> {
+        let met = match self {
+            Way::Vectors(of) => of == activations,
+            Way::Narrow(digits) => Digits::all(bits, activations).any(|of| of == digits),
+            Way::Bytes(_) | Way::Numbers(_) => true,
+        };
+        if met && takes::<T>(bits, group, columns) { self.layout(bits, group, columns) } else { None }
+    }
+
+    /// Bits of inputs.
+    pub(super) fn activations(self) -> ActivationBits {
+        match self {
+            Way::Vectors(activations) => activations,
+            Way::Narrow(digits) => digits.activations(),
+            Way::Bytes(_) | Way::Numbers(_) => ActivationBits::TwentyFour,
         }
     }
 
     /// Inputs at a time.
     pub(super) fn width(self) -> usize {
         match self {
-            Way::Vectors | Way::Narrow(_) => TOGETHER,
+            // As many as fill the registers with their sums.
+            Way::Vectors(ActivationBits::Eight) => 2 * TOGETHER,
+            Way::Vectors(_) | Way::Narrow(_) => TOGETHER,
             Way::Bytes(shape) => shape.inputs,
             Way::Numbers(inputs) => inputs,
         }

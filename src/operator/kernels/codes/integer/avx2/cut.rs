@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
-use super::super::super::layout::{Layout, sum, unit};
+use super::super::super::layout::{Layout, largest, sum};
 use super::super::inputs::Tile;
 use super::super::{EACH, LANES};
 use super::Digits;
@@ -19,7 +19,7 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
     for (run, ((to, less), (units, sums))) in runs.zip(less).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate() {
             let x = layout.of_run(run, x);
-            units[v] = unit(x);
+            units[v] = digits.activations().unit(largest(x));
             let mut total = _mm256_setzero_si256();
             for (step, to) in to[..layout.lanes(run) * words].chunks_mut(LANES / EACH * words).enumerate() {
                 let halves = cut.split(x.get(step * LANES..).unwrap_or_default(), units[v]);
@@ -35,6 +35,7 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
             let of_words: [i32; EACH] = std::array::from_fn(|word| lower[word].wrapping_add(upper[word]));
             let totals = match digits {
                 Digits::Twelve => [of_words[0].wrapping_add(of_words[1]), of_words[2].wrapping_add(of_words[3]), 0],
+                Digits::Sixteen => [of_words[0].wrapping_add(of_words[1]), 0, 0],
                 _ => [of_words[0], of_words[1], of_words[2]],
             };
             let totals = &totals[..digits.count()];
@@ -43,6 +44,20 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
         }
     }
 }
+
+/// Where the bytes of four columns go, for one byte of each, two and three: the largest of all first.
+const ORDERS: [[u8; 16]; 3] = {
+    let mut orders = [[128; 16]; 3];
+    let mut at = 0;
+    while at < 3 * 3 * EACH {
+        let (bytes, byte, column) = (at / (3 * EACH) + 1, at / EACH % 3, at % EACH);
+        if byte < bytes {
+            orders[bytes - 1][byte * EACH + column] = (column * EACH + bytes - 1 - byte) as u8;
+        }
+        at += 1;
+    }
+    orders
+};
 
 /// Cuts numbers of a layout.
 struct Cut {
@@ -56,7 +71,7 @@ impl Cut {
         let columns = std::array::from_fn(|at| {
             let (lane, at) = (at / EACH, at % EACH);
             // Of four, the first and the third share a word, if digits take half of one.
-            let at = if digits == Digits::Twelve { at % 2 * 2 + at / 2 } else { at };
+            let at = if matches!(digits, Digits::Twelve | Digits::Sixteen) { at % 2 * 2 + at / 2 } else { at };
             lane / parts * EACH * parts + at * parts + lane % parts
         });
         Cut { digits, columns }
@@ -77,13 +92,13 @@ impl Cut {
                     let large = _mm256_srai_epi32::<12>(_mm256_add_epi32(whole, _mm256_set1_epi32(1 << 11)));
                     _mm256_packs_epi32(large, _mm256_sub_epi32(whole, _mm256_slli_epi32::<12>(large)))
                 }
-                _ => {
+                Digits::Sixteen => _mm256_packs_epi32(whole, _mm256_setzero_si256()),
+                Digits::Bytes(of) | Digits::Pairs(of) => {
                     // With half of its range added to each digit, digits count from nothing, each by itself; without it they
                     // have signs again.
                     let middle = _mm256_set1_epi32(0x0080_8080);
                     let bytes = _mm256_xor_si256(_mm256_add_epi32(whole, middle), middle);
-                    let order: [u8; 16] = [2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 128, 128, 128, 128];
-                    _mm256_shuffle_epi8(bytes, cast([order; 2]))
+                    _mm256_shuffle_epi8(bytes, cast([ORDERS[of.bytes() - 1]; 2]))
                 }
             };
         }
@@ -95,7 +110,7 @@ impl Cut {
     #[target_feature(enable = "avx2")]
     fn totals(&self, words: __m256i) -> __m256i {
         let halves = match self.digits {
-            Digits::Twelve => words,
+            Digits::Twelve | Digits::Sixteen => words,
             _ => _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
         };
         _mm256_madd_epi16(halves, _mm256_set1_epi16(1))

@@ -8,14 +8,14 @@ use super::spread::Spread;
 /// Calls what is generic over the part for each lane that the bytes of a chunk have, one after the other: the registers hold
 /// sums and little more.
 macro_rules! parts {
-    ($parts:expr, $add:ident::<$kind:ident, $v:ident, $b:ident>($($of:expr),*)) => {
-        $add::<$kind, 0, $v, $b>($($of),*);
+    ($parts:expr, $add:ident::<$kind:ident, $($which:ident),*>$of:tt) => {
+        $add::<$kind, 0, $($which),*>$of;
         if $parts > 1 {
-            $add::<$kind, 1, $v, $b>($($of),*);
+            $add::<$kind, 1, $($which),*>$of;
         }
         if $parts > 2 {
-            $add::<$kind, 2, $v, $b>($($of),*);
-            $add::<$kind, 3, $v, $b>($($of),*);
+            $add::<$kind, 2, $($which),*>$of;
+            $add::<$kind, 3, $($which),*>$of;
         }
     };
 }
@@ -33,22 +33,30 @@ fn begun<const DIGITS: usize, const V: usize, const B: usize>(starts: &[[i32; V]
     sums
 }
 
-/// A function that adds the products of one lane of all chunks, and how codes meet the words of a digit.
+/// A function that adds the products of one lane of all chunks, and how codes meet so many words of a digit.
 macro_rules! add {
-    ($name:ident, $features:literal, $digits:literal of $each:literal, $product:ident) => {
+    ($name:ident, $features:literal, $each:literal, $product:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        fn $name<const KIND: u8, const PART: usize, const V: usize, const B: usize>(
+        fn $name<
+            const KIND: u8,
+            const PART: usize,
+            const DIGITS: usize,
+            const WORDS: usize,
+            const V: usize,
+            const B: usize,
+        >(
             spread: &Spread,
             codes: &[u8],
-            words: &[impl AsRef<[[[i32; V]; $digits * $each]]>],
+            words: &[impl AsRef<[[[i32; V]; WORDS]]>],
             some: usize,
-            sums: &mut Sums<$digits, V, B>,
+            sums: &mut Sums<DIGITS, V, B>,
         ) {
+            const { assert!(WORDS == DIGITS * $each) };
             for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
                 let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
                 for b in 0..B {
-                    for digit in 0..$digits {
+                    for digit in 0..DIGITS {
                         for v in 0..V {
                             let mut of = [_mm256_setzero_si256(); $each];
                             for (at, of) in of.iter_mut().enumerate() {
@@ -65,28 +73,35 @@ macro_rules! add {
 
 /// A function that finds the sums of a run, where products are added to those themselves.
 macro_rules! sums {
-    ($name:ident, $features:literal, $digits:literal of $each:literal, $add:ident) => {
+    ($name:ident, $features:literal, $add:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn $name<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+        pub(super) fn $name<
+            const KIND: u8,
+            const PARTS: usize,
+            const DIGITS: usize,
+            const WORDS: usize,
+            const V: usize,
+            const B: usize,
+        >(
             spread: &Spread,
             codes: &[u8],
-            words: &[[[[i32; V]; $digits * $each]; PARTS]],
-            starts: &[[i32; V]; $digits],
+            words: &[[[[i32; V]; WORDS]; PARTS]],
+            starts: &[[i32; V]; DIGITS],
             some: usize,
-        ) -> Sums<$digits, V, B> {
+        ) -> Sums<DIGITS, V, B> {
             let mut sums = begun(starts);
-            parts!(PARTS, $add::<KIND, V, B>(spread, codes, words, some, &mut sums));
+            parts!(PARTS, $add::<KIND, DIGITS, WORDS, V, B>(spread, codes, words, some, &mut sums));
             sums
         }
     };
 }
 
-add!(add_bytes, "avx2,avxvnni", 3 of 1, fours);
-add!(add_pairs, "avx2", 3 of 1, pairs);
-add!(add_twelve, "avx2", 2 of 2, halves);
-sums!(sums_of_bytes, "avx2,avxvnni", 3 of 1, add_bytes);
-sums!(sums_of_twelve, "avx2", 2 of 2, add_twelve);
+add!(add_bytes, "avx2,avxvnni", 1, fours);
+add!(add_pairs, "avx2", 1, pairs);
+add!(add_halves, "avx2", 2, halves);
+sums!(sums_of_bytes, "avx2,avxvnni", add_bytes);
+sums!(sums_of_halves, "avx2", add_halves);
 
 /// Of four bytes, in 32 bits.
 #[inline]
@@ -114,21 +129,28 @@ fn halves(sum: __m256i, codes: __m256i, [even, odd]: [__m256i; 2]) -> __m256i {
 /// Codes of less than eight bits: products of some chunks are added up in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn sums_of_pairs<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+pub(super) fn sums_of_pairs<
+    const KIND: u8,
+    const PARTS: usize,
+    const DIGITS: usize,
+    const WORDS: usize,
+    const V: usize,
+    const B: usize,
+>(
     spread: &Spread,
     codes: &[u8],
-    words: &[[[[i32; V]; 3]; PARTS]],
-    starts: &[[i32; V]; 3],
+    words: &[[[[i32; V]; WORDS]; PARTS]],
+    starts: &[[i32; V]; DIGITS],
     some: usize,
-) -> Sums<3, V, B> {
+) -> Sums<DIGITS, V, B> {
     // So many pairs of products with a byte are less than 2¹⁵.
     let bits = if KIND == 0 { spread.bits } else { KIND };
     let together = (i16::MAX as usize / (2 * 128 * ((1 << bits) - 1)) / PARTS).max(1);
     let mut sums = begun(starts);
     for (codes, words) in codes.chunks(together * spread.chunk::<KIND>()).zip(words.chunks(together)) {
-        let mut halves = begun(&[[0; V]; 3]);
-        parts!(PARTS, add_pairs::<KIND, V, B>(spread, codes, words, some, &mut halves));
-        for digit in 0..3 {
+        let mut halves = begun(&[[0; V]; DIGITS]);
+        parts!(PARTS, add_pairs::<KIND, DIGITS, WORDS, V, B>(spread, codes, words, some, &mut halves));
+        for digit in 0..DIGITS {
             for v in 0..V {
                 for b in 0..B {
                     let of_four = _mm256_madd_epi16(halves[digit][v][b], _mm256_set1_epi16(1));
