@@ -18,10 +18,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde::Serialize;
 use weightpress::checkpoint::Checkpoint;
+use weightpress::operator::ActivationBits;
 use weightpress::run::Observer;
 
 use support::bert::{Bert, Moved, paragraphs};
@@ -48,12 +49,20 @@ struct Arguments {
     /// Tokens to decode one by one for the speed; 0 leaves it out
     #[arg(long, value_name = "N", default_value_t = 64)]
     decode: usize,
+    /// Bits in which packed codes meet their inputs, at least: 8, 16 or 24
+    #[arg(long, value_name = "BITS", default_value = "24", value_parser = activation_bits)]
+    activation_bits: ActivationBits,
     /// Paragraphs to embed, for encoders
     #[arg(long, value_name = "N", default_value_t = 256)]
     paragraphs: usize,
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+fn activation_bits(text: &str) -> Result<ActivationBits> {
+    let found = ActivationBits::ALL.into_iter().find(|of| of.bits().to_string() == text);
+    found.with_context(|| format!("{text}, expected 8, 16 or 24"))
 }
 
 /// What one model scored.
@@ -129,7 +138,8 @@ fn encoders(arguments: &Arguments) -> Result<()> {
     let (mut scores, mut first) = (Vec::new(), None);
     for path in &arguments.models {
         let checkpoint = Checkpoint::open(path)?;
-        let model = Bert::load(&checkpoint)?;
+        let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
+        let model = Bert::load_by(&mut weights, &checkpoint)?;
         let sentences = paragraphs(checkpoint.root(), &arguments.text, arguments.paragraphs)?;
         let tokens: usize = sentences.iter().map(Vec::len).sum();
         let (start, bar) = (Instant::now(), Bar::default());
@@ -165,7 +175,8 @@ fn encoders(arguments: &Arguments) -> Result<()> {
 
 fn score(path: &Path, arguments: &Arguments) -> Result<Score> {
     let checkpoint = Checkpoint::open(path)?;
-    let model = Llama::load(&checkpoint)?;
+    let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
+    let model = Llama::load_by(&mut weights, &checkpoint)?;
     let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, &arguments.text)?;
     let tokens = tokens.first(arguments.tokens.saturating_add(1));
     let (count, window) = (tokens.ids.len(), arguments.window);

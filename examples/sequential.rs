@@ -102,7 +102,8 @@ struct Run<'a> {
 fn run(arguments: &Arguments) -> Result<()> {
     let start = Instant::now();
     let checkpoint = Checkpoint::open(&arguments.model)?;
-    let model = Llama::without_layers(&checkpoint)?;
+    let mut weights = checkpoint.loader::<f32>()?;
+    let model = Llama::without_layers(&mut weights, &checkpoint)?;
     let metric = MetricSpec::named(&arguments.metric)?;
     ensure!(metric.is_gram(), "metric `{}`: expected gram or gram-fisher", arguments.metric);
     let method = match &arguments.method_toml {
@@ -132,7 +133,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bar = Bar::default();
     bar.stage("layers", layers as u64);
     let (mut dense, mut compressed) = (Walk::new(&model, &windows)?, Walk::new(&model, &windows)?);
-    let mut weights = checkpoint.loader::<f32>()?;
     for (i, key) in keys.iter().enumerate() {
         let path = out.join(file(i));
         let mut layer = Layer::load(&mut weights, &checkpoint, i)?;

@@ -12,7 +12,7 @@ use weightpress::operator::LinearOperator;
 use weightpress::stats::{Kind, Stats};
 
 use crate::support::bert::{Bert, Moved, paragraphs};
-use crate::support::llama::{Llama, model_type};
+use crate::support::llama::{Config, Llama, model_type};
 use crate::support::text::Tokens;
 
 /// Tokens that see each other.
@@ -36,7 +36,7 @@ impl Judge {
             let before = Bert::load(checkpoint)?.embed_all(&sentences, &|_| ())?;
             return Ok(Judge::Encoder { sentences, before });
         }
-        let vocabulary = Llama::without_layers(checkpoint)?.config.vocab_size;
+        let vocabulary = Config::read(checkpoint)?.vocab_size;
         let ids = Tokens::read(checkpoint.root(), vocabulary, text)?.first(tokens.saturating_add(1)).ids;
         ensure!(ids.len() > WINDOW, "{} has {} tokens, at least {} are needed", text.display(), ids.len(), WINDOW + 1);
         Ok(Judge::Language(ids))

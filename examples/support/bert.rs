@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use tokenizers::{Tokenizer, TruncationParams};
-use weightpress::checkpoint::Checkpoint;
+use weightpress::checkpoint::{Checkpoint, Loader};
 use weightpress::operator::{LinearOperator, Operator};
 
 use super::attention::{Heads, attention};
@@ -141,6 +141,11 @@ const POSITIONS: &str = "embeddings.position_embeddings.weight";
 impl Bert {
     /// Loads a Hugging Face folder, dense or factored.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::load_by(&mut checkpoint.loader()?, checkpoint)
+    }
+
+    /// The same by a loader of its weights.
+    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
         let (path, text) = text_of(checkpoint, "config.json")?;
         let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
         let positions = config.position_embedding_type.as_deref().unwrap_or("absolute");
@@ -151,7 +156,6 @@ impl Bert {
             ensure!(found == expected, "in {}: `{field}` is {found}, expected {expected}", path.display());
         }
         ensure!(heads > 0 && hidden % heads == 0, "in {}: {hidden} features in {heads} heads", path.display());
-        let mut weights = checkpoint.loader::<f32>()?;
         let norm = |name: String| -> Result<Norm> {
             Ok(Norm {
                 gain: sized(checkpoint, &format!("{name}.weight"), hidden)?,

@@ -200,10 +200,14 @@ const HEAD: &str = "lm_head.weight";
 impl Llama {
     /// Loads a Hugging Face folder, dense or factored.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        let mut model = Self::without_layers(checkpoint)?;
-        let mut weights = checkpoint.loader::<f32>()?;
+        Self::load_by(&mut checkpoint.loader()?, checkpoint)
+    }
+
+    /// The same by a loader of its weights.
+    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
+        let mut model = Self::without_layers(weights, checkpoint)?;
         for i in 0..model.config.num_hidden_layers {
-            let mut layer = Layer::load(&mut weights, checkpoint, i)?;
+            let mut layer = Layer::load(weights, checkpoint, i)?;
             layer.check(i, &model.config)?;
             model.layers.push(layer);
         }
@@ -211,10 +215,9 @@ impl Llama {
     }
 
     /// What is not in a layer.
-    pub fn without_layers(checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn without_layers(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
         let config = Config::read(checkpoint)?;
         let has_head = checkpoint.info(HEAD).is_some();
-        let mut weights = checkpoint.loader()?;
         let head = if has_head { Some(weights.operator(HEAD)?) } else { None };
         let embedding = weights.operator(EMBEDDING)?;
         let expected = (config.vocab_size, config.hidden_size);

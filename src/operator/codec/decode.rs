@@ -7,8 +7,8 @@ use super::{Codes, Coefficients, Extents, NamedTensor, Node, Run, Values};
 use crate::error::{Error, Result};
 use crate::operator::permutation::LONGEST;
 use crate::operator::{
-    Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm, NmSparse,
-    Operator, Permutation, Quantized, Runs, Stacked, ZeroPoints,
+    ActivationBits, Basis, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Mixture, Nm,
+    NmSparse, Operator, Permutation, Quantized, Runs, Stacked, ZeroPoints,
 };
 use crate::scalar::{DType, Real, widen};
 use crate::tensor::{Stored, Tensor};
@@ -35,6 +35,7 @@ impl Source for Vec<NamedTensor> {
 pub struct Decoder<'s, S, T: Real> {
     source: &'s S,
     shared: HashMap<String, Arc<Operator<T>>>,
+    activations: ActivationBits,
 }
 
 /// Deeper trees than this are refused: no method writes them, only a hostile file would.
@@ -43,7 +44,12 @@ const DEPTH: usize = 32;
 impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
     /// A decoder over a source of tensors.
     pub fn new(source: &'s S) -> Self {
-        Decoder { source, shared: HashMap::new() }
+        Decoder { source, shared: HashMap::new(), activations: ActivationBits::default() }
+    }
+
+    /// The same, for packed codes that meet their inputs in so many bits, or more: see [`ActivationBits`].
+    pub fn with_activation_bits(self, activations: ActivationBits) -> Self {
+        Decoder { activations, ..self }
     }
 
     /// Rebuilds one operator.
@@ -109,7 +115,8 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
                     let grid = self.grid(*bits, *group, scales, zeros.as_deref())?;
                     Quantized::new(*columns, grid, self.bytes(codes)?.1.to_vec())
                 };
-                Operator::Quantized(read().map_err(|e| e.of_tensor(codes))?)
+                let leaf = read().map_err(|e| e.of_tensor(codes))?;
+                Operator::Quantized(leaf.with_activation_bits(self.activations))
             }
             Node::Stacked { places, parts } => {
                 let parts = self.all(parts, depth)?;

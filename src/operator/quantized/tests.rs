@@ -1,6 +1,7 @@
 use ndarray::{Array2, array};
 
 use super::*;
+use crate::operator::codec::{Decoder, Encoder};
 use crate::operator::{Dense, Operator};
 use crate::scalar::DType;
 use crate::testing::numbers;
@@ -157,5 +158,54 @@ fn no_rows_make_no_numbers() {
         assert_eq!(none.product(numbers(8, b, 3).view()), Array2::<f64>::zeros((0, b)));
         assert_eq!(none.product_transposed(Array2::<f64>::zeros((0, b)).view()), Array2::<f64>::zeros((8, b)));
         assert_eq!(none.to_dense(), Array2::<f64>::zeros((0, 8)));
+    }
+}
+
+#[test]
+fn fewer_bits_of_inputs_are_off_by_what_they_round() {
+    let (m, n) = (40usize, 300usize);
+    for (bits, group) in [(8, 128), (4, 32), (3, 300), (5, 7)] {
+        let scales = Dense::new(Array2::from_elem((m, n.div_ceil(group)), 0.125f32));
+        let grid = Grid::new(bits, group, scales, ZeroPoints::None).unwrap();
+        let w = Quantized::nearest((numbers(m, n, 31) * 2.0).mapv(|v| v as f32).view(), grid).unwrap();
+        let dense = w.to_dense().mapv(f64::from);
+        for (activations, b) in ActivationBits::ALL.into_iter().flat_map(|of| [1, 2, 3, 4, 8, 9, 17].map(|b| (of, b))) {
+            let x = numbers(n, b, 17).mapv(|v| v as f32);
+            let met = w.clone().with_activation_bits(activations);
+            assert_eq!(met.activation_bits(), activations);
+            assert_eq!(met.select(&[3, 1]).unwrap().activation_bits(), activations);
+            let (y, x) = (met.product(x.view()).mapv(f64::from), x.mapv(f64::from));
+            let off = (&y - &dense.dot(&x)).mapv(f64::abs);
+            // Half a unit of each input, in which the largest of all has no more than so many.
+            let largest = x.fold(0f64, |most, x| most.max(x.abs()));
+            let half = largest / (127.0 * 2f64.powi(i32::from(activations.bits()) - 8)) / 2.0;
+            let most = &dense.mapv(f64::abs).sum_axis(ndarray::Axis(1)).insert_axis(ndarray::Axis(1)) * (half * 1.01);
+            let rounding = dense.mapv(f64::abs).dot(&x.mapv(f64::abs)) * 2e-6;
+            let within = (off - most - rounding).iter().all(|&of| of <= 0.0);
+            assert!(within, "{bits} bits, groups of {group}, {activations:?}, {b} vectors");
+        }
+    }
+}
+
+#[test]
+fn files_say_nothing_of_the_bits_of_inputs() {
+    let leaf = |m, n| {
+        let grid = grid(m, n, 4, 32, ZeroPoint::None);
+        Quantized::nearest(numbers(m, n, 31).view(), grid).unwrap()
+    };
+    let tree = |left: Quantized<f64>, right: Quantized<f64>| {
+        let shared = Operator::Shared(std::sync::Arc::new(Operator::Quantized(right)));
+        Operator::product_of(vec![Operator::Quantized(left), shared]).unwrap()
+    };
+    let whole = tree(leaf(9, 40), leaf(40, 64));
+    for activations in ActivationBits::ALL {
+        let met = tree(leaf(9, 40).with_activation_bits(activations), leaf(40, 64).with_activation_bits(activations));
+        let mut encoder = Encoder::new();
+        let node = encoder.encode("w", &met).unwrap();
+        let tensors = encoder.into_tensors();
+        assert_eq!(Decoder::<_, f64>::new(&tensors).decode(&node).unwrap(), whole);
+        let again = Decoder::<_, f64>::new(&tensors).with_activation_bits(activations).decode(&node).unwrap();
+        assert_eq!(again, met);
+        assert_eq!(again == whole, activations == ActivationBits::default());
     }
 }

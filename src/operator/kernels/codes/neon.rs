@@ -1,9 +1,10 @@
 //! Products with codes in integers by vectors of four rows: NEON, with products of four bytes at a time.
 //!
-//! An input is in fixed point, x = 2ᵉ·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and e such that the largest of a run of
-//! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are. Codes of any width become bytes, four columns of
-//! four rows in a vector, and `sdot` adds up their products with each of the three without any rounding; floats see the sum of a
-//! run only, which is scaled then. Inputs that are not finite make a sum of NaN.
+//! An input is in fixed point, x = u·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and a unit u such that the largest of a run of
+//! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are; or in one or two bytes, if less is asked for
+//! ([`ActivationBits`]). Codes of any width become bytes, four columns of four rows in a vector, and `sdot` adds up their products
+//! with each of the bytes without any rounding; floats see the sum of a run only, which is scaled then. Inputs that are not finite
+//! make a sum of NaN.
 
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -13,9 +14,9 @@ use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView2, Axis};
 use pulp::bytemuck::{cast, cast_slice};
 
-use super::CodedRows;
-use super::layout::{EACH, LONGEST, Layout, sum, unit};
+use super::layout::{EACH, Layout, largest, sum};
 use super::packed::{Floats, Grids, PANEL};
+use super::{ActivationBits, CodedRows};
 use crate::operator::sparse::each_panel;
 use crate::scalar::{DType, Real};
 
@@ -26,48 +27,48 @@ use self::spread::Spread;
 /// Rows in a vector, and vectors of the rows of a panel.
 const ROWS: usize = 4;
 const VECTORS: usize = PANEL / ROWS;
-/// Signed bytes of an input.
-const LIMBS: usize = 3;
 /// Inputs that meet codes together, at most: their sums fill the registers.
 const TOGETHER: usize = 4;
 
 /// Sums of the products of each byte with some inputs, for some vectors of rows.
-type Sums<const V: usize, const B: usize> = [[[int32x4_t; B]; V]; LIMBS];
+type Sums<const BYTES: usize, const V: usize, const B: usize> = [[[int32x4_t; B]; V]; BYTES];
 
 /// Whether the machine has the instructions. (The answer is kept by the standard library.)
 pub(super) fn available() -> bool {
     std::arch::is_aarch64_feature_detected!("dotprod")
 }
 
-/// How the columns of such rows are cut; `None` if there is no kernel for them here: for inputs in another dtype, rows without
-/// columns, groups that end within a chunk of codes, and machines without the instructions.
-fn layout<T: Real>(bits: u8, group: usize, columns: usize) -> Option<Layout> {
-    let fits = T::DTYPE == DType::F32 && columns > 0 && available();
-    if fits { Layout::cut(bits, group, columns, LONGEST) } else { None }
+/// Whether there is a kernel for such rows here: not for inputs in another dtype, rows without columns, groups that end within a
+/// chunk of codes, and machines without the instructions.
+pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
+    layout::<T>(ActivationBits::default(), bits, group, columns).is_some()
 }
 
-/// Whether there is a kernel for such rows here.
-pub(super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
-    layout::<T>(bits, group, columns).is_some()
+/// How the columns of such rows are cut; `None` if there is no kernel for them.
+fn layout<T: Real>(activations: ActivationBits, bits: u8, group: usize, columns: usize) -> Option<Layout> {
+    let fits = T::DTYPE == DType::F32 && columns > 0 && available();
+    if fits { Layout::cut(bits, group, columns, activations.longest()) } else { None }
 }
 
 /// Whether inputs are laid out for such rows.
 pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
-    layout::<T>(rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(x.layout)
+    let layout = layout::<T>(rows.activations, rows.codes.bits(), rows.group, rows.codes.shape().1);
+    (rows.activations, layout) == (x.activations, Some(x.layout))
 }
 
 /// Some inputs, for codes of any width that are cut the same way.
 #[derive(Debug)]
 pub(super) struct Inputs {
+    activations: ActivationBits,
     layout: Layout,
     vectors: usize,
     /// Vectors with those that stand in for missing ones.
     padded: usize,
-    /// Four signed bytes each: [tile](tiles), run, lane, limb (the largest first), vector.
+    /// Four signed bytes each: [tile](tiles), run, lane, byte of an input (the largest first), vector.
     words: Vec<i32>,
-    /// What the bytes of a run add up to, with the other sign: tile, run, limb, vector.
+    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector.
     less: Vec<i32>,
-    /// 2ᵉ: tile, run, vector.
+    /// What a whole number is worth: tile, run, vector.
     units: Vec<f32>,
     /// Sums of runs, for zero points and offsets: tile, run, vector.
     sums: Vec<f32>,
@@ -88,16 +89,22 @@ fn tiles(padded: usize) -> impl ExactSizeIterator<Item = (usize, usize)> {
 
 impl Inputs {
     /// `None` if there is no kernel for such rows here.
-    pub(super) fn new<T: Real>(x: ArrayView2<'_, T>, bits: u8, group: usize) -> Option<Self> {
-        let (layout, vectors) = (layout::<T>(bits, group, x.nrows())?, x.ncols());
+    pub(super) fn new<T: Real>(
+        x: ArrayView2<'_, T>,
+        activations: ActivationBits,
+        bits: u8,
+        group: usize,
+    ) -> Option<Self> {
+        let (layout, vectors) = (layout::<T>(activations, bits, group, x.nrows())?, x.ncols());
+        let bytes = activations.bytes();
         let rest = vectors % TOGETHER;
         let padded = vectors - rest + if rest > 0 { rest.next_power_of_two() } else { 0 };
         let runs = layout.runs();
         let lanes = runs * (layout.run / EACH);
-        let mut words = vec![0; lanes * LIMBS * padded];
-        let mut less = vec![0; runs * LIMBS * padded];
+        let mut words = vec![0; lanes * bytes * padded];
+        let mut less = vec![0; runs * bytes * padded];
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
-        let digits = words.chunks_mut(lanes * LIMBS * TOGETHER).zip(less.chunks_mut(runs * LIMBS * TOGETHER));
+        let digits = words.chunks_mut(lanes * bytes * TOGETHER).zip(less.chunks_mut(runs * bytes * TOGETHER));
         let beside = units.chunks_mut(runs * TOGETHER).zip(sums.chunks_mut(runs * TOGETHER));
         let of = digits.zip(beside).map(|((words, less), (units, sums))| Tile { words, less, units, sums });
         let of: Vec<_> = tiles(padded).zip(of).collect();
@@ -109,19 +116,19 @@ impl Inputs {
             });
             let x = columns.each_ref().map(|column| cast_slice(column));
             match count {
-                1 => lay_out(&layout, tile, [x[0]]),
-                2 => lay_out(&layout, tile, [x[0], x[1]]),
-                _ => lay_out(&layout, tile, x),
+                1 => lay_out(activations, &layout, tile, [x[0]]),
+                2 => lay_out(activations, &layout, tile, [x[0], x[1]]),
+                _ => lay_out(activations, &layout, tile, x),
             }
         });
-        Some(Inputs { layout, vectors, padded, words, less, units, sums })
+        Some(Inputs { activations, layout, vectors, padded, words, less, units, sums })
     }
 
     /// A tile's words of a run: of each lane, so many of V inputs.
     #[inline(always)]
-    fn words<const V: usize>(&self, run: usize, first: usize) -> &[[[i32; V]; LIMBS]] {
-        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * LIMBS;
-        self.words[from..from + self.layout.lanes(run) * LIMBS * V].as_chunks().0.as_chunks().0
+    fn words<const BYTES: usize, const V: usize>(&self, run: usize, first: usize) -> &[[[i32; V]; BYTES]] {
+        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * BYTES;
+        self.words[from..from + self.layout.lanes(run) * BYTES * V].as_chunks().0.as_chunks().0
     }
 
     /// Where what a tile has beside its words of a run begins.
@@ -132,18 +139,19 @@ impl Inputs {
 }
 
 /// Lays a tile out, in which a missing input has no numbers.
-fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
-    let words = tile.words.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0.chunks_mut(layout.run / EACH);
+fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
+    let bytes = activations.bytes();
+    let words = tile.words.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * bytes);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
-    let less = tile.less.as_chunks_mut::<V>().0.as_chunks_mut::<LIMBS>().0;
+    let less = tile.less.as_chunks_mut::<V>().0.chunks_mut(bytes);
     for (run, ((words, less), (units, sums))) in words.zip(less).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate() {
             let x = layout.of_run(run, x);
-            units[v] = unit(x);
+            units[v] = activations.unit(largest(x));
             let per_unit = units[v].recip();
-            let mut totals = [0; LIMBS];
-            for (lane, to) in words[..layout.lanes(run)].iter_mut().enumerate() {
-                let bytes: [[i8; 4]; EACH] = std::array::from_fn(|at| {
+            let mut totals = [0; ActivationBits::TwentyFour.bytes()];
+            for (lane, to) in words[..layout.lanes(run) * bytes].chunks_exact_mut(bytes).enumerate() {
+                let of: [[i8; 4]; EACH] = std::array::from_fn(|at| {
                     let column = lane / layout.parts * EACH * layout.parts + at * layout.parts + lane % layout.parts;
                     let x = x.get(column).copied().unwrap_or_default();
                     // With half of its range added to each digit, digits count from nothing, each by itself; without it they
@@ -151,14 +159,14 @@ fn lay_out<const V: usize>(layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
                     let whole = (x * per_unit).round_ties_even() as i32;
                     ((whole + 0x0080_8080) ^ 0x0080_8080).to_le_bytes().map(|byte| byte as i8)
                 });
-                for (limb, to) in to.iter_mut().enumerate() {
-                    let four = bytes.map(|of| of[LIMBS - 1 - limb]);
+                for (byte, (to, total)) in to.iter_mut().zip(&mut totals).enumerate() {
+                    let four = of.map(|of| of[bytes - 1 - byte]);
                     to[v] = i32::from_le_bytes(four.map(|byte| byte as u8));
-                    totals[limb] += four.iter().map(|&byte| i32::from(byte)).sum::<i32>();
+                    *total += four.iter().map(|&byte| i32::from(byte)).sum::<i32>();
                 }
             }
-            sums[v] = sum(&totals, 8, units[v]);
-            (0..LIMBS).for_each(|limb| less[limb][v] = -totals[limb]);
+            sums[v] = sum(&totals[..bytes], 8, units[v]);
+            less.iter_mut().zip(totals).for_each(|(less, total)| less[v] = -total);
         }
     }
 }
@@ -205,14 +213,26 @@ impl Panel<'_> {
 
     /// Where so many codes begin in the same byte: as many rows at a time as there are registers for sums, codes and inputs.
     fn parts<const KIND: u8, const PARTS: usize>(&self, x: &Inputs, totals: &mut [[f32; PANEL]]) {
+        use ActivationBits::{Eight, Sixteen, TwentyFour};
         for (first, count) in tiles(x.padded) {
+            macro_rules! tile {
+                ($bytes:literal, $vectors:literal, $rows:literal) => {
+                    self.tile::<KIND, PARTS, $bytes, $vectors, { $rows / ROWS }>(x, first, totals)
+                };
+            }
             // SAFETY: the machine has the instructions: there are inputs only where `available` says so.
             #[allow(unsafe_code)]
             unsafe {
-                match count {
-                    1 => self.tile::<KIND, PARTS, 1, { VECTORS / 2 }>(x, first, totals),
-                    2 => self.tile::<KIND, PARTS, 2, { VECTORS / 4 }>(x, first, totals),
-                    _ => self.tile::<KIND, PARTS, TOGETHER, { VECTORS / 4 }>(x, first, totals),
+                match (x.activations, count) {
+                    (Eight, 1) => tile!(1, 1, 32),
+                    (Eight, 2) => tile!(1, 2, 32),
+                    (Eight, _) => tile!(1, 4, 16),
+                    (Sixteen, 1) => tile!(2, 1, 32),
+                    (Sixteen, 2) => tile!(2, 2, 16),
+                    (Sixteen, _) => tile!(2, 4, 8),
+                    (TwentyFour, 1) => tile!(3, 1, 16),
+                    (TwentyFour, 2) => tile!(3, 2, 8),
+                    (TwentyFour, _) => tile!(3, 4, 8),
                 }
             }
         }
@@ -221,7 +241,7 @@ impl Panel<'_> {
     /// Adds the products with V inputs from one on, B vectors of rows at a time.
     #[target_feature(enable = "neon,dotprod")]
     #[allow(clippy::needless_range_loop)]
-    fn tile<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+    fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const B: usize>(
         &self,
         x: &Inputs,
         first: usize,
@@ -233,21 +253,25 @@ impl Panel<'_> {
             let bytes = x.layout.lanes(run) / PARTS * self.spread.chunk::<KIND>();
             let Some((of_run, rest)) = codes.split_at_checked(bytes) else { return };
             codes = rest;
-            let words = x.words::<V>(run, first).as_chunks::<PARTS>().0;
+            let words = x.words::<BYTES, V>(run, first).as_chunks::<PARTS>().0;
             let at = x.beside(run, first, V);
-            let less: &[[[i32; V]; LIMBS]] = x.less[at * LIMBS..].as_chunks().0.as_chunks().0;
+            let less: &[[[i32; V]; BYTES]] = x.less[at * BYTES..].as_chunks().0.as_chunks().0;
             let (units, whole) = (&x.units[at..at + V], &x.sums[at..at + V]);
             let (scales, shift) = scaling(self.grids, self.bits, self.group + x.layout.group_of(run));
             for some in 0..VECTORS / B {
-                let mut sums = self.begun::<KIND, V, B>(&less[0]);
+                let mut sums = self.begun::<KIND, BYTES, V, B>(&less[0]);
                 for (codes, words) in of_run.chunks_exact(self.spread.chunk::<KIND>()).zip(words) {
-                    self.add::<KIND, PARTS, V, B>(codes, words, some, &mut sums);
+                    self.add::<KIND, PARTS, BYTES, V, B>(codes, words, some, &mut sums);
                 }
                 for b in 0..B {
                     let vector = some * B + b;
                     let (scales, shift) = (four(&scales, vector), four(&shift, vector));
                     for v in 0..V {
-                        let of = join(sums[0][v][b], sums[1][v][b], sums[2][v][b]);
+                        let mut of = [vdupq_n_s32(0); BYTES];
+                        for byte in 0..BYTES {
+                            of[byte] = sums[byte][v][b];
+                        }
+                        let of = join(of);
                         let scale = vmulq_n_f32(scales, units[v]);
                         let total = vfmaq_f32(four(&totals[v], vector), of, scale);
                         let total = vfmaq_n_f32(total, shift, whole[v]);
@@ -263,12 +287,15 @@ impl Panel<'_> {
     #[inline]
     #[target_feature(enable = "neon")]
     #[allow(clippy::needless_range_loop)]
-    fn begun<const KIND: u8, const V: usize, const B: usize>(&self, less: &[[i32; V]; LIMBS]) -> Sums<V, B> {
-        let mut sums = [[[vdupq_n_s32(0); B]; V]; LIMBS];
+    fn begun<const KIND: u8, const BYTES: usize, const V: usize, const B: usize>(
+        &self,
+        less: &[[i32; V]; BYTES],
+    ) -> Sums<BYTES, V, B> {
+        let mut sums = [[[vdupq_n_s32(0); B]; V]; BYTES];
         if KIND < 8 {
-            for limb in 0..LIMBS {
+            for byte in 0..BYTES {
                 for v in 0..V {
-                    sums[limb][v] = [vdupq_n_s32(less[limb][v] << (self.bits - 1)); B];
+                    sums[byte][v] = [vdupq_n_s32(less[byte][v] << (self.bits - 1)); B];
                 }
             }
         }
@@ -280,23 +307,23 @@ impl Panel<'_> {
     #[inline]
     #[target_feature(enable = "neon,dotprod")]
     #[allow(clippy::needless_range_loop)]
-    fn add<const KIND: u8, const PARTS: usize, const V: usize, const B: usize>(
+    fn add<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const B: usize>(
         &self,
         codes: &[u8],
-        words: &[[[i32; V]; LIMBS]; PARTS],
+        words: &[[[i32; V]; BYTES]; PARTS],
         some: usize,
-        sums: &mut Sums<V, B>,
+        sums: &mut Sums<BYTES, V, B>,
     ) {
         for part in 0..PARTS {
             let mut of_rows = [vdupq_n_s8(0); B];
             for b in 0..B {
                 of_rows[b] = self.spread.lane::<KIND>(codes, part, some * B + b);
             }
-            for limb in 0..LIMBS {
+            for byte in 0..BYTES {
                 for v in 0..V {
-                    let word = vreinterpretq_s8_s32(vdupq_n_s32(words[part][limb][v]));
+                    let word = vreinterpretq_s8_s32(vdupq_n_s32(words[part][byte][v]));
                     for b in 0..B {
-                        sums[limb][v][b] = dots(sums[limb][v][b], of_rows[b], word);
+                        sums[byte][v][b] = dots(sums[byte][v][b], of_rows[b], word);
                     }
                 }
             }
@@ -322,12 +349,19 @@ fn dots(mut sums: int32x4_t, codes: int8x16_t, words: int8x16_t) -> int32x4_t {
     sums
 }
 
-/// The sum of the products of all bytes.
+/// The sum of the products of all bytes, up to three.
 #[inline]
 #[target_feature(enable = "neon")]
-fn join(high: int32x4_t, middle: int32x4_t, low: int32x4_t) -> float32x4_t {
-    let rest = vaddq_s32(vshlq_n_s32::<8>(middle), low);
-    vfmaq_n_f32(vcvtq_f32_s32(rest), vcvtq_f32_s32(high), 65_536.0)
+fn join<const BYTES: usize>(of: [int32x4_t; BYTES]) -> float32x4_t {
+    // All but the largest of three fit 32 bits together.
+    let mut rest = of[BYTES - 1];
+    if BYTES > 1 {
+        rest = vaddq_s32(vshlq_n_s32::<8>(of[BYTES - 2]), rest);
+    }
+    match BYTES {
+        3 => vfmaq_n_f32(vcvtq_f32_s32(rest), vcvtq_f32_s32(of[0]), 65_536.0),
+        _ => vcvtq_f32_s32(rest),
+    }
 }
 
 /// Those of four rows.
