@@ -10,7 +10,7 @@
 /// multiplied as integers, have full accuracy whatever is asked for. Inputs in `f64` do so always.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum ActivationBits {
-    /// A byte, in runs of up to 64 columns: off by up to 1/254 of the largest of a run. What llama.cpp and others take.
+    /// A byte, in runs of up to 32 columns: off by up to 1/254 of the largest of a run. What llama.cpp and others take.
     Eight,
     /// Two bytes, in runs of up to 256 columns: off by up to 1/65,000 of the largest.
     Sixteen,
@@ -41,7 +41,7 @@ impl ActivationBits {
     /// felt no farther. (One byte would feel it most.)
     pub(super) const fn longest(self) -> usize {
         match self {
-            Self::Eight => 64,
+            Self::Eight => 32,
             _ => 256,
         }
     }

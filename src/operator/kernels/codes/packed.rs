@@ -98,6 +98,15 @@ impl Default for Floats {
 }
 
 impl Floats {
+    /// Whether there are any.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn present(&self) -> bool {
+        match self {
+            Floats::Half(all) => !all.is_empty(),
+            Floats::Wide(all) => !all.is_empty(),
+        }
+    }
+
     fn new<T: Real>(m: usize, groups: usize, of: &[T]) -> Self {
         let half = |v: &T| f16::from_f64(v.wide());
         if of.iter().all(|v| half(v).to_f64() == v.wide()) {

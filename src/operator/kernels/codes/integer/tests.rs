@@ -241,7 +241,7 @@ fn inputs_serve_the_rows_they_are_laid_out_for() {
     }
     // Runs of a byte are shorter ones.
     assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {
-        ActivationBits::Eight => layout.run == 64,
+        ActivationBits::Eight => layout.run == 32,
         _ => layout.run == 128,
     }));
 }

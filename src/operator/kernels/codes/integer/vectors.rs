@@ -99,7 +99,7 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
     to: &mut [[Lanes<f32>; BANDS]],
 ) {
     let unpacking = Unpacking::new(panels[0].bits);
-    let chunk = unpacking.chunk();
+    let (chunk, shifted) = (unpacking.chunk(), panels[0].shifted());
     let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
     let mut rest = [&[][..]; P];
     for p in 0..P {
@@ -157,7 +157,11 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
                     for limb in 0..BYTES {
                         of[limb] = sums[p][limb][v][band];
                     }
-                    totals[p][v][band] = scaling.add(totals[p][v][band], of, units[v], whole[v]);
+                    totals[p][v][band] = scaling.scaled(totals[p][v][band], of, units[v]);
+                    // (To add nothing takes as long, which counts where runs are short.)
+                    if shifted {
+                        totals[p][v][band] = scaling.shifted(totals[p][v][band], whole[v]);
+                    }
                 }
             }
         }
@@ -170,6 +174,11 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
 }
 
 impl Panel<'_> {
+    /// Whether codes count from elsewhere than the middle.
+    fn shifted(&self) -> bool {
+        !self.grids.zeros.is_empty() || self.grids.offsets.present()
+    }
+
     /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -210,8 +219,21 @@ impl Scaling {
         unit: f32,
         whole: f32,
     ) -> __m512 {
+        self.shifted(self.scaled(total, sums, unit), whole)
+    }
+
+    /// What codes that count from the middle make of it,
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn scaled<const BYTES: usize>(&self, total: __m512, sums: [__m512i; BYTES], unit: f32) -> __m512 {
         let scale = _mm512_mul_ps(self.scales, _mm512_set1_ps(unit));
-        let total = _mm512_fmadd_ps(join(sums), scale, total);
+        _mm512_fmadd_ps(join(sums), scale, total)
+    }
+
+    /// and what is beside them.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn shifted(&self, total: __m512, whole: f32) -> __m512 {
         _mm512_fmadd_ps(self.shift, _mm512_set1_ps(whole), total)
     }
 }
