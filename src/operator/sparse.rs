@@ -42,7 +42,7 @@ pub(super) fn each_panel<T: Send, S: Default, I>(
     nanoseconds: usize,
     call: impl Fn(&mut S, (usize, T)) + Sync + Send,
 ) where
-    I: ExactSizeIterator<Item = T> + Send,
+    I: Iterator<Item = T> + Send,
 {
     let panels = panels.enumerate();
     if alone(nanoseconds) {

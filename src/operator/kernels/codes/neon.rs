@@ -248,7 +248,7 @@ impl Panel<'_> {
         totals: &mut [[f32; PANEL]],
     ) {
         let Some(totals) = totals[first..].first_chunk_mut::<V>() else { return };
-        let mut codes = self.packed;
+        let (mut codes, shifted) = (self.packed, self.grids.shifted());
         for run in 0..x.layout.runs() {
             let bytes = x.layout.lanes(run) / PARTS * self.spread.chunk::<KIND>();
             let Some((of_run, rest)) = codes.split_at_checked(bytes) else { return };
@@ -273,8 +273,10 @@ impl Panel<'_> {
                         }
                         let of = join(of);
                         let scale = vmulq_n_f32(scales, units[v]);
-                        let total = vfmaq_f32(four(&totals[v], vector), of, scale);
-                        let total = vfmaq_n_f32(total, shift, whole[v]);
+                        let mut total = vfmaq_f32(four(&totals[v], vector), of, scale);
+                        if shifted {
+                            total = vfmaq_n_f32(total, shift, whole[v]);
+                        }
                         totals[v].as_chunks_mut().0[vector] = cast::<float32x4_t, [f32; ROWS]>(total);
                     }
                 }

@@ -73,9 +73,19 @@ pub(super) enum Floats {
     Wide(Vec<[f32; PANEL]>),
 }
 
-#[cfg(target_arch = "x86_64")]
 impl Grids {
+    /// Whether codes count from elsewhere than the middle. (To add nothing for each run takes as long as to add something.)
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(super) fn shifted(&self) -> bool {
+        let offsets = match &self.offsets {
+            Floats::Half(all) => !all.is_empty(),
+            Floats::Wide(all) => !all.is_empty(),
+        };
+        offsets || !self.zeros.is_empty()
+    }
+
     /// Asks for what belongs to the group that comes so many behind one.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn ask_for(&self, group: usize, ahead: usize) {
         fn ask<N>(of: &[N], group: usize, ahead: usize) {
@@ -98,15 +108,6 @@ impl Default for Floats {
 }
 
 impl Floats {
-    /// Whether there are any.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn present(&self) -> bool {
-        match self {
-            Floats::Half(all) => !all.is_empty(),
-            Floats::Wide(all) => !all.is_empty(),
-        }
-    }
-
     fn new<T: Real>(m: usize, groups: usize, of: &[T]) -> Self {
         let half = |v: &T| f16::from_f64(v.wide());
         if of.iter().all(|v| half(v).to_f64() == v.wide()) {

@@ -192,7 +192,7 @@ macro_rules! tile {
         ) {
             let Some(to) = totals.first_chunk_mut::<V>() else { return };
             let mut totals: [[__m256; VECTORS]; V] = to.map(|of| cast(of.map(|band| band.0)));
-            let mut codes = panel.packed;
+            let (mut codes, shifted) = (panel.packed, panel.grids.shifted());
             for number in 0..x.layout.runs() {
                 let Some((of_run, rest)) =
                     codes.split_at_checked(x.layout.lanes(number) / PARTS * spread.chunk::<KIND>())
@@ -216,8 +216,10 @@ macro_rules! tile {
                             }
                             let sum = join::<DIGITS, $bits>(of);
                             let scale = _mm256_mul_ps(scales, _mm256_set1_ps(units[v]));
-                            let total = _mm256_fmadd_ps(sum, scale, totals[v][at]);
-                            totals[v][at] = _mm256_fmadd_ps(shift, _mm256_set1_ps(whole[v]), total);
+                            totals[v][at] = _mm256_fmadd_ps(sum, scale, totals[v][at]);
+                            if shifted {
+                                totals[v][at] = _mm256_fmadd_ps(shift, _mm256_set1_ps(whole[v]), totals[v][at]);
+                            }
                         }
                     }
                 }

@@ -84,27 +84,35 @@ impl Inputs {
         let (mut units, mut sums) = (vec![0.0; runs * padded], vec![0.0; runs * padded]);
         let counts = units.chunks_mut(width * runs).zip(sums.chunks_mut(width * runs));
         let mut less_of = less.chunks_mut((width * runs * starts).max(1));
-        let tiles = counts.zip(cast_slice_mut(&mut limbs[..]).chunks_mut(digits)).map(|((units, sums), limbs)| {
+        let mut tiles = counts.zip(cast_slice_mut(&mut limbs[..]).chunks_mut(digits)).map(|((units, sums), limbs)| {
             let less = less_of.next().unwrap_or_default();
             Tile { limbs, less, units, sums }
         });
+        // Those of sixteen vectors: what lies side by side is gathered together.
+        let each = LANES / width;
+        let some = std::iter::from_fn(|| {
+            let some: Vec<_> = tiles.by_ref().take(each).collect();
+            (!some.is_empty()).then_some(some)
+        });
         // An entry takes a nanosecond or so.
-        each_panel(tiles, x.len(), |held: &mut Vec<T>, (at, tile)| {
-            let (first, count) = (at * width, tile.units.len() / runs);
-            let x = columns(&x, first, count, held);
-            // SAFETY: the machine has the instructions: `Way::new` asks before it takes a way, and `Digits::all` for digits.
-            #[allow(unsafe_code)]
-            unsafe {
-                match (way, count) {
-                    (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
-                    (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
-                    (Way::Vectors(activations), 1) => lay_out::<1>(activations, &layout, tile, x),
-                    (Way::Vectors(activations), 2) => lay_out::<2>(activations, &layout, tile, x),
-                    (Way::Vectors(activations), 4) => lay_out::<4>(activations, &layout, tile, x),
-                    (Way::Vectors(activations), _) => lay_out::<8>(activations, &layout, tile, x),
-                    (Way::Narrow(digits), 1) => avx2::lay_out(digits, &layout, tile, [x[0]]),
-                    (Way::Narrow(digits), 2) => avx2::lay_out(digits, &layout, tile, [x[0], x[1]]),
-                    (Way::Narrow(digits), _) => avx2::lay_out(digits, &layout, tile, [x[0], x[1], x[2], x[3]]),
+        each_panel(some, x.len(), |held: &mut Vec<T>, (at, tiles)| {
+            let all = columns(&x, at * each * width, LANES, held);
+            for (tile, x) in tiles.into_iter().zip(all.chunks(width)) {
+                let count = tile.units.len() / runs;
+                // SAFETY: the machine has the instructions: `Way::new` asks before it takes a way, and `Digits::all` for digits.
+                #[allow(unsafe_code)]
+                unsafe {
+                    match (way, count) {
+                        (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
+                        (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
+                        (Way::Vectors(activations), 1) => lay_out::<1>(activations, &layout, tile, x),
+                        (Way::Vectors(activations), 2) => lay_out::<2>(activations, &layout, tile, x),
+                        (Way::Vectors(activations), 4) => lay_out::<4>(activations, &layout, tile, x),
+                        (Way::Vectors(activations), _) => lay_out::<8>(activations, &layout, tile, x),
+                        (Way::Narrow(digits), 1) => avx2::lay_out::<1>(digits, &layout, tile, x),
+                        (Way::Narrow(digits), 2) => avx2::lay_out::<2>(digits, &layout, tile, x),
+                        (Way::Narrow(digits), _) => avx2::lay_out::<4>(digits, &layout, tile, x),
+                    }
                 }
             }
         });
@@ -181,7 +189,7 @@ impl Inputs {
 
 /// Lays a tile out, in which a missing input has no numbers. (All that products read is written, as it was not empty.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: Tile<'_>, x: [&[f32]; LANES]) {
+fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
     let bytes = activations.bytes();
     let cut = Cut::new(bytes, layout.parts);
     let words = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * bytes);
@@ -217,7 +225,7 @@ fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: T
 
 /// Lays a tile out for matrix instructions with bytes, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES]) {
+fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: &[&[f32]]) {
     let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(LIMBS, layout.parts));
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
     let beside = beside.zip(tile.less.chunks_mut(LIMBS * inputs));
@@ -245,7 +253,7 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: [&[f32]; LANES
 
 /// Lays a tile out for matrix instructions with bf16, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
-fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: [&[f32]; LANES]) {
+fn lay_out_numbers(layout: &Layout, inputs: usize, tile: Tile<'_>, x: &[&[f32]]) {
     // Codes of a chunk of columns begin in the same 32 bits, of which the halves meet.
     let cutting = Cutting::of(EACH * layout.parts / 2);
     let limbs = tile.limbs.chunks_mut(few::Blocks::new(layout).steps() * DIGITS * inputs * LANES);

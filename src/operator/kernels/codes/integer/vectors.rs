@@ -99,7 +99,7 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
     to: &mut [[Lanes<f32>; BANDS]],
 ) {
     let unpacking = Unpacking::new(panels[0].bits);
-    let (chunk, shifted) = (unpacking.chunk(), panels[0].shifted());
+    let (chunk, shifted) = (unpacking.chunk(), panels[0].grids.shifted());
     let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
     let mut rest = [&[][..]; P];
     for p in 0..P {
@@ -158,7 +158,6 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
                         of[limb] = sums[p][limb][v][band];
                     }
                     totals[p][v][band] = scaling.scaled(totals[p][v][band], of, units[v]);
-                    // (To add nothing takes as long, which counts where runs are short.)
                     if shifted {
                         totals[p][v][band] = scaling.shifted(totals[p][v][band], whole[v]);
                     }
@@ -174,11 +173,6 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
 }
 
 impl Panel<'_> {
-    /// Whether codes count from elsewhere than the middle.
-    fn shifted(&self) -> bool {
-        !self.grids.zeros.is_empty() || self.grids.offsets.present()
-    }
-
     /// What makes numbers of a group's sums, of each band; zeros if there is no such group.
     #[inline]
     #[target_feature(enable = "avx512f")]

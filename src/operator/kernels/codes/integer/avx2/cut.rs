@@ -11,13 +11,13 @@ use super::Digits;
 
 /// Lays a tile out, in which a missing input has no numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'_>, x: [&[f32]; V]) {
+pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
     let (cut, words) = (Cut::new(digits, layout.parts), digits.words());
     let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * words);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
     let less = tile.less.as_chunks_mut::<V>().0.chunks_mut(digits.count());
     for (run, ((to, less), (units, sums))) in runs.zip(less).zip(beside).enumerate() {
-        for (v, x) in x.iter().enumerate() {
+        for (v, x) in x.iter().enumerate().take(V) {
             let x = layout.of_run(run, x);
             units[v] = digits.activations().unit(largest(x));
             let mut total = _mm256_setzero_si256();
