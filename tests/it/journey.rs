@@ -61,6 +61,7 @@ fn texts_and_models_that_do_not_do_are_refused() {
     refused("evaluate", &[MODEL, "--text", short], "fewer than a window of 512");
     refused("calibrate", &[MODEL, "--text", short, "--out", out.to_str().unwrap()], "fewer than a window of 512");
     refused("evaluate", &[MODEL, "--text", "no/such/text"], "no/such/text");
+    refused("evaluate", &[MODEL, "--text", short, "--activation-bits", "12"], "expected 8, 16 or 24");
 
     // The same weights under another configuration.
     let model = folder.path().join("model");

@@ -6,7 +6,7 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::factorize::{Factorize, Method, Problem};
 use weightpress::metric::MetricSpec;
 use weightpress::ndarray::{Array2, Axis, concatenate, s};
-use weightpress::operator::{Dense, LinearOperator, Operator};
+use weightpress::operator::{ActivationBits, Dense, LinearOperator, Operator};
 use weightpress::run::{Options, Silent};
 use weightpress::stats::Kind;
 use weightpress::{Budget, Recipe, Rule, Stats};
@@ -129,6 +129,31 @@ fn fisher_sums_are_those_of_the_squared_gradients() {
     // What ships beside the model was computed by another program on its calibration text.
     let known = Stats::open(&[Path::new(MODEL).join("fisher.safetensors")]).unwrap();
     assert!(known.has(&name, Kind::FisherRow));
+}
+
+/// What is looked up meets no inputs, what is multiplied is off by little, and nothing of it is in the file.
+#[test]
+fn a_loader_chooses_the_bits_of_inputs() {
+    let (text, out) = (text(64), tempfile::tempdir().unwrap());
+    let rule = Rule::new(".*weight", Method::named("quantize").unwrap(), Budget::Keep(0.53));
+    let exclude = vec![".*norm.*".to_owned()];
+    let recipe = Recipe { rules: vec![rule], exclude, ..Recipe::default() };
+    let path = out.path().join("smaller");
+    let (original, none) = (Checkpoint::open(MODEL).unwrap(), Stats::default());
+    recipe.plan(&original, &none).unwrap().run(&path, &Options::default(), &Silent).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let [eight, sixteen, full] = ActivationBits::ALL.map(|bits| {
+        let mut weights = checkpoint.loader().unwrap().with_activation_bits(bits);
+        let mut model = Llama::load_by(&mut weights, &checkpoint).unwrap();
+        for operator in &model.layers[0].linear_mut() {
+            let Operator::Quantized(leaf) = &**operator else { panic!("{operator}") };
+            assert_eq!(leaf.activation_bits(), bits);
+        }
+        (model.embed(&text).unwrap(), model.hidden(&text, &mut |_, _| Ok(())).unwrap())
+    });
+    assert_eq!((&eight.0, &sixteen.0), (&full.0, &full.0));
+    assert!(apart(&sixteen.1, &full.1) < 1e-3, "{}", apart(&sixteen.1, &full.1));
+    assert!(apart(&eight.1, &full.1) < 0.05, "{}", apart(&eight.1, &full.1));
 }
 
 /// Words are looked up in it, and hidden states multiplied with it.

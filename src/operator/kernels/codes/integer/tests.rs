@@ -260,6 +260,10 @@ fn no_sum_of_the_largest_products_overflows() {
         let ways = by_vectors(bits, n, n).into_iter().chain(four);
         for ((way, layout), count) in ways.flat_map(|way| [1, 2, 4, 8].map(|count| (way, count))) {
             let activations = way.activations();
+            // (More inputs go otherwise.)
+            if matches!(way, Way::Bytes(_)) && count > TOGETHER {
+                continue;
+            }
             // Bytes -126, -128, -128 and 126, 127, 127 of three, as units are powers of two; else the largest there are.
             let whole = sign
                 * match activations {
