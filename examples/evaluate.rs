@@ -62,7 +62,7 @@ struct Arguments {
 
 fn activation_bits(text: &str) -> Result<ActivationBits> {
     let found = ActivationBits::ALL.into_iter().find(|of| of.bits().to_string() == text);
-    found.with_context(|| format!("{text}, expected 8, 16 or 24"))
+    found.context("expected 8, 16 or 24")
 }
 
 /// What one model scored.

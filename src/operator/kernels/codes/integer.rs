@@ -2,12 +2,12 @@
 //!
 //! An input is in fixed point, x = u·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and a unit u such that the largest of a run of
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are; or in one or two bytes, if less is asked for
-//! ([`ActivationBits`]). Codes of any width become bytes, four
-//! columns of 16 rows in a vector, and `vpdpbusd` adds up their products with each of the bytes without any rounding;
-//! floats see the sum of a run only, which is scaled then, for 16 rows at once. Inputs that are not finite make a sum of NaN.
-//! Where there are matrix instructions, more than two inputs meet the bytes in those ([`four`], [`many`]), with the same sums, or,
-//! more than four, codes of less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where
-//! there is no AVX-512, the same codes meet inputs in vectors of 8 rows ([`avx2`]).
+//! ([`ActivationBits`]). Codes of any width become bytes, four columns of 16 rows in a vector, and `vpdpbusd` adds up their
+//! products with each of the bytes without any rounding; floats see the sum of a run only, which is scaled then, for 16 rows at
+//! once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than two inputs meet the bytes in
+//! those ([`four`], [`many`]), with the sums of three bytes, or, more than four, codes of less than eight bits as numbers of 16
+//! bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the same codes meet inputs in vectors of 8
+//! rows ([`avx2`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;

@@ -213,26 +213,24 @@ impl Panel<'_> {
 
     /// Where so many codes begin in the same byte: as many rows at a time as there are registers for sums, codes and inputs.
     fn parts<const KIND: u8, const PARTS: usize>(&self, x: &Inputs, totals: &mut [[f32; PANEL]]) {
-        use ActivationBits::{Eight, Sixteen, TwentyFour};
         for (first, count) in tiles(x.padded) {
-            macro_rules! tile {
-                ($bytes:literal, $vectors:literal, $rows:literal) => {
-                    self.tile::<KIND, PARTS, $bytes, $vectors, { $rows / ROWS }>(x, first, totals)
+            // Vectors of rows with one input, with two and with four.
+            macro_rules! by {
+                ($bytes:literal: $one:literal, $two:literal, $four:literal) => {
+                    match count {
+                        1 => self.tile::<KIND, PARTS, $bytes, 1, $one>(x, first, totals),
+                        2 => self.tile::<KIND, PARTS, $bytes, 2, $two>(x, first, totals),
+                        _ => self.tile::<KIND, PARTS, $bytes, TOGETHER, $four>(x, first, totals),
+                    }
                 };
             }
             // SAFETY: the machine has the instructions: there are inputs only where `available` says so.
             #[allow(unsafe_code)]
             unsafe {
-                match (x.activations, count) {
-                    (Eight, 1) => tile!(1, 1, 32),
-                    (Eight, 2) => tile!(1, 2, 32),
-                    (Eight, _) => tile!(1, 4, 16),
-                    (Sixteen, 1) => tile!(2, 1, 32),
-                    (Sixteen, 2) => tile!(2, 2, 16),
-                    (Sixteen, _) => tile!(2, 4, 8),
-                    (TwentyFour, 1) => tile!(3, 1, 16),
-                    (TwentyFour, 2) => tile!(3, 2, 8),
-                    (TwentyFour, _) => tile!(3, 4, 8),
+                match x.activations {
+                    ActivationBits::Eight => by!(1: 8, 8, 4),
+                    ActivationBits::Sixteen => by!(2: 8, 4, 2),
+                    ActivationBits::TwentyFour => by!(3: 4, 2, 2),
                 }
             }
         }

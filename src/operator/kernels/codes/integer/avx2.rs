@@ -11,7 +11,7 @@ use pulp::bytemuck::cast;
 use super::super::packed::{Floats, Grids};
 use super::inputs::Inputs;
 use super::vectors::Panel;
-use super::{ActivationBits, BANDS, LANES, Lanes, PANEL};
+use super::{ActivationBits, BANDS, LANES, Lanes, PANEL, TOGETHER};
 
 mod cut;
 mod spread;
@@ -136,54 +136,36 @@ fn few<const KIND: u8, const PARTS: usize>(
     #[allow(unsafe_code)]
     unsafe {
         use ActivationBits::{Eight, Sixteen, TwentyFour};
+        // Vectors of rows with one input, with two and with four.
         macro_rules! by {
-            ($name:ident, $digits:literal of $words:literal, $vectors:literal, $rows:literal) => {
-                $name::<KIND, PARTS, $digits, $words, $vectors, $rows>(spread, panel, x, first, totals)
+            ($name:ident, $digits:literal: $one:literal, $two:literal, $four:literal) => {
+                match count {
+                    1 => $name::<KIND, PARTS, $digits, 1, $one>(spread, panel, x, first, totals),
+                    2 => $name::<KIND, PARTS, $digits, 2, $two>(spread, panel, x, first, totals),
+                    _ => $name::<KIND, PARTS, $digits, TOGETHER, $four>(spread, panel, x, first, totals),
+                }
             };
         }
-        match (digits, count) {
+        match digits {
             // (What unpacks codes of other widths takes registers.)
-            (Digits::Bytes(TwentyFour), 1) if KIND == 0 => by!(by_bytes, 3 of 3, 1, 2),
-            (Digits::Bytes(TwentyFour), 1) => by!(by_bytes, 3 of 3, 1, 4),
-            (Digits::Bytes(TwentyFour), 2) => by!(by_bytes, 3 of 3, 2, 2),
-            (Digits::Bytes(TwentyFour), _) => by!(by_bytes, 3 of 3, 4, 1),
-            (Digits::Bytes(Sixteen), 1) => by!(by_bytes, 2 of 2, 1, 4),
-            (Digits::Bytes(Sixteen), 2) => by!(by_bytes, 2 of 2, 2, 2),
-            (Digits::Bytes(Sixteen), _) => by!(by_bytes, 2 of 2, 4, 1),
-            (Digits::Bytes(Eight), 1) => by!(by_bytes, 1 of 1, 1, 4),
-            (Digits::Bytes(Eight), 2) => by!(by_bytes, 1 of 1, 2, 4),
-            (Digits::Bytes(Eight), _) => by!(by_bytes, 1 of 1, 4, 2),
-            (Digits::Pairs(TwentyFour), 1) => by!(by_pairs, 3 of 3, 1, 2),
-            (Digits::Pairs(TwentyFour), 2) => by!(by_pairs, 3 of 3, 2, 2),
-            (Digits::Pairs(TwentyFour), _) => by!(by_pairs, 3 of 3, 4, 1),
-            (Digits::Pairs(Sixteen), 1) => by!(by_pairs, 2 of 2, 1, 4),
-            (Digits::Pairs(Sixteen), 2) => by!(by_pairs, 2 of 2, 2, 2),
-            (Digits::Pairs(Sixteen), _) => by!(by_pairs, 2 of 2, 4, 1),
-            (Digits::Pairs(Eight), 1) => by!(by_pairs, 1 of 1, 1, 4),
-            (Digits::Pairs(Eight), 2) => by!(by_pairs, 1 of 1, 2, 4),
-            (Digits::Pairs(Eight), _) => by!(by_pairs, 1 of 1, 4, 2),
-            (Digits::Twelve, 1) => by!(by_halves, 2 of 4, 1, 4),
-            (Digits::Twelve, 2) => by!(by_halves, 2 of 4, 2, 2),
-            (Digits::Twelve, _) => by!(by_halves, 2 of 4, 4, 1),
-            (Digits::Sixteen, 1) => by!(by_halves, 1 of 2, 1, 4),
-            (Digits::Sixteen, 2) => by!(by_halves, 1 of 2, 2, 4),
-            (Digits::Sixteen, _) => by!(by_halves, 1 of 2, 4, 2),
+            Digits::Bytes(TwentyFour) if KIND == 0 => by!(by_bytes, 3: 2, 2, 1),
+            Digits::Bytes(TwentyFour) => by!(by_bytes, 3: 4, 2, 1),
+            Digits::Bytes(Sixteen) => by!(by_bytes, 2: 4, 2, 1),
+            Digits::Bytes(Eight) => by!(by_bytes, 1: 4, 4, 2),
+            Digits::Pairs(TwentyFour) => by!(by_pairs, 3: 2, 2, 1),
+            Digits::Pairs(Sixteen) => by!(by_pairs, 2: 4, 2, 1),
+            Digits::Pairs(Eight) => by!(by_pairs, 1: 4, 4, 2),
+            Digits::Twelve => by!(by_halves, 2: 4, 2, 1),
+            Digits::Sixteen => by!(by_halves, 1: 4, 4, 2),
         }
     }
 }
 
 /// A function that adds the products of a panel with V inputs from one on, B vectors of rows at a time.
 macro_rules! tile {
-    ($name:ident, $features:literal, $sums:ident, $bits:literal) => {
+    ($name:ident, $features:literal, $sums:ident, $each:literal, $bits:literal) => {
         #[target_feature(enable = $features)]
-        fn $name<
-            const KIND: u8,
-            const PARTS: usize,
-            const DIGITS: usize,
-            const WORDS: usize,
-            const V: usize,
-            const B: usize,
-        >(
+        fn $name<const KIND: u8, const PARTS: usize, const DIGITS: usize, const V: usize, const B: usize>(
             spread: &Spread,
             panel: &Panel<'_>,
             x: &Inputs,
@@ -200,12 +182,12 @@ macro_rules! tile {
                     return;
                 };
                 codes = rest;
-                let words = x.words::<WORDS, V>(number, first).as_chunks::<PARTS>().0;
+                let words = x.words::<$each, DIGITS, V>(number, first).as_chunks::<PARTS>().0;
                 let Some(starts) = x.begin::<DIGITS, V>(panel.starts, number, first) else { return };
                 let (units, whole) = x.beside(number, first, V);
                 let group = panel.group + x.layout.group_of(number);
                 for some in 0..VECTORS / B {
-                    let sums = $sums::<KIND, PARTS, DIGITS, WORDS, V, B>(spread, of_run, words, starts, some);
+                    let sums = $sums::<KIND, PARTS, DIGITS, V, B>(spread, of_run, words, starts, some);
                     for b in 0..B {
                         let at = some * B + b;
                         let (scales, shift) = scaling(panel, group, at);
@@ -229,9 +211,9 @@ macro_rules! tile {
     };
 }
 
-tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 8);
-tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 8);
-tile!(by_halves, "avx2,fma,f16c", sums_of_halves, 12);
+tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 1, 8);
+tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 1, 8);
+tile!(by_halves, "avx2,fma,f16c", sums_of_halves, 2, 12);
 
 /// The sum of the products of all digits, of so many bits.
 #[inline]

@@ -130,12 +130,17 @@ impl Inputs {
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
-    /// A tile's words of a run, for vectors: of each lane, so many of V inputs.
+    /// A tile's words of a run, for vectors: of each lane and digit, so many of V inputs.
     #[inline(always)]
-    pub(super) fn words<const WORDS: usize, const V: usize>(&self, run: usize, first: usize) -> &[[[i32; V]; WORDS]] {
-        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * WORDS;
-        let words: &[i32] = cast_slice(&self.limbs[..]);
-        words[from..from + self.layout.lanes(run) * WORDS * V].as_chunks().0.as_chunks().0
+    pub(super) fn words<const EACH_DIGIT: usize, const DIGITS: usize, const V: usize>(
+        &self,
+        run: usize,
+        first: usize,
+    ) -> &[[[[i32; V]; EACH_DIGIT]; DIGITS]] {
+        let words = EACH_DIGIT * DIGITS;
+        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * words;
+        let all: &[i32] = cast_slice(&self.limbs[..]);
+        all[from..from + self.layout.lanes(run) * words * V].as_chunks().0.as_chunks().0.as_chunks().0
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.

@@ -26,8 +26,6 @@ pub(super) struct Panel<'a> {
 /// Panels that are multiplied together, with as few inputs as let their sums stay in registers: two streams of codes come from memory
 /// faster than one.
 pub(super) const PANELS: usize = 2;
-/// Bytes of all inputs that meet them, at most.
-const PAIRED: usize = 4;
 /// Bytes of all panels between what is multiplied and what is asked for.
 const AHEAD: usize = 2048;
 
@@ -51,38 +49,34 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     use ActivationBits::{Eight, Sixteen, TwentyFour};
     for (first, count) in x.tiles() {
         macro_rules! tile {
-            ($panels:ident, $totals:ident, $bytes:literal, $vectors:literal) => {
+            ($panels:expr, $totals:expr, $bytes:literal, $vectors:literal) => {
                 tile::<KIND, PARTS, $bytes, $vectors, _>($panels, x, first, $totals)
             };
         }
-        if let Some(panels) = panels.first_chunk::<PANELS>() {
-            // (Where the sums of more stay in registers.)
-            match (activations, count) {
-                (Eight, 1) => tile!(panels, totals, 1, 1),
-                (Eight, 2) => tile!(panels, totals, 1, 2),
-                (Eight, 4) => tile!(panels, totals, 1, 4),
-                (Sixteen, 1) => tile!(panels, totals, 2, 1),
-                (Sixteen, 2) => tile!(panels, totals, 2, 2),
-                (TwentyFour, 1) => tile!(panels, totals, 3, 1),
-                _ => {}
-            }
-            if count * activations.bytes() <= PAIRED {
-                continue;
-            }
-        }
-        for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-            let panel = std::array::from_ref(panel);
-            match (activations, count) {
-                (Eight, 1) => tile!(panel, totals, 1, 1),
-                (Eight, 2) => tile!(panel, totals, 1, 2),
-                (Eight, 4) => tile!(panel, totals, 1, 4),
-                (Eight, _) => tile!(panel, totals, 1, 8),
-                (Sixteen, 1) => tile!(panel, totals, 2, 1),
-                (Sixteen, 2) => tile!(panel, totals, 2, 2),
-                (Sixteen, _) => tile!(panel, totals, 2, 4),
-                (TwentyFour, 1) => tile!(panel, totals, 3, 1),
-                (TwentyFour, 2) => tile!(panel, totals, 3, 2),
-                (TwentyFour, _) => tile!(panel, totals, 3, 4),
+        // Two panels where the sums of both stay in registers, else one after the other.
+        match (panels.first_chunk::<PANELS>(), activations, count) {
+            (Some(two), Eight, 1) => tile!(two, totals, 1, 1),
+            (Some(two), Eight, 2) => tile!(two, totals, 1, 2),
+            (Some(two), Eight, 4) => tile!(two, totals, 1, 4),
+            (Some(two), Sixteen, 1) => tile!(two, totals, 2, 1),
+            (Some(two), Sixteen, 2) => tile!(two, totals, 2, 2),
+            (Some(two), TwentyFour, 1) => tile!(two, totals, 3, 1),
+            _ => {
+                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
+                    let one = std::array::from_ref(panel);
+                    match (activations, count) {
+                        (Eight, 1) => tile!(one, totals, 1, 1),
+                        (Eight, 2) => tile!(one, totals, 1, 2),
+                        (Eight, 4) => tile!(one, totals, 1, 4),
+                        (Eight, _) => tile!(one, totals, 1, 8),
+                        (Sixteen, 1) => tile!(one, totals, 2, 1),
+                        (Sixteen, 2) => tile!(one, totals, 2, 2),
+                        (Sixteen, _) => tile!(one, totals, 2, 4),
+                        (TwentyFour, 1) => tile!(one, totals, 3, 1),
+                        (TwentyFour, 2) => tile!(one, totals, 3, 2),
+                        (TwentyFour, _) => tile!(one, totals, 3, 4),
+                    }
+                }
             }
         }
     }
@@ -120,7 +114,7 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
                 }
             }
         }
-        let limbs = x.words::<BYTES, V>(number, first).as_chunks::<PARTS>().0;
+        let limbs = x.words::<1, BYTES, V>(number, first).as_chunks::<PARTS>().0;
         let bytes = limbs.len() * chunk;
         let ahead = ahead(AHEAD / P, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
@@ -138,7 +132,7 @@ fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, 
                 for part in 0..PARTS {
                     for limb in 0..BYTES {
                         for v in 0..V {
-                            let input = _mm512_set1_epi32(limbs[part][limb][v]);
+                            let input = _mm512_set1_epi32(limbs[part][limb][0][v]);
                             for band in 0..BANDS {
                                 let lane = unpacking.lane::<KIND>(loaded[band], part);
                                 let sum = &mut sums[p][limb][v][band];

@@ -10,6 +10,7 @@ use crate::scalar::{DType, Real};
 /// and machines without the instructions.
 pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
     let present = available() || Digits::all(bits, ActivationBits::default()).next().is_some();
+    // (That there is a run does not depend on how long one may be.)
     let cut = || Layout::cut(bits, group, columns, ActivationBits::default().longest()).is_some();
     T::DTYPE == DType::F32 && columns > 0 && present && cut()
 }

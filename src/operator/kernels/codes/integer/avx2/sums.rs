@@ -5,6 +5,9 @@ use std::arch::x86_64::*;
 use super::Sums;
 use super::spread::Spread;
 
+/// Words of a lane: so many of each digit of V inputs.
+type Words<const EACH: usize, const DIGITS: usize, const V: usize> = [[[i32; V]; EACH]; DIGITS];
+
 /// Calls what is generic over the part for each lane that the bytes of a chunk have, one after the other: the registers hold
 /// sums and little more.
 macro_rules! parts {
@@ -38,29 +41,21 @@ macro_rules! add {
     ($name:ident, $features:literal, $each:literal, $product:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        fn $name<
-            const KIND: u8,
-            const PART: usize,
-            const DIGITS: usize,
-            const WORDS: usize,
-            const V: usize,
-            const B: usize,
-        >(
+        fn $name<const KIND: u8, const PART: usize, const DIGITS: usize, const V: usize, const B: usize>(
             spread: &Spread,
             codes: &[u8],
-            words: &[impl AsRef<[[[i32; V]; WORDS]]>],
+            words: &[impl AsRef<[Words<$each, DIGITS, V>]>],
             some: usize,
             sums: &mut Sums<DIGITS, V, B>,
         ) {
-            const { assert!(WORDS == DIGITS * $each) };
             for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
                 let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
                 for b in 0..B {
                     for digit in 0..DIGITS {
                         for v in 0..V {
                             let mut of = [_mm256_setzero_si256(); $each];
-                            for (at, of) in of.iter_mut().enumerate() {
-                                *of = _mm256_set1_epi32(words[$each * digit + at][v]);
+                            for at in 0..$each {
+                                of[at] = _mm256_set1_epi32(words[digit][at][v]);
                             }
                             sums[digit][v][b] = $product(sums[digit][v][b], codes[b], of);
                         }
@@ -73,25 +68,18 @@ macro_rules! add {
 
 /// A function that finds the sums of a run, where products are added to those themselves.
 macro_rules! sums {
-    ($name:ident, $features:literal, $add:ident) => {
+    ($name:ident, $features:literal, $each:literal, $add:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        pub(super) fn $name<
-            const KIND: u8,
-            const PARTS: usize,
-            const DIGITS: usize,
-            const WORDS: usize,
-            const V: usize,
-            const B: usize,
-        >(
+        pub(super) fn $name<const KIND: u8, const PARTS: usize, const DIGITS: usize, const V: usize, const B: usize>(
             spread: &Spread,
             codes: &[u8],
-            words: &[[[[i32; V]; WORDS]; PARTS]],
+            words: &[[Words<$each, DIGITS, V>; PARTS]],
             starts: &[[i32; V]; DIGITS],
             some: usize,
         ) -> Sums<DIGITS, V, B> {
             let mut sums = begun(starts);
-            parts!(PARTS, $add::<KIND, DIGITS, WORDS, V, B>(spread, codes, words, some, &mut sums));
+            parts!(PARTS, $add::<KIND, DIGITS, V, B>(spread, codes, words, some, &mut sums));
             sums
         }
     };
@@ -100,8 +88,8 @@ macro_rules! sums {
 add!(add_bytes, "avx2,avxvnni", 1, fours);
 add!(add_pairs, "avx2", 1, pairs);
 add!(add_halves, "avx2", 2, halves);
-sums!(sums_of_bytes, "avx2,avxvnni", add_bytes);
-sums!(sums_of_halves, "avx2", add_halves);
+sums!(sums_of_bytes, "avx2,avxvnni", 1, add_bytes);
+sums!(sums_of_halves, "avx2", 2, add_halves);
 
 /// Of four bytes, in 32 bits.
 #[inline]
@@ -129,17 +117,10 @@ fn halves(sum: __m256i, codes: __m256i, [even, odd]: [__m256i; 2]) -> __m256i {
 /// Codes of less than eight bits: products of some chunks are added up in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn sums_of_pairs<
-    const KIND: u8,
-    const PARTS: usize,
-    const DIGITS: usize,
-    const WORDS: usize,
-    const V: usize,
-    const B: usize,
->(
+pub(super) fn sums_of_pairs<const KIND: u8, const PARTS: usize, const DIGITS: usize, const V: usize, const B: usize>(
     spread: &Spread,
     codes: &[u8],
-    words: &[[[[i32; V]; WORDS]; PARTS]],
+    words: &[[Words<1, DIGITS, V>; PARTS]],
     starts: &[[i32; V]; DIGITS],
     some: usize,
 ) -> Sums<DIGITS, V, B> {
@@ -149,7 +130,7 @@ pub(super) fn sums_of_pairs<
     let mut sums = begun(starts);
     for (codes, words) in codes.chunks(together * spread.chunk::<KIND>()).zip(words.chunks(together)) {
         let mut halves = begun(&[[0; V]; DIGITS]);
-        parts!(PARTS, add_pairs::<KIND, DIGITS, WORDS, V, B>(spread, codes, words, some, &mut halves));
+        parts!(PARTS, add_pairs::<KIND, DIGITS, V, B>(spread, codes, words, some, &mut halves));
         for digit in 0..DIGITS {
             for v in 0..V {
                 for b in 0..B {
