@@ -15,7 +15,7 @@ use ndarray::{Array2, Axis, s};
 use weightpress::Result;
 use weightpress::operator::{
     ActivationBits, Bitmask, BlockDiagonal, Dense, Grid, IndexSet, Interpolative, LinearOperator, Nm, NmSparse,
-    Operator, Permutation, Quantized, Runs, Side, Stacked, ZeroPoint, ZeroPoints,
+    Operator, Permutation, Quantized, Runs, Side, Stacked, ZeroPoint, ZeroPoints, apply_all,
 };
 use weightpress::scalar::DType;
 
@@ -195,5 +195,30 @@ fn one_vector(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, all, one_vector);
+/// Queries, keys and values, and gate and up, of a small language model in 4 bits: one by one, and together.
+fn same_input(c: &mut Criterion) {
+    let n = 576;
+    let codes = |m: usize, activations| {
+        let scales = Dense::rounded(Array2::from_elem((m, n / 64), 0.01), DType::F16)?;
+        let nearest = Quantized::nearest(numbers(m, n).view(), Grid::new(4, 64, scales, ZeroPoints::None)?)?;
+        Ok(Operator::Quantized(nearest.with_activation_bits(activations)))
+    };
+    for (bits, activations) in [(24, ActivationBits::TwentyFour), (8, ActivationBits::Eight)] {
+        let all: Result<Vec<_>> = [576, 192, 192, 1536, 1536].into_iter().map(|m| codes(m, activations)).collect();
+        let Ok([q, k, v, gate, up]) = all.as_deref() else { return };
+        for batch in [1, 16, 512] {
+            let x = numbers(n, batch);
+            let mut group = c.benchmark_group(format!("operator/f32/one input, batch {batch}, inputs of {bits}"));
+            let alone = |of: &[&Operator<f32>]| of.iter().all(|of| of.apply(black_box(x.view())).is_ok());
+            group.bench_function("q, k, v one by one", |b| b.iter(|| alone(&[q, k, v])));
+            group.bench_function("q, k, v together", |b| b.iter(|| apply_all([q, k, v], black_box(x.view())).is_ok()));
+            group.bench_function("gate, up one by one", |b| b.iter(|| alone(&[gate, up])));
+            group
+                .bench_function("gate, up together", |b| b.iter(|| apply_all([gate, up], black_box(x.view())).is_ok()));
+            group.finish();
+        }
+    }
+}
+
+criterion_group!(benches, all, one_vector, same_input);
 criterion_main!(benches);

@@ -13,7 +13,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 use tokenizers::{Tokenizer, TruncationParams};
 use weightpress::checkpoint::{Checkpoint, Loader};
-use weightpress::operator::{LinearOperator, Operator};
+use weightpress::operator::{LinearOperator, Operator, apply_all};
 
 use super::attention::{Heads, attention};
 use super::llama::{text_of, vector};
@@ -55,9 +55,15 @@ pub struct Linear {
 
 impl Linear {
     fn apply(&self, x: &Array2<f32>) -> Result<Array2<f32>> {
-        let mut y = self.weight.apply(x.view())?;
-        add_bias(&mut y, &self.bias);
+        let [y] = Self::apply_all([self], x)?;
         Ok(y)
+    }
+
+    /// Several layers with the same input.
+    fn apply_all<const N: usize>(layers: [&Self; N], x: &Array2<f32>) -> Result<[Array2<f32>; N]> {
+        let mut all = apply_all(layers.map(|layer| &layer.weight), x.view())?;
+        all.iter_mut().zip(layers).for_each(|(y, layer)| add_bias(y, &layer.bias));
+        Ok(all)
     }
 }
 
@@ -112,7 +118,7 @@ impl Layer {
 
     /// From the block's input to its output.
     pub fn pass(&self, start: Array2<f32>, heads: Heads, eps: f32) -> Result<(Trace, Array2<f32>)> {
-        let (q, k, v) = (self.query.apply(&start)?, self.key.apply(&start)?, self.value.apply(&start)?);
+        let [q, k, v] = Linear::apply_all([&self.query, &self.key, &self.value], &start)?;
         let mixed = attention(&q, k.t(), v.t(), heads, false);
         let attended = &start + &self.output.apply(&mixed)?;
         let middle = self.attention_norm.apply(&attended, eps);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use ndarray::{Array1, Array2, Axis, s};
 use rayon::prelude::*;
 use weightpress::linalg::{Faer, Kernels};
-use weightpress::operator::{LinearOperator, Operator};
+use weightpress::operator::{LinearOperator, Operator, apply_all};
 use weightpress::stats::Stats;
 
 use super::attention::{Heads, Rotary, attention};
@@ -81,13 +81,13 @@ impl Trace {
     fn of(layer: &Layer, start: Array2<f32>, turns: &Rotary, heads: Heads, eps: f32) -> Result<Self> {
         let attention_input = rms_norm(&start, &layer.input_norm, eps);
         let h = attention_input.view();
-        let (mut q, mut k, v) = (layer.q.apply(h)?, layer.k.apply(h)?, layer.v.apply(h)?);
+        let [mut q, mut k, v] = apply_all([&layer.q, &layer.k, &layer.v], h)?;
         turns.rotate(&mut q);
         turns.rotate(&mut k);
         let mixed = attention(&q, k.t(), v.t(), heads, true);
         let middle = &start + &layer.o.apply(mixed.view())?;
         let mlp_input = rms_norm(&middle, &layer.post_norm, eps);
-        let (gate, up) = (layer.gate.apply(mlp_input.view())?, layer.up.apply(mlp_input.view())?);
+        let [gate, up] = apply_all([&layer.gate, &layer.up], mlp_input.view())?;
         let mut gated = gate.clone();
         swiglu(&mut gated, &up);
         Ok(Trace { start, attention_input, q, k, v, mixed, middle, mlp_input, gate, up, gated })

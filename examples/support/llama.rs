@@ -11,7 +11,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use serde::Deserialize;
 use weightpress::checkpoint::{Checkpoint, Loader};
-use weightpress::operator::{LinearOperator, Operator};
+use weightpress::operator::{LinearOperator, Operator, apply_all};
 
 use super::attention::{Heads, Rotary, attention};
 use super::math::{losses, rms_norm, swiglu};
@@ -166,7 +166,7 @@ impl Layer {
 
     /// The input of `o` from that of `q`, `k` and `v`; takes keys and values into the cache.
     pub fn attend(&self, h: &Array2<f32>, seen: &mut Seen, turns: &Rotary, heads: Heads) -> Result<Array2<f32>> {
-        let (mut q, mut k, v) = (self.q.apply(h.view())?, self.k.apply(h.view())?, self.v.apply(h.view())?);
+        let [mut q, mut k, v] = apply_all([&self.q, &self.k, &self.v], h.view())?;
         turns.rotate(&mut q);
         turns.rotate(&mut k);
         seen.0.append(Axis(0), k.t())?;
@@ -176,8 +176,8 @@ impl Layer {
 
     /// The input of `down` from that of `gate` and `up`.
     pub fn gated(&self, h: &Array2<f32>) -> Result<Array2<f32>> {
-        let mut gate = self.gate.apply(h.view())?;
-        swiglu(&mut gate, &self.up.apply(h.view())?);
+        let [mut gate, up] = apply_all([&self.gate, &self.up], h.view())?;
+        swiglu(&mut gate, &up);
         Ok(gate)
     }
 }

@@ -33,6 +33,7 @@ mod quantized;
 mod rows;
 mod sparse;
 mod stacked;
+mod together;
 
 pub use self::basis::Basis;
 pub use self::bitmask::Bitmask;
@@ -48,6 +49,7 @@ pub use self::permutation::{Order, Permutation, Runs};
 pub(crate) use self::quantized::scale_dtype;
 pub use self::quantized::{Grid, Quantized, ZeroPoint, ZeroPoints};
 pub use self::stacked::Stacked;
+pub use self::together::apply_all;
 
 /// A linear map of known cost. Shapes are (m, n) for y = Ŵ·x with x of length n.
 pub trait LinearOperator<T: Real>: Debug + Send + Sync {
@@ -265,7 +267,7 @@ impl<T: Real> LinearOperator<T> for Operator<T> {
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         match self {
             Operator::Product(factors) => chain(&stages(factors), false, x),
-            Operator::Sum(terms) => sum(terms.iter().map(|term| term.product(x))),
+            Operator::Sum(terms) => sum(together::products(terms, x).into_iter()),
             other => other.node().product(x),
         }
     }

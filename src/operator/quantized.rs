@@ -178,13 +178,15 @@ impl<T: Real> Quantized<T> {
         self.rows().products(first..first + y.len() / b, Arch::new(), x, y);
     }
 
+    /// Rows of a call, of so many in all: enough calls for all threads. (There may be no rows at all.)
+    pub(super) fn together(rows: usize) -> usize {
+        threads::share(rows).next_multiple_of(TOGETHER.0).clamp(TOGETHER.0, TOGETHER.1)
+    }
+
     /// The product with b inputs that were laid out.
     pub(super) fn products(&self, x: &Inputs<T>, b: usize) -> Array2<T> {
         let (m, n) = self.shape();
-        // Enough calls for all threads. (There may be no rows at all.)
-        let share = threads::share(m);
-        let together = share.next_multiple_of(TOGETHER.0).clamp(TOGETHER.0, TOGETHER.1);
-        some_rows(m, b, together, Pace::CODES.time(m * n, b), |first, y| self.some_products(x, first, b, y))
+        some_rows(m, b, Self::together(m), Pace::CODES.time(m * n, b), |first, y| self.some_products(x, first, b, y))
     }
 }
 

@@ -5,18 +5,12 @@
 
 use ndarray::{Array2, ArrayView2, Axis};
 
-use super::kernels::{Inputs, each_code, pack, width};
+use super::kernels::{each_code, pack, width};
 use super::rows::rows_by;
-use super::sparse::each_panel;
-use super::{LinearOperator, Operator, Quantized};
+use super::together::stacked_product;
+use super::{LinearOperator, Operator};
 use crate::error::{Error, Result};
 use crate::scalar::Real;
-use crate::threads::{self, Pace};
-
-/// Rows of a part that are multiplied at a time: two panels of packed codes.
-const TOGETHER: usize = 64;
-/// Sums of a part that are held at a time, on one thread.
-const HELD: usize = 4096;
 
 /// The rows of several operators of one width, interleaved.
 #[derive(Debug, Clone, PartialEq)]
@@ -108,93 +102,6 @@ impl<T: Real> Stacked<T> {
         // (No bits beyond the last place.)
         if read.encode_places() != packed { Err(Error::shape("bits of places only", "others")) } else { Ok(read) }
     }
-
-    /// The product with a vector or more on this thread, part by part.
-    fn product_alone(&self, x: ArrayView2<'_, T>, laid: &Laid<'_, T>) -> Array2<T> {
-        let b = x.ncols();
-        let (mut y, mut held) = (vec![T::zero(); self.height() * b], Vec::new());
-        // Sums that stay in the nearest cache until they are where they belong.
-        let together = (HELD / b).next_multiple_of(TOGETHER);
-        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(laid.of_parts()) {
-            let Some((codes, inputs)) = of else {
-                scatter(own, part.product(x).as_standard_layout().as_slice().unwrap_or_default(), b, &mut y);
-                continue;
-            };
-            for (at, own) in own.chunks(together).enumerate() {
-                held.resize(own.len() * b, T::zero());
-                codes.some_products(inputs, at * together, b, &mut held);
-                scatter(own, &held, b, &mut y);
-            }
-        }
-        Array2::from_shape_vec((self.height(), b), y).unwrap_or_default()
-    }
-
-    /// The same on all threads, with rows of all parts at the same time: each lands where it belongs while it is still in the
-    /// cache.
-    fn product_by_threads(&self, x: ArrayView2<'_, T>, laid: &Laid<'_, T>, nanoseconds: usize) -> Array2<T> {
-        let b = x.ncols();
-        let mut y = vec![T::zero(); self.height() * b];
-        let mut rows: Vec<Option<&mut [T]>> = y.chunks_mut(b).map(Some).collect();
-        let mut tasks = Vec::new();
-        for ((part, own), of) in self.parts.iter().zip(&self.rows).zip(laid.of_parts()) {
-            let mut take = |own: &[usize]| own.iter().filter_map(|&row| rows[row].take()).collect::<Vec<_>>();
-            match of {
-                Some((codes, inputs)) => {
-                    let some = own.chunks(TOGETHER).enumerate();
-                    tasks.extend(some.map(|(at, own)| (codes, inputs, at * TOGETHER, take(own))));
-                }
-                None => {
-                    let from = part.product(x);
-                    take(own).iter_mut().zip(from.rows()).for_each(|(to, from)| {
-                        to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
-                    });
-                }
-            }
-        }
-        each_panel(tasks.into_iter(), nanoseconds, |held: &mut Vec<T>, (_, (codes, inputs, first, to))| {
-            held.resize(TOGETHER * b, T::zero());
-            let held = &mut held[..to.len() * b];
-            codes.some_products(inputs, first, b, held);
-            to.into_iter().zip(held.chunks(b)).for_each(|(to, from)| to.copy_from_slice(from));
-        });
-        Array2::from_shape_vec((self.height(), b), y).unwrap_or_default()
-    }
-}
-
-/// Parts that are codes, and inputs that are laid out for them: those of one part serve all others that are cut the same way.
-struct Laid<'a, T: Real> {
-    inputs: Vec<Inputs<T>>,
-    /// Of each part its codes and the number of their inputs, if it has codes that take any.
-    parts: Vec<Option<(&'a Quantized<T>, usize)>>,
-}
-
-impl<'a, T: Real> Laid<'a, T> {
-    fn new(parts: &'a [Operator<T>], x: ArrayView2<'_, T>) -> Self {
-        let mut inputs: Vec<Inputs<T>> = Vec::new();
-        let of_part = |part: &'a Operator<T>| {
-            let Operator::Quantized(codes) = part else { return None };
-            let at = inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(inputs.len());
-            if at == inputs.len() {
-                inputs.push(codes.inputs(x)?);
-            }
-            Some((codes, at))
-        };
-        let parts = parts.iter().map(of_part).collect();
-        Laid { inputs, parts }
-    }
-
-    fn of_parts(&self) -> impl Iterator<Item = Option<(&'a Quantized<T>, &Inputs<T>)>> {
-        self.parts.iter().map(|of| of.map(|(codes, at)| (codes, &self.inputs[at])))
-    }
-}
-
-/// Rows of b numbers, one at least, to where they belong.
-fn scatter<T: Real>(rows: &[usize], from: &[T], b: usize, y: &mut [T]) {
-    match b {
-        // A row is a number.
-        1 => rows.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
-        _ => rows.iter().zip(from.chunks_exact(b)).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from)),
-    }
 }
 
 impl<T: Real> LinearOperator<T> for Stacked<T> {
@@ -202,15 +109,7 @@ impl<T: Real> LinearOperator<T> for Stacked<T> {
         (self.height(), self.parts.first().map_or(0, |part| part.shape().1))
     }
     fn product(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        if x.ncols() == 0 {
-            return Array2::zeros((self.height(), 0));
-        }
-        let laid = Laid::new(&self.parts, x);
-        let nanoseconds = Pace::CODES.time(self.height() * x.nrows(), x.ncols());
-        match threads::alone(nanoseconds) {
-            true => self.product_alone(x, &laid),
-            false => self.product_by_threads(x, &laid, nanoseconds),
-        }
+        stacked_product(self, x)
     }
     fn product_transposed(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut y = Array2::zeros((self.shape().1, x.ncols()));

@@ -1,0 +1,289 @@
+//! Several operators and the same vectors.
+//!
+//! Packed codes meet vectors in integers. What is laid out for one matrix serves all that are cut the same way, and the rows of all
+//! of them are shared out among threads at the same time.
+
+use ndarray::{Array2, ArrayView2};
+
+use super::kernels::Inputs;
+use super::sparse::each_panel;
+use super::{LinearOperator, Operator, Quantized, Stacked};
+use crate::error::{Error, Result};
+use crate::scalar::Real;
+use crate::threads::{self, Pace};
+
+/// Rows of a part of several that are multiplied at a time: two panels of packed codes.
+const TOGETHER: usize = 64;
+/// Sums of such a part that are held at a time, on one thread.
+const HELD: usize = 4096;
+
+/// Ŵᵢ·X of several operators with the same vectors, as [`apply`](LinearOperator::apply) gives them one by one, to the last bit: of
+/// the queries, keys and values of a layer, or of a gate and what it lets through.
+///
+/// Faster where they are packed codes ([`Quantized`], or the parts of [`Stacked`]): vectors are turned into integers once for all
+/// that are cut the same way, which is a tenth to a third of such a product where there are many vectors and few rows, and all rows are
+/// shared out among threads at once. Other operators follow one another.
+///
+/// ```
+/// use ndarray::array;
+/// use weightpress::operator::{Dense, Operator, apply_all};
+///
+/// let keys = Operator::from(Dense::new(array![[1.0, 2.0], [0.0, 1.0]]));
+/// let values = Operator::from(Dense::new(array![[3.0, -1.0]]));
+/// let [k, v] = apply_all([&keys, &values], array![[1.0], [1.0]].view())?;
+/// assert_eq!((k, v), (array![[3.0], [1.0]], array![[2.0]]));
+/// # Ok::<(), weightpress::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`] if X has not as many rows as each operator has columns.
+pub fn apply_all<T: Real, const N: usize>(
+    operators: [&Operator<T>; N],
+    x: ArrayView2<'_, T>,
+) -> Result<[Array2<T>; N]> {
+    if let Some(other) = operators.iter().find(|operator| operator.shape().1 != x.nrows()) {
+        return Err(Error::shape((other.shape().1, x.ncols()), x.dim()));
+    }
+    let mut all = products(operators, x).into_iter();
+    Ok(operators.map(|_| all.next().unwrap_or_default()))
+}
+
+/// The same of any number, whose columns are the caller's business.
+pub(super) fn products<'a, T: Real>(
+    operators: impl IntoIterator<Item = &'a Operator<T>>,
+    x: ArrayView2<'_, T>,
+) -> Vec<Array2<T>> {
+    let mut laid = Laid { x, inputs: Vec::new() };
+    let all = operators.into_iter().map(|operator| laid.met(operator)).collect();
+    laid.products(all)
+}
+
+/// The product of the rows of several operators.
+pub(super) fn stacked_product<T: Real>(rows: &Stacked<T>, x: ArrayView2<'_, T>) -> Array2<T> {
+    let mut laid = Laid { x, inputs: Vec::new() };
+    let met = laid.met_rows(rows);
+    laid.products(vec![met]).pop().unwrap_or_default()
+}
+
+/// How an operator meets vectors.
+enum Met<'a, T: Real> {
+    /// Codes, and the number of their inputs.
+    Codes(&'a Quantized<T>, usize),
+    /// Parts, of which some are codes.
+    Rows(&'a Stacked<T>, Vec<Option<(&'a Quantized<T>, usize)>>),
+    /// As they are.
+    Itself(&'a Operator<T>),
+}
+
+/// Vectors, and what was laid out of them for codes.
+struct Laid<'x, T: Real> {
+    x: ArrayView2<'x, T>,
+    inputs: Vec<Inputs<T>>,
+}
+
+impl<T: Real> Laid<'_, T> {
+    fn met<'a>(&mut self, operator: &'a Operator<T>) -> Met<'a, T> {
+        match operator.unshared() {
+            Operator::Quantized(codes) => match self.inputs_of(codes) {
+                Some(at) => Met::Codes(codes, at),
+                None => Met::Itself(operator),
+            },
+            Operator::Stacked(rows) => self.met_rows(rows),
+            _ => Met::Itself(operator),
+        }
+    }
+
+    fn met_rows<'a>(&mut self, rows: &'a Stacked<T>) -> Met<'a, T> {
+        let of_part = |part: &'a Operator<T>| match part.unshared() {
+            Operator::Quantized(codes) => Some((codes, self.inputs_of(codes)?)),
+            _ => None,
+        };
+        Met::Rows(rows, rows.parts().iter().map(of_part).collect())
+    }
+
+    /// The number of what is laid out for some codes; `None` where their rows had better be written out.
+    fn inputs_of(&mut self, codes: &Quantized<T>) -> Option<usize> {
+        let at = self.inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(self.inputs.len());
+        if at == self.inputs.len() {
+            self.inputs.push(codes.inputs(self.x)?);
+        }
+        Some(at)
+    }
+
+    fn products(&self, all: Vec<Met<'_, T>>) -> Vec<Array2<T>> {
+        let nanoseconds = all.iter().map(|met| met.time(self.x.ncols())).fold(0, usize::saturating_add);
+        match threads::alone(nanoseconds) || self.x.is_empty() {
+            true => all.iter().map(|met| self.product_alone(met)).collect(),
+            false => self.products_by_threads(&all, nanoseconds),
+        }
+    }
+
+    /// A product on this thread, part by part.
+    fn product_alone(&self, met: &Met<'_, T>) -> Array2<T> {
+        let b = self.x.ncols();
+        let (rows, parts) = match met {
+            Met::Codes(codes, at) => return codes.products(&self.inputs[*at], b),
+            Met::Itself(operator) => return operator.product(self.x),
+            Met::Rows(rows, parts) => (rows, parts),
+        };
+        let (mut y, mut held) = (Array2::zeros((rows.shape().0, b)), Vec::new());
+        let to = y.as_slice_mut().unwrap_or_default();
+        // Sums that stay in the nearest cache until they are where they belong.
+        let together = (HELD / b.max(1)).next_multiple_of(TOGETHER);
+        for ((part, own), codes) in rows.parts().iter().zip(rows.rows()).zip(parts) {
+            let Some((codes, at)) = codes else {
+                scatter(own, part.product(self.x).as_standard_layout().as_slice().unwrap_or_default(), b, to);
+                continue;
+            };
+            for (i, own) in own.chunks(together).enumerate() {
+                held.resize(own.len() * b, T::zero());
+                codes.some_products(&self.inputs[*at], i * together, b, &mut held);
+                scatter(own, &held, b, to);
+            }
+        }
+        y
+    }
+
+    /// All on all threads at the same time: rows that are not side by side land where they belong while they are still in the cache.
+    fn products_by_threads(&self, all: &[Met<'_, T>], nanoseconds: usize) -> Vec<Array2<T>> {
+        let b = self.x.ncols();
+        let blank = |met: &Met<'_, T>| match met {
+            Met::Codes(codes, _) => Array2::zeros((codes.shape().0, b)),
+            Met::Rows(rows, _) => Array2::zeros((rows.shape().0, b)),
+            Met::Itself(operator) => operator.product(self.x),
+        };
+        let mut results: Vec<_> = all.iter().map(blank).collect();
+        let together = Quantized::<T>::together(all.iter().map(Met::height).sum());
+        let mut tasks = Vec::new();
+        for (met, y) in all.iter().zip(&mut results) {
+            let y = y.as_slice_mut().unwrap_or_default();
+            match met {
+                Met::Itself(_) => {}
+                Met::Codes(codes, at) => {
+                    let some = y.chunks_mut(together * b).enumerate();
+                    tasks.extend(some.map(|(i, y)| (*codes, *at, i * together, To::Block(y))));
+                }
+                Met::Rows(rows, parts) => {
+                    let mut places: Vec<_> = y.chunks_mut(b).map(Some).collect();
+                    for ((part, own), codes) in rows.parts().iter().zip(rows.rows()).zip(parts) {
+                        let mut take =
+                            |own: &[usize]| own.iter().filter_map(|&row| places[row].take()).collect::<Vec<_>>();
+                        let Some((codes, at)) = codes else {
+                            let from = part.product(self.x);
+                            take(own).into_iter().zip(from.rows()).for_each(|(to, from)| {
+                                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+                            });
+                            continue;
+                        };
+                        let some = own.chunks(TOGETHER).enumerate();
+                        tasks.extend(some.map(|(i, own)| (*codes, *at, i * TOGETHER, To::Rows(take(own)))));
+                    }
+                }
+            }
+        }
+        each_panel(tasks.into_iter(), nanoseconds, |held: &mut Vec<T>, (_, (codes, at, first, to))| match to {
+            To::Block(y) => codes.some_products(&self.inputs[at], first, b, y),
+            To::Rows(to) => {
+                held.resize(TOGETHER * b, T::zero());
+                let held = &mut held[..to.len() * b];
+                codes.some_products(&self.inputs[at], first, b, held);
+                to.into_iter().zip(held.chunks(b)).for_each(|(to, from)| to.copy_from_slice(from));
+            }
+        });
+        results
+    }
+}
+
+/// Where products go.
+enum To<'y, T> {
+    Block(&'y mut [T]),
+    Rows(Vec<&'y mut [T]>),
+}
+
+impl<T: Real> Met<'_, T> {
+    /// Rows that are shared out.
+    fn height(&self) -> usize {
+        match self {
+            Met::Codes(codes, _) => codes.shape().0,
+            Met::Rows(rows, _) => rows.shape().0,
+            Met::Itself(_) => 0,
+        }
+    }
+
+    /// Nanoseconds of what may be shared out.
+    fn time(&self, b: usize) -> usize {
+        let columns = match self {
+            Met::Codes(codes, _) => codes.shape().1,
+            Met::Rows(rows, _) => rows.shape().1,
+            Met::Itself(_) => 0,
+        };
+        Pace::CODES.time(self.height() * columns, b)
+    }
+}
+
+/// Rows of b numbers to where they belong.
+fn scatter<T: Real>(rows: &[usize], from: &[T], b: usize, y: &mut [T]) {
+    match b {
+        // A row is a number.
+        1 => rows.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
+        _ => {
+            rows.iter().zip(from.chunks_exact(b.max(1))).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ndarray::{array, s};
+
+    use super::*;
+    use crate::operator::{Dense, Grid, ZeroPoints};
+
+    fn codes(m: usize, n: usize, bits: u8, group: usize) -> Operator<f32> {
+        let scales = Array2::from_shape_fn((m, n.div_ceil(group)), |(i, g)| 0.1 + (i + g) as f32 / 512.0);
+        let grid = Grid::new(bits, group, Dense::new(scales), ZeroPoints::None).unwrap();
+        let w = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + i * j) % 101) as f32 / 50.0 - 1.0);
+        Operator::Quantized(Quantized::nearest(w.view(), grid).unwrap())
+    }
+
+    #[test]
+    fn all_at_once_are_each_by_itself() {
+        let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let n = 256;
+        // Widths that are cut the same way and not, rows of several, a sum, no rows, and what is no codes.
+        let (q, k, shared) = (codes(1100, n, 4, 64), codes(96, n, 4, 64), codes(64, n, 8, n));
+        let places: Vec<u8> = (0..300).map(|i| u8::from(i % 3 == 0)).collect();
+        let rows = Operator::Stacked(Stacked::new(&places, vec![codes(200, n, 3, 64), codes(100, n, 6, 64)]).unwrap());
+        let dense = Operator::from(Dense::new(Array2::from_shape_fn((40, n), |(i, j)| (i + 2 * j) as f32 / 300.0)));
+        let sum = Operator::sum_of(vec![codes(300, n, 8, n), rows.clone(), codes(300, n, 2, 64)]).unwrap();
+        let (odd, none) = (codes(33, n, 5, 7), codes(0, n, 4, 64));
+        let shared = Operator::Shared(Arc::new(shared));
+        let all = [&q, &k, &shared, &rows, &dense, &sum, &odd, &none];
+        for b in [0, 1, 2, 5, 40] {
+            let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
+            let columns = x.t().as_standard_layout().into_owned();
+            for x in [x.view(), columns.t()] {
+                let together = apply_all(all, x).unwrap();
+                let Operator::Sum(terms) = &sum else { unreachable!() };
+                let terms = terms.iter().map(|term| term.product(x));
+                assert_eq!(together[5], terms.reduce(|total, term| total + term).unwrap(), "{b} vectors");
+                for (operator, product) in all.iter().zip(&together) {
+                    assert_eq!(product.dim(), (operator.shape().0, b));
+                    assert_eq!(*product, operator.product(x), "{operator}, {b} vectors");
+                }
+                assert_eq!(one_thread.install(|| apply_all(all, x).unwrap()), together, "{b} vectors on one thread");
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_of_another_length_are_refused() {
+        let (first, second) = (codes(32, 64, 4, 64), Operator::from(Dense::new(array![[1.0f32, 2.0]])));
+        let x = Array2::zeros((64, 1));
+        assert!(matches!(apply_all([&first, &second], x.view()), Err(Error::Shape { .. })));
+        assert!(matches!(apply_all([&first], x.slice(s![1.., ..])), Err(Error::Shape { .. })));
+        assert!(apply_all::<f32, 0>([], x.view()).unwrap().is_empty());
+    }
+}
