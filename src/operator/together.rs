@@ -101,8 +101,11 @@ impl<T: Real> Laid<'_, T> {
         Met::Rows(rows, rows.parts().iter().map(of_part).collect())
     }
 
-    /// The number of what is laid out for some codes; `None` where their rows had better be written out.
+    /// The number of what is laid out for some codes; `None` where their rows had better be written out, and for no vectors.
     fn inputs_of(&mut self, codes: &Quantized<T>) -> Option<usize> {
+        if self.x.ncols() == 0 {
+            return None;
+        }
         let at = self.inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(self.inputs.len());
         if at == self.inputs.len() {
             self.inputs.push(codes.inputs(self.x)?);
@@ -239,28 +242,33 @@ mod tests {
     use ndarray::{array, s};
 
     use super::*;
-    use crate::operator::{Dense, Grid, ZeroPoints};
+    use crate::operator::{ActivationBits, Dense, Grid, ZeroPoints};
 
     fn codes(m: usize, n: usize, bits: u8, group: usize) -> Operator<f32> {
+        Operator::Quantized(quantized(m, n, bits, group))
+    }
+
+    fn quantized(m: usize, n: usize, bits: u8, group: usize) -> Quantized<f32> {
         let scales = Array2::from_shape_fn((m, n.div_ceil(group)), |(i, g)| 0.1 + (i + g) as f32 / 512.0);
         let grid = Grid::new(bits, group, Dense::new(scales), ZeroPoints::None).unwrap();
         let w = Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + i * j) % 101) as f32 / 50.0 - 1.0);
-        Operator::Quantized(Quantized::nearest(w.view(), grid).unwrap())
+        Quantized::nearest(w.view(), grid).unwrap()
     }
 
     #[test]
     fn all_at_once_are_each_by_itself() {
         let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let n = 256;
-        // Widths that are cut the same way and not, rows of several, a sum, no rows, and what is no codes.
+        // Widths that are cut the same way and not, other bits of inputs, rows of several, a sum, no rows, and what is no codes.
         let (q, k, shared) = (codes(1100, n, 4, 64), codes(96, n, 4, 64), codes(64, n, 8, n));
         let places: Vec<u8> = (0..300).map(|i| u8::from(i % 3 == 0)).collect();
         let rows = Operator::Stacked(Stacked::new(&places, vec![codes(200, n, 3, 64), codes(100, n, 6, 64)]).unwrap());
         let dense = Operator::from(Dense::new(Array2::from_shape_fn((40, n), |(i, j)| (i + 2 * j) as f32 / 300.0)));
         let sum = Operator::sum_of(vec![codes(300, n, 8, n), rows.clone(), codes(300, n, 2, 64)]).unwrap();
         let (odd, none) = (codes(33, n, 5, 7), codes(0, n, 4, 64));
+        let fewer = Operator::Quantized(quantized(64, n, 4, 64).with_activation_bits(ActivationBits::Eight));
         let shared = Operator::Shared(Arc::new(shared));
-        let all = [&q, &k, &shared, &rows, &dense, &sum, &odd, &none];
+        let all = [&q, &k, &shared, &rows, &dense, &sum, &odd, &none, &fewer];
         for b in [0, 1, 2, 5, 40] {
             let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
             let columns = x.t().as_standard_layout().into_owned();
