@@ -42,8 +42,12 @@ pub fn apply_all<T: Real, const N: usize>(
     operators: [&Operator<T>; N],
     x: ArrayView2<'_, T>,
 ) -> Result<[Array2<T>; N]> {
-    if let Some(other) = operators.iter().find(|operator| operator.shape().1 != x.nrows()) {
-        return Err(Error::shape((other.shape().1, x.ncols()), x.dim()));
+    for (i, operator) in operators.iter().enumerate() {
+        let columns = operator.shape().1;
+        if columns != x.nrows() {
+            let expected = format!("vectors of {columns} numbers, as operator {i} of {N} ({operator}) has columns");
+            return Err(Error::shape(expected, x.nrows()));
+        }
     }
     let mut all = products(operators, x).into_iter();
     Ok(operators.map(|_| all.next().unwrap_or_default()))
@@ -70,16 +74,43 @@ pub(super) fn stacked_product<T: Real>(rows: &Stacked<T>, x: ArrayView2<'_, T>) 
 enum Met<'a, T: Real> {
     /// Codes, and the number of their inputs.
     Codes(&'a Quantized<T>, usize),
-    /// Parts, of which some are codes.
-    Rows(&'a Stacked<T>, Vec<Option<(&'a Quantized<T>, usize)>>),
-    /// As they are.
+    Rows(Rows<'a, T>),
+    /// As it is.
     Itself(&'a Operator<T>),
+}
+
+/// Parts, each with the rows that are its own.
+struct Rows<'a, T: Real> {
+    shape: (usize, usize),
+    coded: Vec<(&'a [usize], &'a Quantized<T>, usize)>,
+    others: Vec<(&'a [usize], &'a Operator<T>)>,
+}
+
+/// Where products go.
+enum To<'y, T> {
+    Block(&'y mut [T]),
+    Rows(Vec<&'y mut [T]>),
 }
 
 /// Vectors, and what was laid out of them for codes.
 struct Laid<'x, T: Real> {
     x: ArrayView2<'x, T>,
     inputs: Vec<Inputs<T>>,
+}
+
+impl<T: Real> Met<'_, T> {
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Met::Codes(codes, _) => codes.shape(),
+            Met::Rows(rows) => rows.shape,
+            Met::Itself(operator) => operator.shape(),
+        }
+    }
+
+    /// Numbers that are shared out with those of others: those of codes.
+    fn shared_out(&self) -> (usize, usize) {
+        if matches!(self, Met::Itself(_)) { (0, 0) } else { self.shape() }
+    }
 }
 
 impl<T: Real> Laid<'_, T> {
@@ -94,19 +125,19 @@ impl<T: Real> Laid<'_, T> {
         }
     }
 
-    fn met_rows<'a>(&mut self, rows: &'a Stacked<T>) -> Met<'a, T> {
-        let of_part = |part: &'a Operator<T>| match part.unshared() {
-            Operator::Quantized(codes) => Some((codes, self.inputs_of(codes)?)),
-            _ => None,
-        };
-        Met::Rows(rows, rows.parts().iter().map(of_part).collect())
+    fn met_rows<'a>(&mut self, stacked: &'a Stacked<T>) -> Met<'a, T> {
+        let mut rows = Rows { shape: stacked.shape(), coded: Vec::new(), others: Vec::new() };
+        for (part, own) in stacked.parts().iter().zip(stacked.rows()) {
+            match self.met(part) {
+                Met::Codes(codes, at) => rows.coded.push((own, codes, at)),
+                _ => rows.others.push((own, part)),
+            }
+        }
+        Met::Rows(rows)
     }
 
-    /// The number of what is laid out for some codes; `None` where their rows had better be written out, and for no vectors.
+    /// The number of what is laid out for some codes; `None` where their rows had better be written out.
     fn inputs_of(&mut self, codes: &Quantized<T>) -> Option<usize> {
-        if self.x.ncols() == 0 {
-            return None;
-        }
         let at = self.inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(self.inputs.len());
         if at == self.inputs.len() {
             self.inputs.push(codes.inputs(self.x)?);
@@ -115,30 +146,30 @@ impl<T: Real> Laid<'_, T> {
     }
 
     fn products(&self, all: Vec<Met<'_, T>>) -> Vec<Array2<T>> {
-        let nanoseconds = all.iter().map(|met| met.time(self.x.ncols())).fold(0, usize::saturating_add);
-        match threads::alone(nanoseconds) || self.x.is_empty() {
-            true => all.iter().map(|met| self.product_alone(met)).collect(),
-            false => self.products_by_threads(&all, nanoseconds),
+        let b = self.x.ncols();
+        if b == 0 {
+            return all.iter().map(|met| Array2::zeros((met.shape().0, 0))).collect();
+        }
+        let time = |met: &Met<'_, T>| Pace::CODES.time(met.shared_out().0 * met.shared_out().1, b);
+        let nanoseconds = all.iter().map(time).fold(0, usize::saturating_add);
+        match threads::alone(nanoseconds) {
+            true => all.iter().map(|met| self.product_alone(met, b)).collect(),
+            false => self.products_by_threads(&all, b, nanoseconds),
         }
     }
 
-    /// A product on this thread, part by part.
-    fn product_alone(&self, met: &Met<'_, T>) -> Array2<T> {
-        let b = self.x.ncols();
-        let (rows, parts) = match met {
+    /// A product with b vectors on this thread, part by part.
+    fn product_alone(&self, met: &Met<'_, T>, b: usize) -> Array2<T> {
+        let rows = match met {
             Met::Codes(codes, at) => return codes.products(&self.inputs[*at], b),
             Met::Itself(operator) => return operator.product(self.x),
-            Met::Rows(rows, parts) => (rows, parts),
+            Met::Rows(rows) => rows,
         };
-        let (mut y, mut held) = (Array2::zeros((rows.shape().0, b)), Vec::new());
+        let (mut y, mut held) = (self.of_others(rows, b), Vec::new());
         let to = y.as_slice_mut().unwrap_or_default();
         // Sums that stay in the nearest cache until they are where they belong.
-        let together = (HELD / b.max(1)).next_multiple_of(TOGETHER);
-        for ((part, own), codes) in rows.parts().iter().zip(rows.rows()).zip(parts) {
-            let Some((codes, at)) = codes else {
-                scatter(own, part.product(self.x).as_standard_layout().as_slice().unwrap_or_default(), b, to);
-                continue;
-            };
+        let together = (HELD / b).next_multiple_of(TOGETHER);
+        for (own, codes, at) in &rows.coded {
             for (i, own) in own.chunks(together).enumerate() {
                 held.resize(own.len() * b, T::zero());
                 codes.some_products(&self.inputs[*at], i * together, b, &mut held);
@@ -149,15 +180,14 @@ impl<T: Real> Laid<'_, T> {
     }
 
     /// All on all threads at the same time: rows that are not side by side land where they belong while they are still in the cache.
-    fn products_by_threads(&self, all: &[Met<'_, T>], nanoseconds: usize) -> Vec<Array2<T>> {
-        let b = self.x.ncols();
-        let blank = |met: &Met<'_, T>| match met {
+    fn products_by_threads(&self, all: &[Met<'_, T>], b: usize, nanoseconds: usize) -> Vec<Array2<T>> {
+        let begun = |met: &Met<'_, T>| match met {
             Met::Codes(codes, _) => Array2::zeros((codes.shape().0, b)),
-            Met::Rows(rows, _) => Array2::zeros((rows.shape().0, b)),
+            Met::Rows(rows) => self.of_others(rows, b),
             Met::Itself(operator) => operator.product(self.x),
         };
-        let mut results: Vec<_> = all.iter().map(blank).collect();
-        let together = Quantized::<T>::together(all.iter().map(Met::height).sum());
+        let mut results: Vec<_> = all.iter().map(begun).collect();
+        let together = Quantized::<T>::together(all.iter().map(|met| met.shared_out().0).sum());
         let mut tasks = Vec::new();
         for (met, y) in all.iter().zip(&mut results) {
             let y = y.as_slice_mut().unwrap_or_default();
@@ -167,20 +197,13 @@ impl<T: Real> Laid<'_, T> {
                     let some = y.chunks_mut(together * b).enumerate();
                     tasks.extend(some.map(|(i, y)| (*codes, *at, i * together, To::Block(y))));
                 }
-                Met::Rows(rows, parts) => {
+                Met::Rows(rows) => {
                     let mut places: Vec<_> = y.chunks_mut(b).map(Some).collect();
-                    for ((part, own), codes) in rows.parts().iter().zip(rows.rows()).zip(parts) {
-                        let mut take =
-                            |own: &[usize]| own.iter().filter_map(|&row| places[row].take()).collect::<Vec<_>>();
-                        let Some((codes, at)) = codes else {
-                            let from = part.product(self.x);
-                            take(own).into_iter().zip(from.rows()).for_each(|(to, from)| {
-                                to.iter_mut().zip(from).for_each(|(to, &from)| *to = from);
-                            });
-                            continue;
-                        };
-                        let some = own.chunks(TOGETHER).enumerate();
-                        tasks.extend(some.map(|(i, own)| (*codes, *at, i * TOGETHER, To::Rows(take(own)))));
+                    for (own, codes, at) in &rows.coded {
+                        for (i, own) in own.chunks(TOGETHER).enumerate() {
+                            let to = own.iter().filter_map(|&row| places[row].take()).collect();
+                            tasks.push((*codes, *at, i * TOGETHER, To::Rows(to)));
+                        }
                     }
                 }
             }
@@ -188,51 +211,31 @@ impl<T: Real> Laid<'_, T> {
         each_panel(tasks.into_iter(), nanoseconds, |held: &mut Vec<T>, (_, (codes, at, first, to))| match to {
             To::Block(y) => codes.some_products(&self.inputs[at], first, b, y),
             To::Rows(to) => {
-                held.resize(TOGETHER * b, T::zero());
-                let held = &mut held[..to.len() * b];
+                held.resize(to.len() * b, T::zero());
                 codes.some_products(&self.inputs[at], first, b, held);
                 to.into_iter().zip(held.chunks(b)).for_each(|(to, from)| to.copy_from_slice(from));
             }
         });
         results
     }
-}
 
-/// Where products go.
-enum To<'y, T> {
-    Block(&'y mut [T]),
-    Rows(Vec<&'y mut [T]>),
-}
-
-impl<T: Real> Met<'_, T> {
-    /// Rows that are shared out.
-    fn height(&self) -> usize {
-        match self {
-            Met::Codes(codes, _) => codes.shape().0,
-            Met::Rows(rows, _) => rows.shape().0,
-            Met::Itself(_) => 0,
+    /// The products of parts that are no codes, where they belong; zeros elsewhere.
+    fn of_others(&self, rows: &Rows<'_, T>, b: usize) -> Array2<T> {
+        let mut y = Array2::zeros((rows.shape.0, b));
+        let to = y.as_slice_mut().unwrap_or_default();
+        for (own, part) in &rows.others {
+            scatter(own, part.product(self.x).as_standard_layout().as_slice().unwrap_or_default(), b, to);
         }
-    }
-
-    /// Nanoseconds of what may be shared out.
-    fn time(&self, b: usize) -> usize {
-        let columns = match self {
-            Met::Codes(codes, _) => codes.shape().1,
-            Met::Rows(rows, _) => rows.shape().1,
-            Met::Itself(_) => 0,
-        };
-        Pace::CODES.time(self.height() * columns, b)
+        y
     }
 }
 
-/// Rows of b numbers to where they belong.
+/// Rows of b numbers, one at least, to where they belong.
 fn scatter<T: Real>(rows: &[usize], from: &[T], b: usize, y: &mut [T]) {
     match b {
         // A row is a number.
         1 => rows.iter().zip(from).for_each(|(&to, &value)| y[to] = value),
-        _ => {
-            rows.iter().zip(from.chunks_exact(b.max(1))).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from))
-        }
+        _ => rows.iter().zip(from.chunks_exact(b)).for_each(|(&to, from)| y[to * b..][..b].copy_from_slice(from)),
     }
 }
 
@@ -260,16 +263,18 @@ mod tests {
     fn all_at_once_are_each_by_itself() {
         let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let n = 256;
-        // Widths that are cut the same way and not, other bits of inputs, rows of several, a sum, no rows, and what is no codes.
+        // Widths that are cut the same way and not, other bits of inputs, rows of several, a sum, no rows, and what is no codes, alone or among rows.
         let (q, k, shared) = (codes(1100, n, 4, 64), codes(96, n, 4, 64), codes(64, n, 8, n));
         let places: Vec<u8> = (0..300).map(|i| u8::from(i % 3 == 0)).collect();
         let rows = Operator::Stacked(Stacked::new(&places, vec![codes(200, n, 3, 64), codes(100, n, 6, 64)]).unwrap());
+        let plain = Operator::from(Dense::new(Array2::from_shape_fn((100, n), |(i, j)| (3 * i + j) as f32 / 300.0)));
+        let partly = Operator::Stacked(Stacked::new(&places, vec![codes(200, n, 4, 64), plain]).unwrap());
         let dense = Operator::from(Dense::new(Array2::from_shape_fn((40, n), |(i, j)| (i + 2 * j) as f32 / 300.0)));
         let sum = Operator::sum_of(vec![codes(300, n, 8, n), rows.clone(), codes(300, n, 2, 64)]).unwrap();
         let (odd, none) = (codes(33, n, 5, 7), codes(0, n, 4, 64));
         let fewer = Operator::Quantized(quantized(64, n, 4, 64).with_activation_bits(ActivationBits::Eight));
         let shared = Operator::Shared(Arc::new(shared));
-        let all = [&q, &k, &shared, &rows, &dense, &sum, &odd, &none, &fewer];
+        let all = [&q, &k, &shared, &rows, &dense, &sum, &odd, &none, &fewer, &partly];
         for b in [0, 1, 2, 5, 40] {
             let x = Array2::from_shape_fn((n, b), |(j, v)| ((j * 13 + v * 5) % 23) as f32 / 11.0 - 1.0);
             let columns = x.t().as_standard_layout().into_owned();
@@ -288,10 +293,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_cut_the_same_way_is_laid_out_once() {
+        let x = Array2::zeros((256, 2));
+        let mut laid = Laid { x: x.view(), inputs: Vec::new() };
+        let part = || codes(96, 256, 4, 64);
+        let rows = Operator::Stacked(Stacked::new(&[0; 96], vec![part()]).unwrap());
+        for (operator, inputs) in [(part(), 1), (part(), 1), (rows, 1), (codes(32, 256, 4, 32), 2), (part(), 2)] {
+            laid.met(&operator);
+            assert_eq!(laid.inputs.len(), inputs, "{operator}");
+        }
+    }
+
+    #[test]
     fn vectors_of_another_length_are_refused() {
         let (first, second) = (codes(32, 64, 4, 64), Operator::from(Dense::new(array![[1.0f32, 2.0]])));
         let x = Array2::zeros((64, 1));
-        assert!(matches!(apply_all([&first, &second], x.view()), Err(Error::Shape { .. })));
+        let refused = apply_all([&first, &second], x.view()).unwrap_err();
+        assert!(matches!(refused, Error::Shape { .. }));
+        assert!(refused.to_string().contains("vectors of 2 numbers, as operator 1 of 2 (dense 1x2)"), "{refused}");
         assert!(matches!(apply_all([&first], x.slice(s![1.., ..])), Err(Error::Shape { .. })));
         assert!(apply_all::<f32, 0>([], x.view()).unwrap().is_empty());
     }
