@@ -115,12 +115,9 @@ impl<T: Real> Met<'_, T> {
 
 impl<T: Real> Laid<'_, T> {
     fn met<'a>(&mut self, operator: &'a Operator<T>) -> Met<'a, T> {
-        match operator.unshared() {
-            Operator::Quantized(codes) => match self.inputs_of(codes) {
-                Some(at) => Met::Codes(codes, at),
-                None => Met::Itself(operator),
-            },
-            Operator::Stacked(rows) => self.met_rows(rows),
+        match (self.coded(operator), operator.unshared()) {
+            (Some((codes, at)), _) => Met::Codes(codes, at),
+            (None, Operator::Stacked(rows)) => self.met_rows(rows),
             _ => Met::Itself(operator),
         }
     }
@@ -128,21 +125,22 @@ impl<T: Real> Laid<'_, T> {
     fn met_rows<'a>(&mut self, stacked: &'a Stacked<T>) -> Met<'a, T> {
         let mut rows = Rows { shape: stacked.shape(), coded: Vec::new(), others: Vec::new() };
         for (part, own) in stacked.parts().iter().zip(stacked.rows()) {
-            match self.met(part) {
-                Met::Codes(codes, at) => rows.coded.push((own, codes, at)),
-                _ => rows.others.push((own, part)),
+            match self.coded(part) {
+                Some((codes, at)) => rows.coded.push((own, codes, at)),
+                None => rows.others.push((own, part)),
             }
         }
         Met::Rows(rows)
     }
 
-    /// The number of what is laid out for some codes; `None` where their rows had better be written out.
-    fn inputs_of(&mut self, codes: &Quantized<T>) -> Option<usize> {
+    /// Codes, and the number of what is laid out for them; `None` for others, and where rows had better be written out.
+    fn coded<'a>(&mut self, operator: &'a Operator<T>) -> Option<(&'a Quantized<T>, usize)> {
+        let Operator::Quantized(codes) = operator.unshared() else { return None };
         let at = self.inputs.iter().position(|inputs| codes.meets(inputs)).unwrap_or(self.inputs.len());
         if at == self.inputs.len() {
             self.inputs.push(codes.inputs(self.x)?);
         }
-        Some(at)
+        Some((codes, at))
     }
 
     fn products(&self, all: Vec<Met<'_, T>>) -> Vec<Array2<T>> {
