@@ -167,7 +167,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
     Vectors(ActivationBits),
-    Narrow(avx2::Digits, Box<avx2::Spread>),
+    Narrow(avx2::Digits, Box<avx2::Spread>, Vec<u8>),
     Four(four::Tiles, Box<four::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
@@ -187,7 +187,7 @@ impl Meeting {
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
             Way::Vectors(activations) => Meeting::Vectors(activations),
-            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits))),
+            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits)), Vec::new()),
         }
     }
 
@@ -204,9 +204,9 @@ impl Meeting {
 
     /// Adds the products of some panels with all inputs.
     fn multiply(&mut self, panels: &[Panel<'_>], x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
-        if let Meeting::Narrow(digits, spread) = self {
+        if let Meeting::Narrow(digits, spread, held) = self {
             let of = panels.iter().zip(totals.chunks_mut(x.padded()));
-            return of.for_each(|(panel, totals)| avx2::multiply(*digits, spread, panel, x, totals));
+            return of.for_each(|(panel, totals)| avx2::multiply((*digits, spread, held), panel, x, totals));
         }
         // SAFETY: the machine has the instructions, or there would be no such `Inputs`: `Way::new` asks for each of the features
         // that the functions are compiled for.

@@ -44,6 +44,19 @@ impl Layout {
         if self.each == 1 { run } else { run / self.each }
     }
 
+    /// The groups of all runs, one after the other. (To divide for each takes two percent of a product with inputs of 8 bits.)
+    #[inline(always)]
+    pub(super) fn groups(&self) -> impl Iterator<Item = usize> + use<> {
+        let (each, mut group, mut left) = (self.each, 0, self.each);
+        (0..self.runs).map(move |_| {
+            if left == 0 {
+                (group, left) = (group + 1, each);
+            }
+            left -= 1;
+            group
+        })
+    }
+
     /// Lanes of a run.
     #[inline(always)]
     pub(super) fn lanes(&self, run: usize) -> usize {

@@ -5,13 +5,14 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
+use half::slice::HalfFloatSliceExt;
 use pulp::bytemuck::cast;
 
 use super::super::packed::{Floats, Grids};
 use super::inputs::Inputs;
+use super::panel::kind;
 use super::vectors::Panel;
-use super::{ActivationBits, BANDS, LANES, Lanes, PANEL, TOGETHER};
+use super::{ActivationBits, BANDS, EACH, LANES, Lanes, PANEL, TOGETHER};
 
 mod cut;
 mod spread;
@@ -105,17 +106,21 @@ type Chunk = [[u8; 4 * ROWS]; VECTORS];
 /// Sums of the products of digits with some inputs, for some vectors of rows.
 type Sums<const DIGITS: usize, const V: usize, const B: usize> = [[[__m256i; B]; V]; DIGITS];
 
-/// Adds the products of a panel with all inputs.
+/// Adds the products of a panel with all inputs. Codes that do not lie in halves or quarters of bytes are written out as bytes, once for all
+/// inputs, if those are more than one tile.
 pub(super) fn multiply(
-    digits: Digits,
-    spread: &Spread,
+    (digits, spread, held): (Digits, &Spread, &mut Vec<u8>),
     panel: &Panel<'_>,
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
-    for (first, count) in x.tiles() {
+    let tiles = x.tiles();
+    let written = kind(panel.bits) == 0 && tiles.len() > 1;
+    let packed = if written { spread.write(panel.packed, held) } else { panel.packed };
+    let panel = &Panel { packed, ..*panel };
+    for (first, count) in tiles {
         let Some(totals) = totals.get_mut(first..) else { return };
-        match panel.bits {
+        match if written { 8 } else { panel.bits } {
             8 => few::<8, 1>((digits, spread), panel, x, (first, count), totals),
             4 => few::<4, 2>((digits, spread), panel, x, (first, count), totals),
             2 => few::<2, 4>((digits, spread), panel, x, (first, count), totals),
@@ -152,7 +157,7 @@ fn few<const KIND: u8, const PARTS: usize>(
             Digits::Bytes(TwentyFour) => by!(by_bytes, 3: 4, 2, 1),
             Digits::Bytes(Sixteen) => by!(by_bytes, 2: 4, 2, 1),
             Digits::Bytes(Eight) => by!(by_bytes, 1: 4, 4, 2),
-            Digits::Pairs(TwentyFour) => by!(by_pairs, 3: 2, 2, 1),
+            Digits::Pairs(TwentyFour) => by!(by_pairs, 3: 2, 1, 1),
             Digits::Pairs(Sixteen) => by!(by_pairs, 2: 4, 2, 1),
             Digits::Pairs(Eight) => by!(by_pairs, 1: 4, 4, 2),
             Digits::Twelve => by!(by_halves, 2: 4, 2, 1),
@@ -173,40 +178,48 @@ macro_rules! tile {
             totals: &mut [[Lanes<f32>; BANDS]],
         ) {
             let Some(to) = totals.first_chunk_mut::<V>() else { return };
-            let mut totals: [[__m256; VECTORS]; V] = to.map(|of| cast(of.map(|band| band.0)));
-            let (mut codes, shifted) = (panel.packed, panel.grids.shifted());
-            for number in 0..x.layout.runs() {
-                let Some((of_run, rest)) =
-                    codes.split_at_checked(x.layout.lanes(number) / PARTS * spread.chunk::<KIND>())
-                else {
-                    return;
-                };
-                codes = rest;
-                let words = x.words::<$each, DIGITS, V>(number, first).as_chunks::<PARTS>().0;
-                let Some(starts) = x.begin::<DIGITS, V>(panel.starts, number, first) else { return };
-                let (units, whole) = x.beside(number, first, V);
-                let group = panel.group + x.layout.group_of(number);
+            let mut totals = [[_mm256_setzero_ps(); VECTORS]; V];
+            for v in 0..V {
+                totals[v] = cast([to[v][0].0, to[v][1].0]);
+            }
+            let shifted = panel.grids.shifted();
+            let (mut held, mut scales, mut shifts) =
+                (usize::MAX, [_mm256_setzero_ps(); VECTORS], [_mm256_setzero_ps(); VECTORS]);
+            let of = x.of_tile::<$each, DIGITS, V>(panel.starts, first);
+            let chunks = x.layout.run / EACH / PARTS;
+            let runs = panel
+                .packed
+                .chunks(chunks * spread.chunk::<KIND>())
+                .zip(of.words.as_chunks::<PARTS>().0.chunks(chunks));
+            let beside = of.starts.iter().zip(of.units).zip(of.sums);
+            for ((group, (codes, words)), ((starts, units), whole)) in x.layout.groups().zip(runs).zip(beside) {
+                let group = panel.group + group;
+                if group != held {
+                    (held, scales, shifts) = (group, numbers(&panel.grids.scales, group), shifts_of(panel, group));
+                }
                 for some in 0..VECTORS / B {
-                    let sums = $sums::<KIND, PARTS, DIGITS, V, B>(spread, of_run, words, starts, some);
+                    let sums = $sums::<KIND, PARTS, DIGITS, V, B>(spread, codes, words, starts, some);
                     for b in 0..B {
                         let at = some * B + b;
-                        let (scales, shift) = scaling(panel, group, at);
                         for v in 0..V {
                             let mut of = [_mm256_setzero_si256(); DIGITS];
                             for digit in 0..DIGITS {
                                 of[digit] = sums[digit][v][b];
                             }
                             let sum = join::<DIGITS, $bits>(of);
-                            let scale = _mm256_mul_ps(scales, _mm256_set1_ps(units[v]));
+                            let scale = _mm256_mul_ps(scales[at], _mm256_set1_ps(units[v]));
                             totals[v][at] = _mm256_fmadd_ps(sum, scale, totals[v][at]);
                             if shifted {
-                                totals[v][at] = _mm256_fmadd_ps(shift, _mm256_set1_ps(whole[v]), totals[v][at]);
+                                totals[v][at] = _mm256_fmadd_ps(shifts[at], _mm256_set1_ps(whole[v]), totals[v][at]);
                             }
                         }
                     }
                 }
             }
-            *to = totals.map(|of| cast::<_, [[f32; LANES]; BANDS]>(of).map(Lanes));
+            for v in 0..V {
+                let [lower, upper]: [[f32; LANES]; BANDS] = cast(totals[v]);
+                to[v] = [Lanes(lower), Lanes(upper)];
+            }
         }
     };
 }
@@ -232,32 +245,39 @@ fn join<const DIGITS: usize, const BITS: i32>(of: [__m256i; DIGITS]) -> __m256 {
     _mm256_fmadd_ps(_mm256_cvtepi32_ps(of[0]), unit, _mm256_cvtepi32_ps(rest))
 }
 
-/// What makes numbers of the sums of eight rows in a group: scales, and what codes count from the middle; zeros if there is no
-/// such group.
+/// What codes of the rows of a panel count from the middle in a group, in numbers: zeros if there is nothing of the kind.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scaling(panel: &Panel<'_>, group: usize, at: usize) -> (__m256, __m256) {
+fn shifts_of(panel: &Panel<'_>, group: usize) -> [__m256; VECTORS] {
     let Grids { scales, zeros, offsets } = panel.grids;
-    let scales = numbers(scales, group, at);
-    let Some(zeros) = zeros.get(group) else { return (scales, numbers(offsets, group, at)) };
-    let zeros: &[[u8; ROWS]] = zeros.as_chunks().0;
-    let zeros = _mm256_cvtepu8_epi32(cast([zeros[at], [0; ROWS]]));
-    let middle = _mm256_sub_epi32(_mm256_set1_epi32(1 << (panel.bits - 1)), zeros);
-    (scales, _mm256_mul_ps(scales, _mm256_cvtepi32_ps(middle)))
+    let Some(zeros) = zeros.get(group) else { return numbers(offsets, group) };
+    let mut shifts = numbers(scales, group);
+    let middle = _mm256_set1_epi32(1 << (panel.bits - 1));
+    for (shift, zeros) in shifts.iter_mut().zip(zeros.as_chunks().0) {
+        let zeros = _mm256_cvtepu8_epi32(cast([*zeros, [0; ROWS]]));
+        *shift = _mm256_mul_ps(*shift, _mm256_cvtepi32_ps(_mm256_sub_epi32(middle, zeros)));
+    }
+    shifts
 }
 
-/// Those of eight rows; zeros if there are none at all.
+/// Numbers of the rows of a panel; zeros if there are none at all.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn numbers(of: &Floats, group: usize, at: usize) -> __m256 {
+fn numbers(of: &Floats, group: usize) -> [__m256; VECTORS] {
+    let mut numbers = [_mm256_setzero_ps(); VECTORS];
     match of {
-        Floats::Half(all) => all.get(group).map_or(_mm256_setzero_ps(), |of| {
-            let of: &[[f16; ROWS]] = of.as_chunks().0;
-            _mm256_cvtph_ps(cast(of[at].map(f16::to_bits)))
-        }),
-        Floats::Wide(all) => all.get(group).map_or(_mm256_setzero_ps(), |of| {
-            let of: &[[f32; ROWS]] = of.as_chunks().0;
-            cast(of[at])
-        }),
+        Floats::Half(all) => {
+            let Some(of) = all.get(group) else { return numbers };
+            for (to, of) in numbers.iter_mut().zip(of.reinterpret_cast().as_chunks::<ROWS>().0) {
+                *to = _mm256_cvtph_ps(cast(*of));
+            }
+        }
+        Floats::Wide(all) => {
+            let Some(of) = all.get(group) else { return numbers };
+            for (to, of) in numbers.iter_mut().zip(of.as_chunks::<ROWS>().0) {
+                *to = cast(*of);
+            }
+        }
     }
+    numbers
 }

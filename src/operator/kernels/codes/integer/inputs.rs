@@ -42,6 +42,14 @@ pub(super) struct Tile<'a> {
     pub sums: &'a mut [f32],
 }
 
+/// A tile, as vectors meet it.
+pub(super) struct OfTile<'a, const EACH_DIGIT: usize, const DIGITS: usize, const V: usize> {
+    pub words: &'a [[[[i32; V]; EACH_DIGIT]; DIGITS]],
+    pub starts: &'a [[[i32; V]; DIGITS]],
+    pub units: &'a [[f32; V]],
+    pub sums: &'a [[f32; V]],
+}
+
 impl Inputs {
     /// `None` if there is no kernel for such rows here.
     pub(in super::super) fn new<T: Real>(
@@ -182,6 +190,24 @@ impl Inputs {
         first: usize,
     ) -> Option<&'a [[i32; V]; DIGITS]> {
         starts[DIGITS * (first * self.layout.runs() + run * V)..].as_chunks().0.first_chunk()
+    }
+
+    /// A tile, for vectors, with what sums begin with: words of each lane and digit of V inputs, of each run starts, units and sums. (To cut
+    /// a run's out of these takes less time than to look it up.)
+    #[inline(always)]
+    pub(super) fn of_tile<'a, const EACH_DIGIT: usize, const DIGITS: usize, const V: usize>(
+        &'a self,
+        starts: &'a [i32],
+        first: usize,
+    ) -> OfTile<'a, EACH_DIGIT, DIGITS, V> {
+        let (at, words) = (first * self.layout.runs(), EACH_DIGIT * DIGITS);
+        let all: &[i32] = cast_slice(&self.limbs[..]);
+        OfTile {
+            words: all[at * (self.layout.run / EACH) * words..].as_chunks().0.as_chunks().0.as_chunks().0,
+            starts: starts[at * DIGITS..].as_chunks().0.as_chunks().0,
+            units: self.units[at..].as_chunks().0,
+            sums: self.sums[at..].as_chunks().0,
+        }
     }
 
     /// Units and sums of a tile in a run.

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use pulp::bytemuck::cast;
 
+use super::super::super::packed::chunk;
 use super::super::LINE;
 use super::super::panel::kind;
 use super::{AHEAD, Chunk, ROWS, VECTORS};
@@ -15,9 +16,11 @@ const HALF: usize = 2 * ROWS;
 
 /// How codes of some bits become bytes.
 pub(in super::super) struct Spread {
-    pub(super) bits: u8,
+    bits: u8,
     /// Bytes of a chunk of the rows of a panel.
     bytes: usize,
+    /// Chunks of which the products with a byte, added up by two columns each, are less than 2¹⁵.
+    pub(super) together: usize,
     /// Where, of each vector, the sixteen bytes begin from which the codes of four rows come, and of the next four.
     begin: [[usize; 2]; VECTORS],
     /// Of each, the two bytes that have a code, for the codes of even places in a row and of odd ones.
@@ -45,7 +48,9 @@ impl Spread {
             })
         });
         let factors = [0, 1].map(|odd| std::array::from_fn(|place| 1 << (8 - bit(place, odd) % 8)));
-        Spread { bits, bytes, begin, order, factors }
+        let (most, parts) = (2 * 128 * ((1 << bits) - 1), chunk(bits) / CODES);
+        let together = (i16::MAX as usize / most / parts).max(1);
+        Spread { bits, bytes, together, begin, order, factors }
     }
 
     /// Bytes of a chunk.
@@ -54,24 +59,41 @@ impl Spread {
         if KIND == 0 { self.bytes } else { size_of::<Chunk>() }
     }
 
-    /// A lane of some vectors of a chunk, in bytes; and with the first what comes so much later is asked for.
+    /// The codes of a panel as bytes, in memory that may have been used before.
+    pub(super) fn write<'a>(&self, codes: &[u8], to: &'a mut Vec<u8>) -> &'a [u8] {
+        to.resize(codes.len() / self.bytes * size_of::<Chunk>(), 0);
+        // SAFETY: there are such codes only where the machine has the instructions: `Digits::all` asks.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.write_chunks(codes, to);
+        }
+        to
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn write_chunks(&self, codes: &[u8], to: &mut [u8]) {
+        for (codes, to) in codes.chunks_exact(self.bytes).zip(to.as_chunks_mut().0.as_chunks_mut::<VECTORS>().0) {
+            prefetch(&codes[0], AHEAD);
+            for (vector, to) in to.iter_mut().enumerate() {
+                *to = cast::<_, [u8; CODES * ROWS]>(self.bytes_of(codes, vector));
+            }
+        }
+    }
+
+    /// Some vectors of a chunk; and with the first what comes so much later is asked for.
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) fn lanes<const KIND: u8, const PART: usize, const B: usize>(
-        &self,
-        chunk: &[u8],
-        some: usize,
-    ) -> [__m256i; B] {
-        if PART == 0 && some == 0 {
+    pub(super) fn load<const KIND: u8, const B: usize>(&self, chunk: &[u8], some: usize) -> [__m256i; B] {
+        if some == 0 {
             prefetch(&chunk[0], AHEAD);
             prefetch(&chunk[0], AHEAD + LINE);
         }
-        let mut lanes = [_mm256_setzero_si256(); B];
-        for (b, to) in lanes.iter_mut().enumerate() {
+        let mut vectors = [_mm256_setzero_si256(); B];
+        for (b, to) in vectors.iter_mut().enumerate() {
             let vector = some * B + b;
-            *to = if KIND == 0 { self.bytes_of(chunk, vector) } else { lane::<KIND, PART>(chunk, vector) };
+            *to = if KIND == 0 { self.bytes_of(chunk, vector) } else { whole(chunk, vector) };
         }
-        lanes
+        vectors
     }
 
     /// Codes that do not lie in halves or quarters of bytes.
@@ -96,17 +118,24 @@ impl Spread {
     }
 }
 
+/// The next lane of some vectors, in bytes. (Shifts by a number that the compiler knows.)
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn next<const KIND: u8, const B: usize>(vectors: &mut [__m256i; B]) -> [__m256i; B] {
+    let mut lanes = *vectors;
+    if matches!(KIND, 2 | 4) {
+        for (lane, vector) in lanes.iter_mut().zip(vectors) {
+            *lane = _mm256_and_si256(*vector, _mm256_set1_epi8((1 << KIND) - 1));
+            *vector = if KIND == 2 { _mm256_srli_epi32::<2>(*vector) } else { _mm256_srli_epi32::<4>(*vector) };
+        }
+    }
+    lanes
+}
+
 /// Codes of 8, 4 or 2 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lane<const KIND: u8, const PART: usize>(chunk: &[u8], vector: usize) -> __m256i {
-    let Some(chunk) = chunk.as_chunks().0.as_chunks::<VECTORS>().0.first() else { return _mm256_setzero_si256() };
-    let mut codes: __m256i = cast::<[u8; CODES * ROWS], _>(chunk[vector]);
-    if PART > 0 {
-        codes = _mm256_srlv_epi32(codes, _mm256_set1_epi32(i32::from(KIND) * PART as i32));
-    }
-    if KIND < 8 {
-        codes = _mm256_and_si256(codes, _mm256_set1_epi8((1 << KIND) - 1));
-    }
-    codes
+fn whole(chunk: &[u8], vector: usize) -> __m256i {
+    let vectors: &[[u8; CODES * ROWS]] = chunk.as_chunks().0;
+    vectors.get(vector).map_or(_mm256_setzero_si256(), |vector| cast(*vector))
 }

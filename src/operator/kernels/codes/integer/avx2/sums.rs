@@ -1,27 +1,13 @@
 //! Sums of the products of the codes of a run with the digits of inputs.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::Sums;
-use super::spread::Spread;
+use super::spread::{Spread, next};
 
 /// Words of a lane: so many of each digit of V inputs.
 type Words<const EACH: usize, const DIGITS: usize, const V: usize> = [[[i32; V]; EACH]; DIGITS];
-
-/// Calls what is generic over the part for each lane that the bytes of a chunk have, one after the other: the registers hold
-/// sums and little more.
-macro_rules! parts {
-    ($parts:expr, $add:ident::<$kind:ident, $($which:ident),*>$of:tt) => {
-        $add::<$kind, 0, $($which),*>$of;
-        if $parts > 1 {
-            $add::<$kind, 1, $($which),*>$of;
-        }
-        if $parts > 2 {
-            $add::<$kind, 2, $($which),*>$of;
-            $add::<$kind, 3, $($which),*>$of;
-        }
-    };
-}
 
 /// What sums begin with.
 #[inline]
@@ -36,28 +22,31 @@ fn begun<const DIGITS: usize, const V: usize, const B: usize>(starts: &[[i32; V]
     sums
 }
 
-/// A function that adds the products of one lane of all chunks, and how codes meet so many words of a digit.
+/// A function that adds the products of some chunks, and how codes meet so many words of a digit.
 macro_rules! add {
     ($name:ident, $features:literal, $each:literal, $product:ident) => {
         #[inline]
         #[target_feature(enable = $features)]
-        fn $name<const KIND: u8, const PART: usize, const DIGITS: usize, const V: usize, const B: usize>(
+        fn $name<const KIND: u8, const PARTS: usize, const DIGITS: usize, const V: usize, const B: usize>(
             spread: &Spread,
             codes: &[u8],
-            words: &[impl AsRef<[Words<$each, DIGITS, V>]>],
+            words: &[[Words<$each, DIGITS, V>; PARTS]],
             some: usize,
             sums: &mut Sums<DIGITS, V, B>,
         ) {
             for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
-                let (codes, words) = (spread.lanes::<KIND, PART, B>(codes, some), &words.as_ref()[PART]);
-                for b in 0..B {
-                    for digit in 0..DIGITS {
-                        for v in 0..V {
-                            let mut of = [_mm256_setzero_si256(); $each];
-                            for at in 0..$each {
-                                of[at] = _mm256_set1_epi32(words[digit][at][v]);
+                let mut vectors = spread.load::<KIND, B>(codes, some);
+                for words in words {
+                    let codes = next::<KIND, B>(&mut vectors);
+                    for b in 0..B {
+                        for digit in 0..DIGITS {
+                            for v in 0..V {
+                                let mut of = [_mm256_setzero_si256(); $each];
+                                for at in 0..$each {
+                                    of[at] = _mm256_set1_epi32(words[digit][at][v]);
+                                }
+                                sums[digit][v][b] = $product(sums[digit][v][b], codes[b], of);
                             }
-                            sums[digit][v][b] = $product(sums[digit][v][b], codes[b], of);
                         }
                     }
                 }
@@ -79,7 +68,7 @@ macro_rules! sums {
             some: usize,
         ) -> Sums<DIGITS, V, B> {
             let mut sums = begun(starts);
-            parts!(PARTS, $add::<KIND, DIGITS, V, B>(spread, codes, words, some, &mut sums));
+            $add::<KIND, PARTS, DIGITS, V, B>(spread, codes, words, some, &mut sums);
             sums
         }
     };
@@ -90,6 +79,17 @@ add!(add_pairs, "avx2", 1, pairs);
 add!(add_halves, "avx2", 2, halves);
 sums!(sums_of_bytes, "avx2,avxvnni", 1, add_bytes);
 sums!(sums_of_halves, "avx2", 2, add_halves);
+
+/// A sum of which the compiler knows no more than that: it may add integers up in any order, and would keep the products of many lanes, for
+/// which there are no registers (1.6 times the time).
+#[inline]
+#[target_feature(enable = "avx2")]
+#[allow(unsafe_code)]
+fn settled(mut sum: __m256i) -> __m256i {
+    // SAFETY: there are no instructions.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(pure, nomem, nostack, preserves_flags)) };
+    sum
+}
 
 /// Of four bytes, in 32 bits.
 #[inline]
@@ -102,7 +102,7 @@ fn fours(sum: __m256i, codes: __m256i, [word]: [__m256i; 1]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn pairs(sum: __m256i, codes: __m256i, [word]: [__m256i; 1]) -> __m256i {
-    _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word))
+    settled(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word)))
 }
 
 /// Of four bytes with 16 bits: the first and the third of a row meet one word, and the others the next.
@@ -111,7 +111,7 @@ fn pairs(sum: __m256i, codes: __m256i, [word]: [__m256i; 1]) -> __m256i {
 fn halves(sum: __m256i, codes: __m256i, [even, odd]: [__m256i; 2]) -> __m256i {
     let of_even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), even);
     let of_odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd);
-    _mm256_add_epi32(sum, _mm256_add_epi32(of_even, of_odd))
+    settled(_mm256_add_epi32(sum, _mm256_add_epi32(of_even, of_odd)))
 }
 
 /// Codes of less than eight bits: products of some chunks are added up in 16 bits.
@@ -124,21 +124,46 @@ pub(super) fn sums_of_pairs<const KIND: u8, const PARTS: usize, const DIGITS: us
     starts: &[[i32; V]; DIGITS],
     some: usize,
 ) -> Sums<DIGITS, V, B> {
-    // So many pairs of products with a byte are less than 2¹⁵.
-    let bits = if KIND == 0 { spread.bits } else { KIND };
-    let together = (i16::MAX as usize / (2 * 128 * ((1 << bits) - 1)) / PARTS).max(1);
+    let (mut codes, mut words) = (codes, words);
+    // The first chunks are often all (of a run of 32 columns with up to 4 bits): sums begin when theirs are known, and do not wait for them in
+    // registers.
+    let first = next_pairs::<KIND, PARTS, DIGITS, V, B>(spread, &mut codes, &mut words, some);
     let mut sums = begun(starts);
-    for (codes, words) in codes.chunks(together * spread.chunk::<KIND>()).zip(words.chunks(together)) {
-        let mut halves = begun(&[[0; V]; DIGITS]);
-        parts!(PARTS, add_pairs::<KIND, DIGITS, V, B>(spread, codes, words, some, &mut halves));
-        for digit in 0..DIGITS {
-            for v in 0..V {
-                for b in 0..B {
-                    let of_four = _mm256_madd_epi16(halves[digit][v][b], _mm256_set1_epi16(1));
-                    sums[digit][v][b] = _mm256_add_epi32(sums[digit][v][b], of_four);
-                }
+    widen(&mut sums, &first);
+    while !codes.is_empty() && !words.is_empty() {
+        let of = next_pairs::<KIND, PARTS, DIGITS, V, B>(spread, &mut codes, &mut words, some);
+        widen(&mut sums, &of);
+    }
+    sums
+}
+
+/// The sums of pairs of the next chunks, which are taken off.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn next_pairs<'a, const KIND: u8, const PARTS: usize, const DIGITS: usize, const V: usize, const B: usize>(
+    spread: &Spread,
+    codes: &mut &'a [u8],
+    words: &mut &'a [[Words<1, DIGITS, V>; PARTS]],
+    some: usize,
+) -> Sums<DIGITS, V, B> {
+    let (of_codes, codes_after) = codes.split_at(codes.len().min(spread.together * spread.chunk::<KIND>()));
+    let (of_words, words_after) = words.split_at(words.len().min(spread.together));
+    (*codes, *words) = (codes_after, words_after);
+    let mut sums = begun(&[[0; V]; DIGITS]);
+    add_pairs::<KIND, PARTS, DIGITS, V, B>(spread, of_codes, of_words, some, &mut sums);
+    sums
+}
+
+/// Adds sums in 16 bits to those in 32.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen<const DIGITS: usize, const V: usize, const B: usize>(to: &mut Sums<DIGITS, V, B>, of: &Sums<DIGITS, V, B>) {
+    for digit in 0..DIGITS {
+        for v in 0..V {
+            for b in 0..B {
+                let wide = _mm256_madd_epi16(of[digit][v][b], _mm256_set1_epi16(1));
+                to[digit][v][b] = _mm256_add_epi32(to[digit][v][b], wide);
             }
         }
     }
-    sums
 }
