@@ -19,8 +19,8 @@ const NARROW: usize = 6;
 /// Vectors that are multiplied so at all.
 pub(crate) const MOST: usize = 2 * WIDE;
 
-/// Vectors from which on a general product is faster on this machine, less one: of rows and of columns that lie in order. (By AVX2 eight
-/// vectors take rows in two turns, and 0.7 of the time of a general product.)
+/// The most vectors that are faster so than by a general product on this machine, with rows that lie in order and with columns. (Rows are met
+/// in turns if need be: by AVX2 eight vectors take two, and 0.7 of the time of a general product.)
 fn most() -> (usize, usize) {
     match Arch::new() {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]

@@ -45,6 +45,7 @@ impl Layout {
     }
 
     /// The groups of all runs, one after the other. (To divide for each takes two percent of a product with inputs of 8 bits.)
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn groups(&self) -> impl Iterator<Item = usize> + use<> {
         let (each, mut group, mut left) = (self.each, 0, self.each);
