@@ -64,8 +64,9 @@ fn halves_equal_the_naive_product_of_what_they_stand_for() {
 #[test]
 fn takes_what_it_is_for_and_leaves_what_is_there_already() {
     let (w, x) = (numbers::<f64>(290, 300, 1), numbers::<f64>(300, 9, 2));
+    let eight = cfg!(target_arch = "x86_64") && !matches!(Arch::new(), Arch::Scalar);
     for (n, by_rows, by_columns) in
-        [(1, false, false), (2, true, true), (6, true, true), (8, most().0 == WIDE, true), (9, false, true)]
+        [(1, false, false), (2, true, true), (6, true, true), (8, eight, true), (9, false, true)]
     {
         let (x, z) = (x.slice(s![.., ..n]), x.slice(s![..290, ..n]));
         for (a, b, taken) in [(w.view(), x, by_rows), (w.t(), z, by_columns)] {

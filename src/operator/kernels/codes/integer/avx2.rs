@@ -185,17 +185,18 @@ macro_rules! tile {
             let shifted = panel.grids.shifted();
             let (mut held, mut scales, mut shifts) =
                 (usize::MAX, [_mm256_setzero_ps(); VECTORS], [_mm256_setzero_ps(); VECTORS]);
-            let of = x.of_tile::<$each, DIGITS, V>(panel.starts, first);
+            let tile = x.of_tile::<$each, DIGITS, V>(panel.starts, first);
             let chunks = x.layout.run / EACH / PARTS;
             let runs = panel
                 .packed
                 .chunks(chunks * spread.chunk::<KIND>())
-                .zip(of.words.as_chunks::<PARTS>().0.chunks(chunks));
-            let beside = of.starts.iter().zip(of.units).zip(of.sums);
+                .zip(tile.words.as_chunks::<PARTS>().0.chunks(chunks));
+            let beside = tile.starts.iter().zip(tile.units).zip(tile.sums);
             for ((group, (codes, words)), ((starts, units), whole)) in x.layout.groups().zip(runs).zip(beside) {
                 let group = panel.group + group;
                 if group != held {
-                    (held, scales, shifts) = (group, numbers(&panel.grids.scales, group), shifts_of(panel, group));
+                    (held, scales) = (group, numbers(&panel.grids.scales, group));
+                    shifts = shifts_of(panel, group, scales);
                 }
                 for some in 0..VECTORS / B {
                     let sums = $sums::<KIND, PARTS, DIGITS, V, B>(spread, codes, words, starts, some);
@@ -245,13 +246,13 @@ fn join<const DIGITS: usize, const BITS: i32>(of: [__m256i; DIGITS]) -> __m256 {
     _mm256_fmadd_ps(_mm256_cvtepi32_ps(of[0]), unit, _mm256_cvtepi32_ps(rest))
 }
 
-/// What codes of the rows of a panel count from the middle in a group, in numbers: zeros if there is nothing of the kind.
+/// What codes of the rows of a panel count from the middle in a group of such scales, in numbers: zeros if there is nothing of the kind.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn shifts_of(panel: &Panel<'_>, group: usize) -> [__m256; VECTORS] {
-    let Grids { scales, zeros, offsets } = panel.grids;
+fn shifts_of(panel: &Panel<'_>, group: usize, scales: [__m256; VECTORS]) -> [__m256; VECTORS] {
+    let Grids { zeros, offsets, .. } = panel.grids;
     let Some(zeros) = zeros.get(group) else { return numbers(offsets, group) };
-    let mut shifts = numbers(scales, group);
+    let mut shifts = scales;
     let middle = _mm256_set1_epi32(1 << (panel.bits - 1));
     for (shift, zeros) in shifts.iter_mut().zip(zeros.as_chunks().0) {
         let zeros = _mm256_cvtepu8_epi32(cast([*zeros, [0; ROWS]]));
