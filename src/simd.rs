@@ -238,7 +238,7 @@ fn ask<const NEAREST: bool, L>(of: &L, ahead: usize) {
     use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
     #[cfg(target_arch = "x86_64")]
     for line in (0..size_of::<L>()).step_by(64) {
-        let at = std::ptr::from_ref(of).wrapping_byte_add(ahead + line).cast();
+        let at = std::ptr::from_ref(of).wrapping_byte_add(ahead.wrapping_add(line)).cast();
         // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a
         // program can see and faults on no address, so that one beyond the numbers does no harm, and the pointer to
         // it was computed by wrapping arithmetic.

@@ -4,10 +4,11 @@
 ///
 /// Columns that share a scale meet their inputs as x ≈ u·q with a unit u for each run of columns, such that the largest input of a
 /// run takes all bits, and signed integers q. Fewer bits are faster where arithmetic and not memory takes the time: several vectors
-/// at once, and processors without matrix instructions. What of it is stored is nothing: the same file serves all.
+/// at once. What of it is stored is nothing: the same file serves all.
 ///
-/// Kernels take inputs in so many bits *or more*: matrix instructions, and wherever rows are written out or codes are not
-/// multiplied as integers, have full accuracy whatever is asked for. Inputs in `f64` do so always.
+/// Kernels take inputs in so many bits *or more*: matrix instructions in two bytes, or, for codes of up to seven bits in groups of
+/// 32 columns, in three, where one is asked for; and wherever rows are written out or codes are not multiplied as integers,
+/// accuracy is full. Inputs in `f64` have it always.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum ActivationBits {
     /// A byte, in runs of up to 32 columns: off by up to 1/254 of the largest of a run. What llama.cpp and others take.

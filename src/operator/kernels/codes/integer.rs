@@ -4,9 +4,9 @@
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are; or in one or two bytes, if less is asked for
 //! ([`ActivationBits`]). Codes of any width become bytes, four columns of 16 rows in a vector, and `vpdpbusd` adds up their
 //! products with each of the bytes without any rounding; floats see the sum of a run only, which is scaled then, for 16 rows at
-//! once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than two inputs meet the bytes in
-//! those ([`four`], [`many`]), with the sums of three bytes, or, more than four, codes of less than eight bits as numbers of 16
-//! bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the same codes meet inputs in vectors of 8
+//! once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than one input meet the bytes in
+//! those, up to sixteen at a time where their digits fill two tiles ([`turns`]) or three ([`many`]), or, more than four, codes of
+//! less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the same codes meet inputs in vectors of 8
 //! rows ([`avx2`]).
 
 use std::arch::x86_64::*;
@@ -19,12 +19,12 @@ mod bfloat;
 mod bytes;
 mod digits;
 mod few;
-mod four;
 mod inputs;
 mod many;
 mod matrix;
 mod panel;
 mod runs;
+mod turns;
 mod vectors;
 mod way;
 
@@ -168,7 +168,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 enum Meeting {
     Vectors(ActivationBits),
     Narrow(avx2::Digits, Box<avx2::Spread>, Vec<u8>),
-    Four(four::Tiles, Box<four::Scratch>),
+    Turns(turns::Tiles, Box<turns::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
     Eight(bfloat::Tiles<{ LANES / 2 }>, Box<Scratch>),
     Sixteen(bfloat::Tiles<LANES>, Box<Scratch>),
@@ -177,9 +177,7 @@ enum Meeting {
 impl Meeting {
     fn new(x: &Inputs, bits: u8) -> Self {
         match x.way {
-            Way::Bytes(shape) if shape.inputs == TOGETHER => {
-                Meeting::Four(four::Tiles::new(shape), four::Scratch::new())
-            }
+            Way::Turns(shape) => Meeting::Turns(turns::Tiles::new(shape), turns::Scratch::new()),
             Way::Bytes(shape) => {
                 let blocks = Blocks::new(x, shape);
                 Meeting::Bytes(Tiles::new(shape), blocks, blocks.scratch())
@@ -196,7 +194,7 @@ impl Meeting {
         match self {
             Meeting::Vectors(_) => vectors::PANELS,
             Meeting::Narrow(..) => 1,
-            Meeting::Four(..) => four::PANELS,
+            Meeting::Turns(..) => turns::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
         }
@@ -231,13 +229,10 @@ impl Meeting {
     ) {
         match self {
             Meeting::Vectors(activations) => vectors::multiply::<KIND, PARTS>(*activations, panels, x, totals),
-            Meeting::Four(tiles, scratch) => four::multiply::<KIND, PARTS>(panels, x, tiles, scratch, totals),
+            Meeting::Turns(tiles, scratch) => turns::multiply::<KIND, PARTS>(tiles, panels, x, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {
                 let task = Task { panels, x, tiles, unpacked, totals };
-                match x.way {
-                    Way::Bytes(shape) if shape.inputs == LANES => blocks.multiply::<KIND, PARTS, LANES>(task),
-                    _ => blocks.multiply::<KIND, PARTS, { LANES / 2 }>(task),
-                }
+                blocks.multiply::<KIND, PARTS>(task);
             }
             Meeting::Eight(tiles, scratch) => few::multiply::<KIND, { LANES / 2 }>(panels, x, tiles, scratch, totals),
             Meeting::Sixteen(tiles, scratch) => few::multiply::<KIND, LANES>(panels, x, tiles, scratch, totals),

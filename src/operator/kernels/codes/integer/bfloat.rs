@@ -114,13 +114,13 @@ impl Table {
 }
 
 /// Tile registers: the sums of two bands of a run and of the next, and a step's codes of two bands and inputs of two digits.
-pub(super) struct Tiles<const COUNT: usize>(Runs<COUNT>);
+pub(super) struct Tiles<const COUNT: usize>(Runs);
 
 impl<const COUNT: usize> Tiles<COUNT> {
     /// # Panics
     /// Without the instructions.
     pub(super) fn new() -> Self {
-        Tiles(Runs::new(LANES))
+        Tiles(Runs::new(COUNT, LANES))
     }
 
     /// Begins a run.
@@ -175,6 +175,6 @@ impl<const COUNT: usize> Tiles<COUNT> {
     /// Writes the sums of a band of a run.
     #[inline(always)]
     pub(super) fn put<const BAND: usize>(&self, run: usize, to: &mut Sums) {
-        self.0.put::<BAND, _, LANES>(run, to);
+        self.0.put::<BAND, _>(run, to);
     }
 }

@@ -11,7 +11,7 @@ use super::super::layout::sum;
 use super::digits::{Cut, largest, totalled};
 use super::matrix::Shape;
 use super::way::{Layout, Way};
-use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, LIMBS, STEP, avx2, bfloat, columns, few};
+use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, STEP, avx2, bfloat, columns, few, turns};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
 
@@ -67,6 +67,7 @@ impl Inputs {
         let (vectors, width) = (x.ncols(), way.width());
         let runs = match way {
             Way::Numbers(_) => few::Blocks::new(&layout).all(),
+            Way::Turns(_) => turns::all(&layout),
             _ => layout.runs(),
         };
         let padded = match way {
@@ -78,13 +79,13 @@ impl Inputs {
         let digits = match way {
             Way::Vectors(activations) => runs * (layout.run / EACH) * activations.bytes() * width,
             Way::Narrow(digits) => runs * (layout.run / EACH) * digits.words() * width,
-            Way::Bytes(shape) => runs * shape.run(&layout),
+            Way::Turns(shape) | Way::Bytes(shape) => runs * shape.run(&layout),
             Way::Numbers(inputs) => runs * few::Blocks::new(&layout).steps() * DIGITS * inputs * LANES,
         };
         let mut limbs = Kept::new((digits * padded).div_ceil(width * LANES));
         let starts = match way {
             Way::Vectors(activations) => activations.bytes(),
-            Way::Bytes(_) => LIMBS,
+            Way::Turns(shape) | Way::Bytes(shape) => shape.activations.bytes(),
             Way::Narrow(digits) => digits.count(),
             Way::Numbers(_) => 0,
         };
@@ -111,7 +112,7 @@ impl Inputs {
                 #[allow(unsafe_code)]
                 unsafe {
                     match (way, count) {
-                        (Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
+                        (Way::Turns(shape) | Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
                         (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
                         (Way::Vectors(activations), 1) => lay_out::<1>(activations, &layout, tile, x),
                         (Way::Vectors(activations), 2) => lay_out::<2>(activations, &layout, tile, x),
@@ -257,27 +258,29 @@ fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: T
 /// Lays a tile out for matrix instructions with bytes, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: &[&[f32]]) {
-    let (Shape { inputs, lanes, .. }, cut) = (shape, Cut::new(LIMBS, layout.parts));
+    let Shape { inputs, activations, lanes, .. } = shape;
+    let bytes_of = activations.bytes();
+    let cut = Cut::new(bytes_of, layout.parts);
     let beside = tile.units.chunks_mut(inputs).zip(tile.sums.chunks_mut(inputs));
-    let beside = beside.zip(tile.less.chunks_mut(LIMBS * inputs));
+    let beside = beside.zip(tile.less.chunks_mut(bytes_of * inputs));
     for (run, (to, ((units, sums), less))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = layout.of_run(run, x);
-            units[v] = ActivationBits::TwentyFour.unit(largest(x));
+            units[v] = activations.unit(largest(x));
             let mut total = _mm512_setzero_si512();
             for (step, to) in to.chunks_mut(shape.step()).enumerate() {
                 for lane in (0..lanes).step_by(LANES / EACH) {
                     let bytes = cut.split(x.get((step * lanes + lane) * EACH..).unwrap_or_default(), units[v]);
                     total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
                     let bytes: [[i32; LANES / EACH]; EACH] = cast(bytes);
-                    for (limb, of) in bytes.iter().enumerate().take(LIMBS) {
+                    for (limb, of) in bytes.iter().enumerate().take(bytes_of) {
                         to[(limb * inputs + v) * lanes + lane..][..LANES / EACH].copy_from_slice(of);
                     }
                 }
             }
             let total = totalled(total);
-            sums[v] = sum(&total[..LIMBS], 8, units[v]);
-            (0..LIMBS).for_each(|limb| less[limb * inputs + v] = -total[limb]);
+            sums[v] = sum(&total[..bytes_of], 8, units[v]);
+            (0..bytes_of).for_each(|limb| less[limb * inputs + v] = -total[limb]);
         }
     }
 }

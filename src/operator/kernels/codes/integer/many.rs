@@ -14,7 +14,7 @@ use pulp::bytemuck::cast;
 use super::matrix::{Shape, Sums, Tiles};
 use super::panel::{Pair, Signed};
 use super::vectors::{Panel, Scaling};
-use super::{BANDS, EACH, Inputs, LIMBS, Lanes};
+use super::{ActivationBits, BANDS, EACH, Inputs, LANES, LIMBS, Lanes};
 
 /// Columns of a block, unless a run has more.
 const COLUMNS: usize = 128;
@@ -78,13 +78,13 @@ impl Blocks {
         if number + 1 < self.places { number + 1 } else { 0 }
     }
 
-    /// Adds the products of as many panels as are together, or fewer, with all inputs, COUNT at a time.
+    /// Adds the products of as many panels as are together, or fewer, with all inputs, sixteen at a time.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize, const COUNT: usize>(&self, task: Task<'_, 'a>) {
+    pub(super) fn multiply<'a, const KIND: u8, const PARTS: usize>(&self, task: Task<'_, 'a>) {
         let Task { panels, x, tiles, unpacked, totals } = task;
         let Some(one) = panels.first() else { return };
         let (layout, signed) = (&x.layout, Signed::new(one.bits));
-        let shape = Shape::of(COUNT, layout);
+        let shape = Shape::of(LANES, ActivationBits::TwentyFour, layout);
         let registers = tiles.of(shape);
         // Lanes, steps and bytes of a run, and integers of its inputs.
         let (lanes, of_run, padded) = (layout.run / EACH, shape.run(layout), x.padded());
@@ -106,7 +106,7 @@ impl Blocks {
         let mut sums = Sums::default();
         // What has its sums, but not its totals: nothing yet.
         let nothing = Scaling { scales: _mm512_setzero_ps(), shift: _mm512_setzero_ps() };
-        let (mut scaling, mut beside, mut totals_of) = ([nothing; BANDS], (&[0.0; COUNT], &[0.0; COUNT]), 0);
+        let (mut scaling, mut beside, mut totals_of) = ([nothing; BANDS], (&[0.0; LANES], &[0.0; LANES]), 0);
         for (block, first) in (0..layout.runs()).step_by(self.runs).enumerate() {
             let runs = self.runs.min(layout.runs() - first);
             let first_group = layout.group_of(first);
@@ -118,7 +118,7 @@ impl Blocks {
             let mut number = start;
             for (tile, (begin, _)) in x.tiles().enumerate() {
                 let from = tile * layout.runs() + first;
-                let (units, whole) = (x.units::<COUNT>(from..from + runs), x.sums::<COUNT>(from..from + runs));
+                let (units, whole) = (x.units::<LANES>(from..from + runs), x.sums::<LANES>(from..from + runs));
                 number = start;
                 for (at, panel) in panels.iter().enumerate() {
                     let places = [self.place(number), self.place(self.after(number))];
@@ -144,7 +144,7 @@ impl Blocks {
                             rest.unpack::<KIND, PARTS, 0>(&signed, shape);
                         }
                         registers.put::<1>(&mut sums);
-                        add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
+                        add::<0>(&scaling[0], &sums, beside, totals, totals_of);
                         registers.clear::<1>();
                         for (codes, inputs) in codes.chunks(shape.lanes).zip(inputs.chunks(shape.step())).take(steps) {
                             registers.add_up::<1>(codes, inputs);
@@ -155,8 +155,8 @@ impl Blocks {
                         if tile == 0 {
                             panel.grids.ask_for(group, groups_ahead);
                         }
-                        add::<COUNT, 1>(&scaling[1], &sums, beside, totals, totals_of);
-                        scaling = scalings::<KIND, COUNT>(panel, group);
+                        add::<1>(&scaling[1], &sums, beside, totals, totals_of);
+                        scaling = scalings::<KIND>(panel, group);
                         (beside, totals_of) = (all, at * padded + begin);
                     }
                 }
@@ -164,8 +164,8 @@ impl Blocks {
             start = number;
         }
         registers.put::<1>(&mut sums);
-        add::<COUNT, 0>(&scaling[0], &sums, beside, totals, totals_of);
-        add::<COUNT, 1>(&scaling[1], &sums, beside, totals, totals_of);
+        add::<0>(&scaling[0], &sums, beside, totals, totals_of);
+        add::<1>(&scaling[1], &sums, beside, totals, totals_of);
     }
 }
 
@@ -196,7 +196,7 @@ impl Rest<'_> {
 /// What makes numbers of a group's sums, of each band. (Each kernel has its own, which compilers make part of the loop then.)
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn scalings<const KIND: u8, const COUNT: usize>(panel: &Panel<'_>, group: usize) -> [Scaling; BANDS] {
+fn scalings<const KIND: u8>(panel: &Panel<'_>, group: usize) -> [Scaling; BANDS] {
     let mut scalings = panel.scalings(group);
     for of in &mut scalings {
         of.scales = _mm512_mul_ps(of.scales, _mm512_set1_ps(1.0 / Signed::times::<KIND>()));
@@ -207,19 +207,19 @@ fn scalings<const KIND: u8, const COUNT: usize>(panel: &Panel<'_>, group: usize)
 /// Adds the sums of the digits of some inputs of some units and sums to totals from one on, of a band.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn add<const COUNT: usize, const BAND: usize>(
+fn add<const BAND: usize>(
     scaling: &Scaling,
     sums: &Sums,
-    (units, whole): (&[f32; COUNT], &[f32; COUNT]),
+    (units, whole): (&[f32; LANES], &[f32; LANES]),
     totals: &mut [[Lanes<f32>; BANDS]],
     from: usize,
 ) {
-    let Some(totals) = totals[from..].first_chunk_mut::<COUNT>() else { return };
-    let of = sums.0[BAND].as_chunks::<COUNT>().0;
+    let Some(totals) = totals[from..].first_chunk_mut::<LANES>() else { return };
+    let of = sums.0[BAND].as_chunks::<LANES>().0;
     let (high, middle, low) = (&of[0], &of[1], &of[LIMBS - 1]);
     let (high, middle, low) = (high.as_chunks::<4>().0, middle.as_chunks::<4>().0, low.as_chunks::<4>().0);
     let (totals, units, whole) = (totals.as_chunks_mut::<4>().0, units.as_chunks::<4>().0, whole.as_chunks::<4>().0);
-    for four in 0..COUNT / 4 {
+    for four in 0..LANES / 4 {
         let (high, middle, low) = (&high[four], &middle[four], &low[four]);
         let (totals, units, whole) = (&mut totals[four], &units[four], &whole[four]);
         for v in 0..4 {

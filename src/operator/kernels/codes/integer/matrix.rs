@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use super::panel::Pair;
 use super::tiles::{self, Registers, tiles};
 use super::way::Layout;
-use super::{BANDS, EACH, LANES, LIMBS, Lanes};
+use super::{ActivationBits, BANDS, EACH, LANES, LIMBS, Lanes};
 
 /// Whether there are matrix instructions beside those of vectors.
 pub(super) fn available() -> bool {
@@ -20,6 +20,8 @@ pub(super) fn available() -> bool {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Shape {
     pub inputs: usize,
+    /// What inputs are cut into.
+    pub activations: ActivationBits,
     /// Lanes of codes of a step.
     pub lanes: usize,
     /// Registers that hold all digits of the inputs, and rows of each: as few as there can be, of one size.
@@ -30,11 +32,11 @@ pub(super) struct Shape {
 impl Shape {
     /// For so many inputs at a time, at most sixteen.
     #[inline(always)]
-    pub(super) fn of(inputs: usize, layout: &Layout) -> Self {
-        let rows = inputs * LIMBS;
+    pub(super) fn of(inputs: usize, activations: ActivationBits, layout: &Layout) -> Self {
+        let rows = inputs * activations.bytes();
         let tiles = rows.div_ceil(LANES);
-        let lanes = (layout.run / EACH).next_multiple_of(4).min(LANES);
-        Shape { inputs, lanes, tiles, rows: rows.div_ceil(tiles) }
+        let lanes = (layout.run / EACH).next_multiple_of(LANES / 2).min(LANES);
+        Shape { inputs, activations, lanes, tiles, rows: rows.div_ceil(tiles) }
     }
 
     /// Integers of a register of inputs.

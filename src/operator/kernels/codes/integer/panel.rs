@@ -6,7 +6,7 @@ use pulp::bytemuck::cast;
 
 use super::bytes::Spread;
 use super::{BANDS, LINE, Lanes};
-use crate::simd::prefetch_early;
+use crate::simd::prefetch;
 
 /// How codes of some bits come out of the bytes of vectors, two bands each.
 #[derive(Clone, Copy)]
@@ -119,8 +119,8 @@ impl Signed {
     #[allow(unsafe_code)]
     pub(super) fn unpack<const KIND: u8, const PARTS: usize>(&self, codes: &[u8], ahead: usize, to: &mut [Pair]) {
         for (codes, to) in codes.chunks_exact(self.chunk::<KIND>()).zip(to.as_chunks_mut::<PARTS>().0) {
-            prefetch_early(&codes[0], ahead);
-            prefetch_early(&codes[0], ahead + LINE);
+            prefetch(&codes[0], ahead);
+            prefetch(&codes[0], ahead.wrapping_add(LINE));
             // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
             let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
             for (part, to) in to.iter_mut().enumerate() {

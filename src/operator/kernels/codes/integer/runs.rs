@@ -1,10 +1,9 @@
-//! Tile registers for the sums of two runs by turns, of two bands each: while one run's are added up, those of the one before are
-//! written where they belong.
+//! Tile registers for two pairs of sums by turns: while one pair is added up, the one before is written where it belongs.
 
 use super::tiles::{Registers, tiles};
-use super::{BANDS, Lanes};
+use super::{LANES, Lanes};
 
-/// Assembly, for the registers that have the sums of a run.
+/// Assembly, for the registers that have the sums of a turn.
 macro_rules! of_run {
     ($run:expr, $code:ident) => {
         match $run % 2 {
@@ -15,21 +14,22 @@ macro_rules! of_run {
 }
 pub(super) use of_run;
 
-/// Registers: four of COUNT sums of 16 rows, and two each for codes (tmm4, tmm5) and COUNT inputs (tmm6, tmm7) of a step.
-pub(super) struct Runs<const COUNT: usize>(Registers);
+/// Registers: four for sums, and two each for codes (tmm4, tmm5) and inputs (tmm6, tmm7) of a step.
+pub(super) struct Runs(Registers);
 
-impl<const COUNT: usize> Runs<COUNT> {
-    /// For codes of so many lanes of 16 rows.
+impl Runs {
+    /// For so many rows of inputs, and codes of so many lanes of 16 rows.
     ///
     /// # Panics
-    /// Without the instructions, and for more lanes than a register's.
-    pub(super) fn new(lanes: usize) -> Self {
-        let (sums, codes) = ((COUNT as u8, 64), (lanes as u8, 64));
-        let inputs = (COUNT as u8, (lanes * size_of::<i32>()) as u16);
+    /// Without the instructions, and for more rows or lanes than a register's.
+    pub(super) fn new(rows: usize, lanes: usize) -> Self {
+        assert!(rows <= LANES && lanes <= LANES, "rows and lanes of a register");
+        let (sums, codes) = ((rows as u8, 64), (lanes as u8, 64));
+        let inputs = (rows as u8, (lanes * size_of::<i32>()) as u16);
         Runs(Registers::new([sums, sums, sums, sums, codes, codes, inputs, inputs]))
     }
 
-    /// Begins a run.
+    /// Begins a turn.
     #[inline(always)]
     #[allow(unsafe_code)]
     pub(super) fn clear(&self, run: usize) {
@@ -44,29 +44,29 @@ impl<const COUNT: usize> Runs<COUNT> {
         unsafe { of_run!(run, clear) }
     }
 
-    /// Writes the sums of a band of a run.
+    /// Writes one of the pair of sums of a turn.
     #[inline(always)]
     #[allow(unsafe_code)]
-    pub(super) fn put<const BAND: usize, N, const ROOM: usize>(&self, run: usize, to: &mut [[Lanes<N>; ROOM]; BANDS]) {
-        const { assert!(COUNT <= ROOM && size_of::<Lanes<N>>() == 64 && BAND < BANDS) };
+    pub(super) fn put<const OF: usize, N>(&self, run: usize, to: &mut [[Lanes<N>; LANES]; 2]) {
+        const { assert!(size_of::<Lanes<N>>() == 64 && OF < 2) };
         macro_rules! put {
             ($first:literal, $second:literal) => {
-                match BAND {
+                match OF {
                     0 => tiles!(
                         concat!("tilestored [{to} + {line}], ", $first);
-                        to = in(reg) &raw mut to[BAND],
+                        to = in(reg) &raw mut to[OF],
                         line = in(reg) size_of::<Lanes<N>>(),
                     ),
                     _ => tiles!(
                         concat!("tilestored [{to} + {line}], ", $second);
-                        to = in(reg) &raw mut to[BAND],
+                        to = in(reg) &raw mut to[OF],
                         line = in(reg) size_of::<Lanes<N>>(),
                     ),
                 }
             };
         }
-        // SAFETY: the registers are configured, as above. COUNT rows of 64 bytes are written: there are no fewer, by the
-        // assertion. No other memory is touched, nor the stack.
+        // SAFETY: the registers are configured, as above. At most LANES rows of 64 bytes are written: there are as many, and registers
+        // have no more. No other memory is touched, nor the stack.
         unsafe { of_run!(run, put) }
     }
 }

@@ -2,6 +2,7 @@ use ndarray::Array2;
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
 use super::avx2::Digits;
+use super::matrix::Shape;
 use super::way::Layout;
 use super::*;
 
@@ -11,6 +12,17 @@ fn by_vectors(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
     let narrow = |of| Digits::all(bits, of).map(Way::Narrow).chain(available().then_some(Way::Vectors(of)));
     let ways = ActivationBits::ALL.into_iter().flat_map(narrow);
     ways.map(|way| (way, way.layout(bits, group, n).unwrap())).collect()
+}
+
+/// Ways by matrix instructions, a unit of each panel after the other: of all shapes, if the machine has them.
+fn by_turns(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
+    let layout = Layout::cut(bits, group, n, turns::COLUMNS).unwrap();
+    let shapes = [(4, 24), (8, 24), (4, 16), (8, 16), (16, 16)].map(|(inputs, of)| {
+        let of = if of == 24 { ActivationBits::TwentyFour } else { ActivationBits::Sixteen };
+        Shape::of(inputs, of, &layout)
+    });
+    let shapes = shapes.into_iter().filter(|shape| matrix::available() && turns::takes(3, *shape, &layout));
+    shapes.map(|shape| (Way::Turns(shape), layout)).collect()
 }
 
 /// A product, with the way that was taken and the most that rounded inputs may make of it.
@@ -40,12 +52,21 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     let laid_out = by_vectors(bits, group, n).into_iter();
     let laid_out = laid_out.map(|(way, layout)| Inputs::laid_out(x.view(), layout, way));
     let full = ActivationBits::TwentyFour;
-    let matrices =
-        Inputs::new(x.view(), full, bits, group).filter(|x| matches!(x.way, Way::Bytes(_) | Way::Numbers(_)));
+    let by_matrices = |of| {
+        let found = Inputs::new(x.view(), of, bits, group);
+        found.filter(|x| matches!(x.way, Way::Turns(_) | Way::Bytes(_) | Way::Numbers(_)))
+    };
+    let (matrices, fewer) = (by_matrices(full), by_matrices(ActivationBits::Sixteen));
     // The fastest there is was taken.
-    let layout = Way::Vectors(full).layout(bits, group, n);
-    let four = x.ncols() >= four::FEWEST && layout.as_ref().and_then(four::shape).is_some();
-    assert_eq!(matrices.is_some(), matrix::available() && (x.ncols() > TOGETHER || four));
+    let run = Layout::cut(bits, group, n, 128).unwrap().run;
+    let fewest = |of_64| match run {
+        32 => 3,
+        64 => of_64,
+        128 => 2,
+        _ => TOGETHER + 1,
+    };
+    assert_eq!(matrices.is_some(), matrix::available() && x.ncols() >= fewest(2));
+    assert_eq!(fewer.is_some(), matrix::available() && x.ncols() >= fewest(3));
     assert_eq!(takes::<f32>(bits, group, n), available() || Digits::all(bits, full).next().is_some());
     let product = |x: Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
@@ -66,7 +87,7 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
         });
         dense.mapv(f64::abs).dot(&most)
     };
-    let all = laid_out.chain(matrices).map(|x| {
+    let all = laid_out.chain(matrices).chain(fewer).map(|x| {
         let rounding = rounding(&x);
         (x.way, product(x), rounding)
     });
@@ -111,14 +132,13 @@ fn all_instructions_find_the_same_sums() {
                 let worst = worst(product, &of);
                 assert!(worst < 1e-6, "{what}, {:?}: off by {worst:e} of what is added up", product.0);
             }
-            // As many bytes have the same sums, whatever adds them up.
+            // As many bytes, in runs as long, have the same sums, whatever adds them up.
             let bytes = |way: &Way| !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve | Digits::Sixteen));
-            for bits in ActivationBits::ALL {
-                let mut bytes = products.iter().filter(|(way, ..)| bytes(way) && way.activations() == bits);
-                if let Some((first, sums, _)) = bytes.next() {
-                    for (way, y, _) in bytes {
-                        assert_eq!(sums.mapv(f32::to_bits), y.mapv(f32::to_bits), "{what}, {first:?}, {way:?}");
-                    }
+            let bytes: Vec<_> = products.iter().filter(|(way, ..)| bytes(way)).collect();
+            let cut = |way: Way| (way.activations(), way.layout(width, group, n));
+            for (at, (first, sums, _)) in bytes.iter().enumerate() {
+                for (way, y, _) in bytes[at + 1..].iter().filter(|(way, ..)| cut(*way) == cut(*first)) {
+                    assert_eq!(sums.mapv(f32::to_bits), y.mapv(f32::to_bits), "{what}, {first:?}, {way:?}");
                 }
             }
         }
@@ -182,7 +202,7 @@ fn rows_know_nothing_of_the_scales_of_others() {
     (0..m).for_each(|_| pack(4, &[1; 96], &mut codes));
     let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
     let codes = PackedCodes::new(4, group, (m, n), codes, beside);
-    for (activations, count) in ActivationBits::ALL.into_iter().flat_map(|of| [1, 8, 16].map(|count| (of, count))) {
+    for (activations, count) in ActivationBits::ALL.into_iter().flat_map(|of| [1, 3, 8, 16].map(|count| (of, count))) {
         let rows = CodedRows { group, codes: &codes, groups: 3, beside, activations };
         let Some(x) = Inputs::new(Array2::from_elem((n, count), 1f32).view(), activations, 4, group) else {
             assert!(!available() && Digits::all(4, activations).next().is_none_or(|of| count > of.most()));
@@ -239,6 +259,13 @@ fn inputs_serve_the_rows_they_are_laid_out_for() {
             }
         }
     }
+    for (way, layout) in by_turns(4, 64, 64) {
+        let serves = |asked| way.serves::<f32>(asked, 4, 64, 64) == Some(layout);
+        // Two bytes where fewer bits are asked for, even if there are three: what a row has by itself.
+        let (full, fewer) = (ActivationBits::TwentyFour, [ActivationBits::Eight, ActivationBits::Sixteen]);
+        assert_eq!(serves(full), way.activations() == full, "{way:?}");
+        assert!(fewer.into_iter().all(|asked| serves(asked) == (way.activations() != full)), "{way:?}");
+    }
     // Runs of a byte are shorter ones.
     assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {
         ActivationBits::Eight => layout.run == 32,
@@ -255,15 +282,9 @@ fn no_sum_of_the_largest_products_overflows() {
         (0..m).for_each(|_| pack(bits, &vec![most as u8; n], &mut codes));
         let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
         let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
-        let full = Way::Vectors(ActivationBits::TwentyFour).layout(bits, n, n).unwrap();
-        let four = four::shape(&full).filter(|_| matrix::available()).map(|shape| (Way::Bytes(shape), full));
-        let ways = by_vectors(bits, n, n).into_iter().chain(four);
+        let ways = by_vectors(bits, n, n).into_iter().chain(by_turns(bits, n, n));
         for ((way, layout), count) in ways.flat_map(|way| [1, 2, 4, 8].map(|count| (way, count))) {
             let activations = way.activations();
-            // (More inputs go otherwise.)
-            if matches!(way, Way::Bytes(_)) && count > TOGETHER {
-                continue;
-            }
             // Bytes -126, -128, -128 and 126, 127, 127 of three, as units are powers of two; else the largest there are.
             let whole = sign
                 * match activations {

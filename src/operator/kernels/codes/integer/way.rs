@@ -3,7 +3,7 @@
 pub(super) use super::super::layout::Layout;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
-use super::{ActivationBits, LANES, TOGETHER, available, bfloat, few, four};
+use super::{ActivationBits, LANES, STEP, TOGETHER, available, bfloat, few, turns};
 use crate::scalar::{DType, Real};
 
 /// Whether there is a kernel for such rows here: not for inputs in another dtype, rows without columns, groups that end within a lane,
@@ -15,6 +15,16 @@ pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -
     T::DTYPE == DType::F32 && columns > 0 && present && cut()
 }
 
+/// What inputs are cut into whose bytes are rows of tiles. (One byte each would have runs of 32 columns, and be the slower.)
+fn in_tiles(activations: ActivationBits) -> ActivationBits {
+    if activations == ActivationBits::TwentyFour { activations } else { ActivationBits::Sixteen }
+}
+
+/// Whether inputs that are to have so many bits may be numbers of 16 bits: fewer are faster as bytes, but in runs of one step.
+fn in_numbers(activations: ActivationBits, layout: &Layout) -> bool {
+    activations == ActivationBits::TwentyFour || layout.run <= STEP
+}
+
 /// What inputs are laid out for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Way {
@@ -22,16 +32,18 @@ pub(super) enum Way {
     Vectors(ActivationBits),
     /// Vectors of eight rows, in such digits.
     Narrow(Digits),
-    /// Matrix instructions with bytes.
+    /// Matrix instructions with bytes: a unit of each panel after the other.
+    Turns(Shape),
+    /// The same with many inputs.
     Bytes(Shape),
     /// Matrix instructions with bf16, and so many inputs at a time.
     Numbers(usize),
 }
 
 impl Way {
-    /// For so many inputs, and how columns are cut then: four, eight or sixteen at a time by matrix instructions, where there are
-    /// such, but for one or two, and for four where groups do not end with tiles. `None` if there is no kernel for such rows here,
-    /// or if there are so many that rows had better be written out.
+    /// For so many inputs, and how columns are cut then: up to sixteen at a time by matrix instructions, where there are such, but
+    /// for one, or two. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written
+    /// out.
     pub(super) fn new<T: Real>(
         inputs: usize,
         activations: ActivationBits,
@@ -47,18 +59,33 @@ impl Way {
             let digits = Digits::all(bits, activations).next().filter(|digits| inputs <= digits.most());
             return with(Way::Narrow(digits?));
         }
+        if !matrix::available() || inputs < 2 {
+            return with(Way::Vectors(activations));
+        }
+        let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
         let layout = Layout::cut(bits, group, columns, ActivationBits::TwentyFour.longest())?;
-        if inputs <= TOGETHER || !matrix::available() {
-            let four = matrix::available() && inputs >= four::FEWEST;
-            let shape = if four { four::shape(&layout) } else { None };
-            return with(shape.map_or(Way::Vectors(activations), Way::Bytes));
+        let numbers = with(Way::Numbers(together)).filter(|(_, cut)| {
+            inputs > TOGETHER && few::takes(cut.run, *cut != layout, inputs) && in_numbers(activations, cut)
+        });
+        match (numbers, Self::by_turns(inputs, activations, bits, group, columns)) {
+            (Some(way), _) | (None, Some(way)) => Some(way),
+            _ if inputs <= TOGETHER => with(Way::Vectors(activations)),
+            _ => with(Way::Bytes(Shape::of(LANES, ActivationBits::TwentyFour, &layout))),
         }
-        let together = if inputs <= LANES / 2 { LANES / 2 } else { LANES };
-        let numbers = Way::Numbers(together);
-        match numbers.layout(bits, group, columns) {
-            Some(cut) if few::takes(cut.run, cut != layout, inputs) => Some((numbers, cut)),
-            _ => Some((Way::Bytes(Shape::of(together, &layout)), layout)),
-        }
+    }
+
+    /// A unit of each panel after the other, if that is a way for so many inputs.
+    fn by_turns(
+        inputs: usize,
+        activations: ActivationBits,
+        bits: u8,
+        group: usize,
+        columns: usize,
+    ) -> Option<(Self, Layout)> {
+        let layout = Layout::cut(bits, group, columns, turns::COLUMNS)?;
+        let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
+        let shape = Shape::of(together, in_tiles(activations), &layout);
+        turns::takes(inputs, shape, &layout).then_some((Way::Turns(shape), layout))
     }
 
     /// How the columns of rows are cut that inputs meet this way; `None` if there is no kernel for them.
@@ -66,6 +93,7 @@ impl Way {
         match self {
             Way::Numbers(_) if bits > bfloat::WIDEST => None,
             Way::Numbers(_) => Layout::cut(bits, group, columns, few::LONGEST),
+            Way::Turns(_) => Layout::cut(bits, group, columns, turns::COLUMNS),
             _ => Layout::cut(bits, group, columns, self.activations().longest()),
         }
     }
@@ -81,7 +109,13 @@ impl Way {
         let met = match self {
             Way::Vectors(of) => of == activations,
             Way::Narrow(digits) => Digits::all(bits, activations).any(|of| of == digits),
-            Way::Bytes(_) | Way::Numbers(_) => true,
+            // (What asks for fewer bits is to have the numbers that it has by itself.)
+            Way::Turns(shape) => shape.activations == in_tiles(activations),
+            Way::Numbers(_) => self.layout(bits, group, columns).is_some_and(|cut| in_numbers(activations, &cut)),
+            Way::Bytes(_) => {
+                activations == ActivationBits::TwentyFour
+                    || Self::by_turns(LANES, activations, bits, group, columns).is_none()
+            }
         };
         if met && takes::<T>(bits, group, columns) { self.layout(bits, group, columns) } else { None }
     }
@@ -91,6 +125,7 @@ impl Way {
         match self {
             Way::Vectors(activations) => activations,
             Way::Narrow(digits) => digits.activations(),
+            Way::Turns(shape) => shape.activations,
             Way::Bytes(_) | Way::Numbers(_) => ActivationBits::TwentyFour,
         }
     }
@@ -101,7 +136,7 @@ impl Way {
             // As many as fill the registers with their sums.
             Way::Vectors(ActivationBits::Eight) => 2 * TOGETHER,
             Way::Vectors(_) | Way::Narrow(_) => TOGETHER,
-            Way::Bytes(shape) => shape.inputs,
+            Way::Turns(shape) | Way::Bytes(shape) => shape.inputs,
             Way::Numbers(inputs) => inputs,
         }
     }
