@@ -243,7 +243,8 @@ impl Meeting {
 
 /// Whether inputs are laid out for such rows.
 pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
-    x.way.serves::<T>(rows.activations, rows.codes.bits(), rows.group, rows.codes.shape().1) == Some(x.layout)
+    x.way.serves::<T>(x.vectors, rows.activations, rows.codes.bits(), rows.group, rows.codes.shape().1)
+        == Some(x.layout)
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@ use ndarray::Array2;
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
 use super::avx2::Digits;
-use super::matrix::Shape;
 use super::way::Layout;
 use super::*;
 
@@ -14,15 +13,13 @@ fn by_vectors(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
     ways.map(|way| (way, way.layout(bits, group, n).unwrap())).collect()
 }
 
-/// Ways by matrix instructions, a unit of each panel after the other: of all shapes, if the machine has them.
-fn by_turns(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
+/// Ways by matrix instructions, a unit of each panel after the other, and inputs: of all shapes, if the machine has them.
+fn by_turns(bits: u8, group: usize, n: usize) -> Vec<(usize, Way, Layout)> {
     let layout = Layout::cut(bits, group, n, turns::COLUMNS).unwrap();
-    let shapes = [(4, 24), (8, 24), (4, 16), (8, 16), (16, 16)].map(|(inputs, of)| {
-        let of = if of == 24 { ActivationBits::TwentyFour } else { ActivationBits::Sixteen };
-        Shape::of(inputs, of, &layout)
-    });
-    let shapes = shapes.into_iter().filter(|shape| matrix::available() && turns::takes(3, *shape, &layout));
-    shapes.map(|shape| (Way::Turns(shape), layout)).collect()
+    let all = [4, 8, 16].into_iter().flat_map(|inputs| ActivationBits::ALL.map(|of| (inputs, of)));
+    let shapes = all.filter_map(|(inputs, of)| Some((inputs, turns::shape(inputs, of, bits, &layout)?)));
+    let shapes = shapes.filter(|_| matrix::available());
+    shapes.map(|(inputs, shape)| (inputs, Way::Turns(shape), layout)).collect()
 }
 
 /// A product, with the way that was taken and the most that rounded inputs may make of it.
@@ -254,17 +251,19 @@ fn inputs_serve_the_rows_they_are_laid_out_for() {
                     // (Of one byte no more is asked than of two.)
                     _ => asked != ActivationBits::TwentyFour && other == 8,
                 };
-                let serves = way.serves::<f32>(asked, other, 64, 64) == Some(layout);
+                let serves = way.serves::<f32>(1, asked, other, 64, 64) == Some(layout);
                 assert_eq!(serves, fits, "{way:?} of {bits} bits with {other}, {asked:?}");
             }
         }
     }
-    for (way, layout) in by_turns(4, 64, 64) {
-        let serves = |asked| way.serves::<f32>(asked, 4, 64, 64) == Some(layout);
-        // Two bytes where fewer bits are asked for, even if there are three: what a row has by itself.
-        let (full, fewer) = (ActivationBits::TwentyFour, [ActivationBits::Eight, ActivationBits::Sixteen]);
-        assert_eq!(serves(full), way.activations() == full, "{way:?}");
-        assert!(fewer.into_iter().all(|asked| serves(asked) == (way.activations() != full)), "{way:?}");
+    // Up to four have three bytes, whatever is asked for; more have two where fewer bits are.
+    for (inputs, way, layout) in by_turns(4, 64, 64) {
+        for asked in ActivationBits::ALL {
+            let serves = way.serves::<f32>(inputs, asked, 4, 64, 64) == Some(layout);
+            assert_eq!(serves, inputs == 4 || asked != ActivationBits::TwentyFour, "{way:?}, {asked:?}");
+        }
+        // (Codes of eight bits are cut otherwise.)
+        assert_ne!(way.serves::<f32>(inputs, ActivationBits::Eight, 8, 64, 64), Some(layout), "{way:?}");
     }
     // Runs of a byte are shorter ones.
     assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {
@@ -282,8 +281,9 @@ fn no_sum_of_the_largest_products_overflows() {
         (0..m).for_each(|_| pack(bits, &vec![most as u8; n], &mut codes));
         let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
         let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
-        let ways = by_vectors(bits, n, n).into_iter().chain(by_turns(bits, n, n));
-        for ((way, layout), count) in ways.flat_map(|way| [1, 2, 4, 8].map(|count| (way, count))) {
+        let ways = by_vectors(bits, n, n).into_iter();
+        let ways = ways.flat_map(|(way, layout)| [1, 2, 4, 8].map(|count| (count, way, layout)));
+        for (count, way, layout) in ways.chain(by_turns(bits, n, n)) {
             let activations = way.activations();
             // Bytes -126, -128, -128 and 126, 127, 127 of three, as units are powers of two; else the largest there are.
             let whole = sign

@@ -19,7 +19,7 @@ use super::panel::{Pair, Signed};
 use super::runs::Runs;
 use super::vectors::{Panel, Scaling};
 use super::way::Layout;
-use super::{ActivationBits, BANDS, EACH, LANES, LINE, Lanes};
+use super::{ActivationBits, BANDS, EACH, LANES, LIMBS, LINE, Lanes, TOGETHER};
 use crate::simd::prefetch;
 
 mod places;
@@ -40,15 +40,24 @@ type Sums = [[Lanes<i32>; LANES]; 2];
 /// Room for the packed codes of a unit.
 type Rest = [u8; UNIT * size_of::<Pair>()];
 
-/// Whether this is a way for so many inputs of this shape, for columns that are cut this way: for all whose digits fill no more than two
-/// tiles, but for one, and for two where sums leave their tiles so often that vectors are faster.
-pub(super) fn takes(inputs: usize, shape: Shape, layout: &Layout) -> bool {
-    let fewest = match (layout.run, shape.activations) {
-        (COLUMNS, _) | (64, ActivationBits::TwentyFour) => 2,
-        (32 | 64, _) => 3,
-        _ => return false,
+/// How so many inputs meet codes of so many bits whose columns are cut this way, if that is the fastest: not one input, nor two where
+/// sums leave their tiles so often that vectors are faster, nor digits that fill more than two tiles, nor, with codes of up to seven
+/// bits, many digits of short runs, which numbers have in one sum. (One byte of an input would have runs of 32 columns, and be the
+/// slower; up to four have three, as fast as two.)
+pub(super) fn shape(inputs: usize, activations: ActivationBits, bits: u8, layout: &Layout) -> Option<Shape> {
+    let full = activations == ActivationBits::TwentyFour;
+    let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
+    let digits = if full || together == TOGETHER { ActivationBits::TwentyFour } else { ActivationBits::Sixteen };
+    let shape = Shape::of(together, digits, layout);
+    let (fewest, most_rows) = match layout.run {
+        COLUMNS => (2, 2 * LANES),
+        64 if full => (2, LIMBS * TOGETHER),
+        64 => (3, 2 * LANES),
+        32 => (3, LIMBS * TOGETHER),
+        _ => return None,
     };
-    shape.tiles <= 2 && inputs >= fewest
+    let most_rows = if bits == 8 { 2 * LANES } else { most_rows };
+    (inputs >= fewest && shape.rows * shape.tiles <= most_rows).then_some(shape)
 }
 
 /// Runs of a row, with those that fill its last unit.
@@ -99,20 +108,24 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     macro_rules! turns {
-        ($inputs:literal, $digits:literal) => {
-            match x.layout.run {
-                32 => Turns::<KIND, PARTS, $inputs, $digits, 4>::multiply(tiles, panels, x, scratch, totals),
-                64 => Turns::<KIND, PARTS, $inputs, $digits, 2>::multiply(tiles, panels, x, scratch, totals),
-                _ => Turns::<KIND, PARTS, $inputs, $digits, 1>::multiply(tiles, panels, x, scratch, totals),
-            }
+        ($inputs:literal, $digits:literal, $runs:literal) => {
+            Turns::<KIND, PARTS, $inputs, $digits, $runs>::multiply(tiles, panels, x, scratch, totals)
         };
     }
-    match (tiles.shape.inputs, tiles.shape.activations.bytes()) {
-        (4, 3) => turns!(4, 3),
-        (8, 3) => turns!(8, 3),
-        (4, _) => turns!(4, 2),
-        (8, _) => turns!(8, 2),
-        _ => turns!(16, 2),
+    // (No code is made for what [`shape`] has none.)
+    match (tiles.shape.inputs, tiles.shape.activations.bytes(), x.layout.run) {
+        (4, 3, 32) => turns!(4, 3, 4),
+        (4, 3, 64) => turns!(4, 3, 2),
+        (4, 3, _) => turns!(4, 3, 1),
+        (8, 3, 32) if KIND == 8 => turns!(8, 3, 4),
+        (8, 3, 64) if KIND == 8 => turns!(8, 3, 2),
+        (8, 3, _) => turns!(8, 3, 1),
+        (8, _, 32) if KIND == 8 => turns!(8, 2, 4),
+        (8, _, 64) => turns!(8, 2, 2),
+        (8, ..) => turns!(8, 2, 1),
+        (_, _, 32) if KIND == 8 => turns!(16, 2, 4),
+        (_, _, 64) => turns!(16, 2, 2),
+        _ => turns!(16, 2, 1),
     }
 }
 

@@ -3,7 +3,7 @@
 pub(super) use super::super::layout::Layout;
 use super::avx2::Digits;
 use super::matrix::{self, Shape};
-use super::{ActivationBits, LANES, STEP, TOGETHER, available, bfloat, few, turns};
+use super::{ActivationBits, LANES, TOGETHER, available, bfloat, few, turns};
 use crate::scalar::{DType, Real};
 
 /// Whether there is a kernel for such rows here: not for inputs in another dtype, rows without columns, groups that end within a lane,
@@ -13,16 +13,6 @@ pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -
     // (That there is a run does not depend on how long one may be.)
     let cut = || Layout::cut(bits, group, columns, ActivationBits::default().longest()).is_some();
     T::DTYPE == DType::F32 && columns > 0 && present && cut()
-}
-
-/// What inputs are cut into whose bytes are rows of tiles. (One byte each would have runs of 32 columns, and be the slower.)
-fn in_tiles(activations: ActivationBits) -> ActivationBits {
-    if activations == ActivationBits::TwentyFour { activations } else { ActivationBits::Sixteen }
-}
-
-/// Whether inputs that are to have so many bits may be numbers of 16 bits: fewer are faster as bytes, but in runs of one step.
-fn in_numbers(activations: ActivationBits, layout: &Layout) -> bool {
-    activations == ActivationBits::TwentyFour || layout.run <= STEP
 }
 
 /// What inputs are laid out for.
@@ -62,15 +52,17 @@ impl Way {
         if !matrix::available() || inputs < 2 {
             return with(Way::Vectors(activations));
         }
-        let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
+        if let Some(turns) = Self::by_turns(inputs, activations, bits, group, columns) {
+            return Some(turns);
+        }
+        if inputs <= TOGETHER {
+            return with(Way::Vectors(activations));
+        }
         let layout = Layout::cut(bits, group, columns, ActivationBits::TwentyFour.longest())?;
-        let numbers = with(Way::Numbers(together)).filter(|(_, cut)| {
-            inputs > TOGETHER && few::takes(cut.run, *cut != layout, inputs) && in_numbers(activations, cut)
-        });
-        match (numbers, Self::by_turns(inputs, activations, bits, group, columns)) {
-            (Some(way), _) | (None, Some(way)) => Some(way),
-            _ if inputs <= TOGETHER => with(Way::Vectors(activations)),
-            _ => with(Way::Bytes(Shape::of(LANES, ActivationBits::TwentyFour, &layout))),
+        let numbers = with(Way::Numbers(if inputs <= LANES / 2 { LANES / 2 } else { LANES }));
+        match numbers.filter(|(_, cut)| few::takes(cut.run, *cut != layout, inputs)) {
+            Some(numbers) => Some(numbers),
+            None => with(Way::Bytes(Shape::of(LANES, ActivationBits::TwentyFour, &layout))),
         }
     }
 
@@ -83,9 +75,8 @@ impl Way {
         columns: usize,
     ) -> Option<(Self, Layout)> {
         let layout = Layout::cut(bits, group, columns, turns::COLUMNS)?;
-        let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
-        let shape = Shape::of(together, in_tiles(activations), &layout);
-        turns::takes(inputs, shape, &layout).then_some((Way::Turns(shape), layout))
+        let shape = turns::shape(inputs, activations, bits, &layout)?;
+        Some((Way::Turns(shape), layout))
     }
 
     /// How the columns of rows are cut that inputs meet this way; `None` if there is no kernel for them.
@@ -98,24 +89,22 @@ impl Way {
         }
     }
 
-    /// The same of rows that ask for inputs of so many bits; `None` as well if those would not be laid out this way.
+    /// The same of rows that ask for so many inputs in so many bits; `None` as well if those would not be laid out this way.
     pub(super) fn serves<T: Real>(
         self,
+        inputs: usize,
         activations: ActivationBits,
         bits: u8,
         group: usize,
         columns: usize,
     ) -> Option<Layout> {
+        let by_turns = Self::by_turns(inputs, activations, bits, group, columns);
         let met = match self {
             Way::Vectors(of) => of == activations,
             Way::Narrow(digits) => Digits::all(bits, activations).any(|of| of == digits),
+            Way::Turns(_) => by_turns.is_some_and(|(way, _)| way == self),
             // (What asks for fewer bits is to have the numbers that it has by itself.)
-            Way::Turns(shape) => shape.activations == in_tiles(activations),
-            Way::Numbers(_) => self.layout(bits, group, columns).is_some_and(|cut| in_numbers(activations, &cut)),
-            Way::Bytes(_) => {
-                activations == ActivationBits::TwentyFour
-                    || Self::by_turns(LANES, activations, bits, group, columns).is_none()
-            }
+            Way::Bytes(_) | Way::Numbers(_) => activations == ActivationBits::TwentyFour || by_turns.is_none(),
         };
         if met && takes::<T>(bits, group, columns) { self.layout(bits, group, columns) } else { None }
     }
