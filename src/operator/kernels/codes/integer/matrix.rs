@@ -74,21 +74,17 @@ impl Default for Sums {
     }
 }
 
-/// Assembly, for as many registers as have the sums of a band.
+/// Assembly, for the registers that have the sums of a band.
 macro_rules! with_sums {
-    ($band:expr, $tiles:expr, $code:ident) => {
-        match ($band, $tiles) {
-            (0, 1) => $code!("tmm0"),
-            (0, 2) => $code!("tmm0" "tmm1"),
-            (0, _) => $code!("tmm0" "tmm1" "tmm2"),
-            (_, 1) => $code!("tmm3"),
-            (_, 2) => $code!("tmm3" "tmm4"),
+    ($band:expr, $code:ident) => {
+        match $band {
+            0 => $code!("tmm0" "tmm1" "tmm2"),
             _ => $code!("tmm3" "tmm4" "tmm5"),
         }
     };
 }
 
-/// Registers for some shape.
+/// Registers for a shape of three: all digits of many inputs.
 pub(super) struct Tiles {
     shape: Shape,
     /// In use as long as there are these.
@@ -97,9 +93,9 @@ pub(super) struct Tiles {
 
 impl Tiles {
     /// # Panics
-    /// Without the instructions, and for a shape of more than a register's rows and lanes, or of more than three registers.
+    /// Without the instructions, and for a shape of more than a register's rows and lanes, or of other than three registers.
     pub(super) fn new(shape: Shape) -> Self {
-        assert!(shape.rows <= LANES && shape.lanes <= LANES && shape.tiles <= LIMBS, "registers for a shape");
+        assert!(shape.rows <= LANES && shape.lanes <= LANES && shape.tiles == LIMBS, "registers for a shape");
         let (sums, codes) = ((shape.rows as u8, 64), (shape.lanes as u8, 64));
         let inputs = (shape.rows as u8, (shape.lanes * size_of::<i32>()) as u16);
         Tiles { shape, _registers: Registers::new([sums, sums, sums, sums, sums, sums, codes, inputs]) }
@@ -173,7 +169,7 @@ impl Shaped<'_> {
         // second of each pair, and as many inputs as all registers of inputs of a step have: there are these by the assertion.
         // No other memory is touched, nor the stack.
         unsafe {
-            with_sums!(BAND, shape.tiles, step);
+            with_sums!(BAND, step);
         }
     }
 
@@ -196,7 +192,7 @@ impl Shaped<'_> {
         // SAFETY: the registers are configured, as above. As many rows of 64 bytes are written as there are digits of inputs,
         // at most the 48 that a band has room for; no other memory is touched, nor the stack.
         unsafe {
-            with_sums!(BAND, self.shape.tiles, put);
+            with_sums!(BAND, put);
         }
     }
 }

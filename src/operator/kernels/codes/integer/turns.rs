@@ -357,6 +357,7 @@ impl<'a, const KIND: u8, const PARTS: usize, const V: usize, const DIGITS: usize
     /// Adds half of the sums of a turn to their totals: of a band each, or of half of the inputs.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    #[allow(clippy::needless_range_loop)]
     fn add<const TURN: usize, const HALF: usize>(
         &self,
         scalings: &[Scaling; BANDS],
