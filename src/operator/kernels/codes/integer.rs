@@ -6,8 +6,8 @@
 //! products with each of the bytes without any rounding; floats see the sum of a run only, which is scaled then, for 16 rows at
 //! once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than one input meet the bytes in
 //! those, up to sixteen at a time where their digits fill two tiles ([`turns`]) or three ([`many`]), or, more than four, codes of
-//! less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the same codes meet inputs in vectors of 8
-//! rows ([`avx2`]).
+//! less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the
+//! same codes meet inputs in vectors of 8 rows ([`avx2`]).
 
 use std::arch::x86_64::*;
 use std::ops::Range;

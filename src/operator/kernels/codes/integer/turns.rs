@@ -269,12 +269,13 @@ impl<'a, const KIND: u8, const PARTS: usize, const V: usize, const DIGITS: usize
         }
     }
 
-    /// Unpacks one of so many pieces of the codes of a run that comes.
+    /// Unpacks a quarter of the codes of a run that comes, or of the half of them that belongs to a turn, if it has two.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn piece<const PIECE: usize, const PIECES: usize>(&self, run: usize, unit: &mut Unit<'_>) {
+    fn quarter<const TURN: usize, const QUARTER: usize>(&self, run: usize, unit: &mut Unit<'_>) {
+        let (part, parts) = if Self::TILES == 1 { (QUARTER, 4) } else { (4 * TURN + QUARTER, 8) };
         let (of_run, chunk) = (UNIT / RUNS / PARTS, self.signed.chunk::<KIND>());
-        let (first, end) = (run * of_run + PIECE * of_run / PIECES, run * of_run + (PIECE + 1) * of_run / PIECES);
+        let (first, end) = (run * of_run + part * of_run / parts, run * of_run + (part + 1) * of_run / parts);
         self.unpack(
             &unit.coming[first * chunk..end * chunk],
             unit.ahead,
@@ -304,18 +305,10 @@ impl<'a, const KIND: u8, const PARTS: usize, const V: usize, const DIGITS: usize
         let codes = &unit.codes[at(0) * Self::WIDE..][..Self::WIDE];
         let inputs = &unit.inputs[at(0) * Self::INPUTS..][..Self::INPUTS];
         self.first::<TURN>(codes, inputs);
-        match (Self::TILES, TURN) {
-            (1, _) => self.piece::<0, 4>(run, unit),
-            (_, 0) => self.piece::<0, 8>(run, unit),
-            _ => self.piece::<4, 8>(run, unit),
-        }
+        self.quarter::<TURN, 0>(run, unit);
         self.registers.put::<0, _>(other, written);
         self.second::<TURN>(codes, inputs);
-        match (Self::TILES, TURN) {
-            (1, _) => self.piece::<1, 4>(run, unit),
-            (_, 0) => self.piece::<1, 8>(run, unit),
-            _ => self.piece::<5, 8>(run, unit),
-        }
+        self.quarter::<TURN, 1>(run, unit);
         self.registers.put::<1, _>(other, written);
         if Self::STEPS > 1 {
             let codes = &unit.codes[at(1) * Self::WIDE..][..Self::WIDE];
@@ -326,20 +319,8 @@ impl<'a, const KIND: u8, const PARTS: usize, const V: usize, const DIGITS: usize
         } else {
             self.add::<TURN, 0>(&scalings, behind, read, totals);
         }
-        match (Self::TILES, TURN) {
-            (1, _) => {
-                self.piece::<2, 4>(run, unit);
-                self.piece::<3, 4>(run, unit);
-            }
-            (_, 0) => {
-                self.piece::<2, 8>(run, unit);
-                self.piece::<3, 8>(run, unit);
-            }
-            _ => {
-                self.piece::<6, 8>(run, unit);
-                self.piece::<7, 8>(run, unit);
-            }
-        }
+        self.quarter::<TURN, 2>(run, unit);
+        self.quarter::<TURN, 3>(run, unit);
         self.add::<TURN, 1>(&scalings, behind, read, totals);
     }
 
