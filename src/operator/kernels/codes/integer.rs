@@ -35,8 +35,8 @@ use self::many::{Blocks, Task};
 use self::matrix::Tiles;
 use self::panel::kind;
 use self::vectors::Panel;
-use self::way::Way;
 pub(super) use self::way::takes;
+use self::way::{Rows, Way};
 use super::super::cutting::{Cutting, DIGITS, STEP};
 use super::super::kept::Kept;
 use super::super::lanes::{LANES, Lanes, columns, padded, put, turned};
@@ -243,8 +243,9 @@ impl Meeting {
 
 /// Whether inputs are laid out for such rows.
 pub(super) fn meets<T: Real>(rows: &CodedRows<'_, T>, x: &Inputs) -> bool {
-    x.way.serves::<T>(x.vectors, rows.activations, rows.codes.bits(), rows.group, rows.codes.shape().1)
-        == Some(x.layout)
+    let (bits, columns) = (rows.codes.bits(), rows.codes.shape().1);
+    let asked = Rows { activations: rows.activations, bits, group: rows.group, columns };
+    x.way.serves::<T>(x.vectors, asked) == Some(x.layout)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 use super::super::layout::sum;
 use super::digits::{Cut, largest, totalled};
 use super::matrix::Shape;
-use super::way::{Layout, Way};
+use super::way::{Layout, Rows, Way};
 use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, STEP, avx2, bfloat, columns, few, turns};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
@@ -58,7 +58,7 @@ impl Inputs {
         bits: u8,
         group: usize,
     ) -> Option<Self> {
-        let (way, layout) = Way::new::<T>(x.ncols(), activations, bits, group, x.nrows())?;
+        let (way, layout) = Way::new::<T>(x.ncols(), Rows { activations, bits, group, columns: x.nrows() })?;
         Some(Self::laid_out(x, layout, way))
     }
 

@@ -240,6 +240,7 @@ fn lines_are_the_same_by_all_instructions() {
 
 #[test]
 fn inputs_serve_the_rows_they_are_laid_out_for() {
+    let rows = |activations, bits| Rows { activations, bits, group: 64, columns: 64 };
     // (Codes of three and of eight bits are cut the same way.)
     for bits in [3u8, 7, 8] {
         for (way, layout) in by_vectors(bits, 64, 64) {
@@ -251,19 +252,20 @@ fn inputs_serve_the_rows_they_are_laid_out_for() {
                     // (Of one byte no more is asked than of two.)
                     _ => asked != ActivationBits::TwentyFour && other == 8,
                 };
-                let serves = way.serves::<f32>(1, asked, other, 64, 64) == Some(layout);
+                let serves = way.serves::<f32>(1, rows(asked, other)) == Some(layout);
                 assert_eq!(serves, fits, "{way:?} of {bits} bits with {other}, {asked:?}");
             }
         }
     }
     // Up to four have three bytes, whatever is asked for; more have two where fewer bits are.
+    assert_eq!(by_turns(4, 64, 64).len(), if matrix::available() { 3 + 2 + 2 } else { 0 });
     for (inputs, way, layout) in by_turns(4, 64, 64) {
         for asked in ActivationBits::ALL {
-            let serves = way.serves::<f32>(inputs, asked, 4, 64, 64) == Some(layout);
+            let serves = way.serves::<f32>(inputs, rows(asked, 4)) == Some(layout);
             assert_eq!(serves, inputs == 4 || asked != ActivationBits::TwentyFour, "{way:?}, {asked:?}");
         }
         // (Codes of eight bits are cut otherwise.)
-        assert_ne!(way.serves::<f32>(inputs, ActivationBits::Eight, 8, 64, 64), Some(layout), "{way:?}");
+        assert_ne!(way.serves::<f32>(inputs, rows(ActivationBits::Eight, 8)), Some(layout), "{way:?}");
     }
     // Runs of a byte are shorter ones.
     assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {

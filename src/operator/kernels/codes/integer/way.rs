@@ -15,6 +15,15 @@ pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -
     T::DTYPE == DType::F32 && columns > 0 && present && cut()
 }
 
+/// What decides, beside how many inputs there are: what rows ask of them, and how they are cut.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub activations: ActivationBits,
+    pub bits: u8,
+    pub group: usize,
+    pub columns: usize,
+}
+
 /// What inputs are laid out for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Way {
@@ -34,13 +43,8 @@ impl Way {
     /// For so many inputs, and how columns are cut then: up to sixteen at a time by matrix instructions, where there are such, but
     /// for one, or two. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written
     /// out.
-    pub(super) fn new<T: Real>(
-        inputs: usize,
-        activations: ActivationBits,
-        bits: u8,
-        group: usize,
-        columns: usize,
-    ) -> Option<(Self, Layout)> {
+    pub(super) fn new<T: Real>(inputs: usize, rows: Rows) -> Option<(Self, Layout)> {
+        let Rows { activations, bits, group, columns } = rows;
         if !takes::<T>(bits, group, columns) {
             return None;
         }
@@ -52,7 +56,7 @@ impl Way {
         if !matrix::available() || inputs < 2 {
             return with(Way::Vectors(activations));
         }
-        if let Some(turns) = Self::by_turns(inputs, activations, bits, group, columns) {
+        if let Some(turns) = Self::by_turns(inputs, rows) {
             return Some(turns);
         }
         if inputs <= TOGETHER {
@@ -67,13 +71,7 @@ impl Way {
     }
 
     /// A unit of each panel after the other, if that is a way for so many inputs.
-    fn by_turns(
-        inputs: usize,
-        activations: ActivationBits,
-        bits: u8,
-        group: usize,
-        columns: usize,
-    ) -> Option<(Self, Layout)> {
+    fn by_turns(inputs: usize, Rows { activations, bits, group, columns }: Rows) -> Option<(Self, Layout)> {
         let layout = Layout::cut(bits, group, columns, turns::COLUMNS)?;
         let shape = turns::shape(inputs, activations, bits, &layout)?;
         Some((Way::Turns(shape), layout))
@@ -90,15 +88,9 @@ impl Way {
     }
 
     /// The same of rows that ask for so many inputs in so many bits; `None` as well if those would not be laid out this way.
-    pub(super) fn serves<T: Real>(
-        self,
-        inputs: usize,
-        activations: ActivationBits,
-        bits: u8,
-        group: usize,
-        columns: usize,
-    ) -> Option<Layout> {
-        let by_turns = Self::by_turns(inputs, activations, bits, group, columns);
+    pub(super) fn serves<T: Real>(self, inputs: usize, rows: Rows) -> Option<Layout> {
+        let Rows { activations, bits, group, columns } = rows;
+        let by_turns = Self::by_turns(inputs, rows);
         let met = match self {
             Way::Vectors(of) => of == activations,
             Way::Narrow(digits) => Digits::all(bits, activations).any(|of| of == digits),

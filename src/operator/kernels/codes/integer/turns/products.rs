@@ -36,9 +36,9 @@ impl<const KIND: u8, const PARTS: usize, const V: usize, const DIGITS: usize, co
                 if KIND == 8 { with!("tdpbsud", $first) } else { with!("tdpbssd", $first) }
             };
         }
-        // SAFETY: the registers are configured, as [`Runs`] says, for ROWS rows and WIDE lanes, as `multiply` asserts. A vector is read for each lane of the step, the first or second of
-        // each pair of codes, and ROWS rows of lanes of inputs: there are these by the assertion. No other memory is touched, nor
-        // the stack.
+        // SAFETY: the registers are configured, as [`Runs`](super::Runs) says, for ROWS rows and WIDE lanes, as `multiply` asserts.
+        // A vector is read for each lane of the step, the first or second of each pair of codes, and ROWS rows of lanes of inputs:
+        // there are these by the assertion. No other memory is touched, nor the stack.
         unsafe { of_run!(TURN, first) }
     }
 
