@@ -6,8 +6,8 @@
 /// run takes all bits, and signed integers q. Fewer bits are faster where arithmetic and not memory takes the time: several vectors
 /// at once. What of it is stored is nothing: the same file serves all.
 ///
-/// Kernels take inputs in so many bits *or more*: matrix instructions in two bytes, or, for codes of up to seven bits in groups of
-/// 32 columns, in three, where one is asked for; and wherever rows are written out or codes are not multiplied as integers,
+/// Kernels take inputs in so many bits *or more*: matrix instructions in two bytes where one is asked for, or in three, for two to
+/// four inputs and for codes of up to seven bits in groups of 32 columns; and wherever rows are written out or codes are not multiplied as integers,
 /// accuracy is full. Inputs in `f64` have it always.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum ActivationBits {

@@ -43,7 +43,7 @@ type Rest = [u8; UNIT * size_of::<Pair>()];
 /// How so many inputs meet codes of so many bits whose columns are cut this way, if that is the fastest: not one input, nor two where
 /// sums leave their tiles so often that vectors are faster, nor digits that fill more than two tiles, nor, with codes of up to seven
 /// bits, many digits of short runs, which numbers have in one sum. (One byte of an input would have runs of 32 columns, and be the
-/// slower; up to four have three, as fast as two.)
+/// slower; up to four have three, which take hardly longer than two.)
 pub(super) fn shape(inputs: usize, activations: ActivationBits, bits: u8, layout: &Layout) -> Option<Shape> {
     let full = activations == ActivationBits::TwentyFour;
     let together = inputs.next_power_of_two().clamp(TOGETHER, LANES);
