@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
+use rustdct::TransformType2And3;
+use rustdct::algorithm::Type2And3ConvertToFft;
+use rustdct::algorithm::type2and3_butterflies::*;
 use rustdct::num_complex::Complex;
 use rustdct::num_traits::FloatConst;
-use rustdct::rustfft::{Fft, FftNum, FftPlanner};
-use rustdct::{DctPlanner, TransformType2And3};
+use rustdct::rustfft::{Fft, FftDirection, FftNum};
 use serde::{Deserialize, Serialize};
 
 use super::dct::{Twist, fold, real, twist_back, twist_forward, twists, unfold};
@@ -200,10 +202,10 @@ impl<S: Real + FftNum + FloatConst> Plan<S> {
             Transform::Dct2 | Transform::Dct3 if n <= 1 => Plan::Identity,
             Transform::Identity => Plan::Identity,
             Transform::Hadamard => Plan::Hadamard,
-            Transform::Dct2 if by_half => Plan::HalfDct2(FftPlanner::new().plan_fft_forward(n / 2), twists(n)),
-            Transform::Dct3 if by_half => Plan::HalfDct3(FftPlanner::new().plan_fft_inverse(n / 2), twists(n)),
-            Transform::Dct2 => Plan::Dct2(DctPlanner::new().plan_dct2(n)),
-            Transform::Dct3 => Plan::Dct3(DctPlanner::new().plan_dct3(n)),
+            Transform::Dct2 if by_half => Plan::HalfDct2(fft(n / 2, FftDirection::Forward), twists(n)),
+            Transform::Dct3 if by_half => Plan::HalfDct3(fft(n / 2, FftDirection::Inverse), twists(n)),
+            Transform::Dct2 => Plan::Dct2(dct(n)),
+            Transform::Dct3 => Plan::Dct3(dct(n)),
         }
     }
 
@@ -248,6 +250,33 @@ impl<S: Real + FftNum + FloatConst> Plan<S> {
                 unfold(z, row);
             }
         }
+    }
+}
+
+/// The machine's fastest FFT of a length. Not by `FftPlanner`, nor `DctPlanner`, which hold all of rustfft's kernels: those for SSE, which
+/// only processors without AVX need, would be a tenth of what is compiled of this crate.
+fn fft<S: FftNum>(n: usize, direction: FftDirection) -> Arc<dyn Fft<S>> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use rustdct::rustfft::{FftPlannerAvx, FftPlannerScalar};
+        match FftPlannerAvx::new() {
+            Ok(mut planner) => planner.plan_fft(n, direction),
+            Err(()) => FftPlannerScalar::new().plan_fft(n, direction),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    rustdct::rustfft::FftPlanner::new().plan_fft(n, direction)
+}
+
+/// A DCT-II and DCT-III of an odd or a short length.
+fn dct<S: FftNum + FloatConst>(n: usize) -> Arc<dyn TransformType2And3<S>> {
+    match n {
+        2 => Arc::new(Type2And3Butterfly2::new()),
+        3 => Arc::new(Type2And3Butterfly3::new()),
+        4 => Arc::new(Type2And3Butterfly4::new()),
+        8 => Arc::new(Type2And3Butterfly8::new()),
+        16 => Arc::new(Type2And3Butterfly16::new()),
+        _ => Arc::new(Type2And3ConvertToFft::new(fft(n, FftDirection::Forward))),
     }
 }
 
