@@ -76,9 +76,9 @@ fn sweeps_and_scales_descend_and_stay_on_the_grid() {
         let settled = lattice.values();
         lattice.sweep(h.view()).unwrap();
         assert_eq!(lattice.values(), settled);
-        let forces = (&settled - &w).dot(&h);
+        let (forces, steps) = ((&settled - &w).dot(&h), lattice.steps());
         for ((i, c), &force) in forces.indexed_iter() {
-            let (step, code) = (lattice.steps()[(i, c)], settled[(i, c)] / lattice.steps()[(i, c)] + zeros[(i, c)]);
+            let (step, code) = (steps[(i, c)], settled[(i, c)] / steps[(i, c)] + zeros[(i, c)]);
             for by in [-1.0, 1.0] {
                 if (0.0..=f64::from(levels.top())).contains(&(code + by).round()) {
                     let delta = by * step;

@@ -1,4 +1,4 @@
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 use super::super::{Beside, CodedRows, PackedCodes, pack};
 use super::avx2::Digits;
@@ -76,12 +76,12 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     };
     // Half of a unit, of the largest input of each run, for each entry.
     let rounding = |x_of: &Inputs| {
-        let run = x_of.layout.run;
-        let most = Array2::from_shape_fn((n, x.ncols()), |(j, v)| {
-            let run = x.slice(ndarray::s![j / run * run..n.min(j / run * run + run), v]);
-            let largest = run.iter().fold(0f64, |most, x| most.max(f64::from(x.abs())));
-            largest / f64::from(2 * (127u32 << (8 * (x_of.way.activations().bytes() - 1))))
-        });
+        let unit = 1.0 / f64::from(2 * (127u32 << (8 * (x_of.way.activations().bytes() - 1))));
+        let mut most = x.mapv(|x| f64::from(x.abs()) * unit);
+        for mut run in most.axis_chunks_iter_mut(Axis(0), x_of.layout.run) {
+            let largest = run.fold_axis(Axis(0), 0f64, |most, x| most.max(*x));
+            run.assign(&largest);
+        }
         dense.mapv(f64::abs).dot(&most)
     };
     let all = laid_out.chain(matrices).chain(fewer).map(|x| {
