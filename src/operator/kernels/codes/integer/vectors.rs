@@ -9,7 +9,7 @@ use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
 use super::panel::Unpacking;
-use super::{ActivationBits, BANDS, LANES, Lanes};
+use super::{ActivationBits, BANDS, LANES, LINE, Lanes, TOGETHER};
 use crate::simd::prefetch;
 
 /// Some rows.
@@ -28,6 +28,8 @@ pub(super) struct Panel<'a> {
 pub(super) const PANELS: usize = 2;
 /// Bytes of all panels between what is multiplied and what is asked for.
 const AHEAD: usize = 2048;
+/// Columns of a run that is too short for tiles of inputs to take turns.
+const SHORT: usize = 32;
 
 /// Bytes from the first of what is left of some panel to what should be asked for, so far on in the same panel, or in those that come
 /// next: they follow in memory behind all that are multiplied together.
@@ -47,34 +49,40 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     use ActivationBits::{Eight, Sixteen, TwentyFour};
-    for (first, count) in x.tiles() {
-        macro_rules! tile {
+    // Tiles of as many inputs as there may be, and one of those that are left. (Those of short runs meet all columns one after the other: to
+    // begin and end a run anew for each takes longer than to read codes again.)
+    let width = x.way.width();
+    let (whole, left) = (x.padded() / width, x.padded() % width);
+    let together = if x.layout.run > SHORT { whole.max(1) } else { 1 };
+    let all = (0..whole).step_by(together).map(|tile| (tile * width, width, together));
+    for (first, count, tiles) in all.chain((left > 0).then_some((whole * width, left, 1))) {
+        macro_rules! tiles {
             ($panels:expr, $totals:expr, $bytes:literal, $vectors:literal) => {
-                tile::<KIND, PARTS, $bytes, $vectors, _>($panels, x, first, $totals)
+                multiply_tiles::<KIND, PARTS, $bytes, $vectors, _>($panels, x, (first, tiles), $totals)
             };
         }
         // Two panels where the sums of both stay in registers, else one after the other.
         match (panels.first_chunk::<PANELS>(), activations, count) {
-            (Some(two), Eight, 1) => tile!(two, totals, 1, 1),
-            (Some(two), Eight, 2) => tile!(two, totals, 1, 2),
-            (Some(two), Eight, 4) => tile!(two, totals, 1, 4),
-            (Some(two), Sixteen, 1) => tile!(two, totals, 2, 1),
-            (Some(two), Sixteen, 2) => tile!(two, totals, 2, 2),
-            (Some(two), TwentyFour, 1) => tile!(two, totals, 3, 1),
+            (Some(two), Eight, 1) => tiles!(two, totals, 1, 1),
+            (Some(two), Eight, 2) => tiles!(two, totals, 1, 2),
+            (Some(two), Eight, 4) => tiles!(two, totals, 1, 4),
+            (Some(two), Sixteen, 1) => tiles!(two, totals, 2, 1),
+            (Some(two), Sixteen, 2) => tiles!(two, totals, 2, 2),
+            (Some(two), TwentyFour, 1) => tiles!(two, totals, 3, 1),
             _ => {
                 for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
                     let one = std::array::from_ref(panel);
                     match (activations, count) {
-                        (Eight, 1) => tile!(one, totals, 1, 1),
-                        (Eight, 2) => tile!(one, totals, 1, 2),
-                        (Eight, 4) => tile!(one, totals, 1, 4),
-                        (Eight, _) => tile!(one, totals, 1, 8),
-                        (Sixteen, 1) => tile!(one, totals, 2, 1),
-                        (Sixteen, 2) => tile!(one, totals, 2, 2),
-                        (Sixteen, _) => tile!(one, totals, 2, 4),
-                        (TwentyFour, 1) => tile!(one, totals, 3, 1),
-                        (TwentyFour, 2) => tile!(one, totals, 3, 2),
-                        (TwentyFour, _) => tile!(one, totals, 3, 4),
+                        (Eight, 1) => tiles!(one, totals, 1, 1),
+                        (Eight, 2) => tiles!(one, totals, 1, 2),
+                        (Eight, 4) => tiles!(one, totals, 1, 4),
+                        (Eight, _) => tiles!(one, totals, 1, 8),
+                        (Sixteen, 1) => tiles!(one, totals, 2, 1),
+                        (Sixteen, 2) => tiles!(one, totals, 2, 2),
+                        (Sixteen, _) => tiles!(one, totals, 2, 4),
+                        (TwentyFour, 1) => tiles!(one, totals, 3, 1),
+                        (TwentyFour, 2) => tiles!(one, totals, 3, 2),
+                        (TwentyFour, _) => tiles!(one, totals, 3, 4),
                     }
                 }
             }
@@ -82,85 +90,133 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     }
 }
 
-/// Adds the products of P panels with V inputs from one on. (No closures and no calls in the inner loop but of what has the same
-/// instructions: vectors would have to be in memory.)
+/// Totals of the rows of P panels with V inputs.
+type Totals<const V: usize, const P: usize> = [[[__m512; BANDS]; V]; P];
+
+/// Adds the products of P panels with tiles of V inputs from one on: a run of columns meets one tile after the other, so that codes come
+/// from memory beside all products, and not only beside those of the first tile. (No closures and no calls in the inner loop but of what
+/// has the same instructions: vectors would have to be in memory.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
-fn tile<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const P: usize>(
+fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const P: usize>(
     panels: &[Panel<'_>; P],
     x: &Inputs,
-    first: usize,
+    (first, tiles): (usize, usize),
     to: &mut [[Lanes<f32>; BANDS]],
 ) {
     let unpacking = Unpacking::new(panels[0].bits);
     let (chunk, shifted) = (unpacking.chunk(), panels[0].grids.shifted());
-    let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
+    // (Known to the compiler where there is one: its totals stay in registers.)
+    let tiles = if V < TOGETHER || P > 1 { 1 } else { tiles };
     let mut rest = [&[][..]; P];
     for p in 0..P {
         rest[p] = panels[p].packed;
-        let Some(of) = to[p * x.padded() + first..].first_chunk::<V>() else { return };
-        for v in 0..V {
-            totals[p][v] = [cast(of[v][0].0), cast(of[v][1].0)];
-        }
     }
+    let Some(mut totals) = read::<V, P>(to, first, x.padded()) else { return };
     for number in 0..x.layout.runs() {
-        let (units, whole) = x.beside(number, first, V);
-        let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; P];
-        for p in 0..P {
-            let Some(starts) = x.begin::<BYTES, V>(panels[p].starts, number, first) else { return };
-            for limb in 0..BYTES {
-                for v in 0..V {
-                    sums[p][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
-                }
-            }
-        }
-        let limbs = x.words::<1, BYTES, V>(number, first).as_chunks::<PARTS>().0;
-        let bytes = limbs.len() * chunk;
-        let ahead = ahead(AHEAD / P, rest[0], panels);
+        let bytes = x.layout.lanes(number) / PARTS * chunk;
+        // (Beyond what the first of several tiles reads.)
+        let far = if tiles == 1 { AHEAD / P } else { AHEAD.max(bytes) };
+        let ahead = ahead(far, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
         let mut codes = [&[][..]; P];
         for p in 0..P {
             (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
         }
-        for (at, limbs) in limbs.iter().enumerate() {
+        for tile in 0..tiles {
+            let first = first + tile * V;
+            if tiles > 1 {
+                let Some(of_tile) = read::<V, P>(to, first, x.padded()) else { return };
+                totals = of_tile;
+            }
+            // Each of the lines of a chunk is asked for by every other tile, if there are several.
+            let lines = if tiles == 1 { [0, LINE] } else { [tile % BANDS * LINE; BANDS] };
+            let (units, whole) = x.beside(number, first, V);
+            let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; P];
             for p in 0..P {
-                let Some(codes) = codes[p].get(at * chunk..(at + 1) * chunk) else { return };
-                prefetch(&codes[0], ahead);
-                prefetch(&codes[0], ahead + 64);
-                // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
-                let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
-                for part in 0..PARTS {
-                    for limb in 0..BYTES {
-                        for v in 0..V {
-                            let input = _mm512_set1_epi32(limbs[part][limb][0][v]);
-                            for band in 0..BANDS {
-                                let lane = unpacking.lane::<KIND>(loaded[band], part);
-                                let sum = &mut sums[p][limb][v][band];
-                                *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+                let Some(starts) = x.begin::<BYTES, V>(panels[p].starts, number, first) else { return };
+                for limb in 0..BYTES {
+                    for v in 0..V {
+                        sums[p][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
+                    }
+                }
+            }
+            let limbs = x.words::<1, BYTES, V>(number, first).as_chunks::<PARTS>().0;
+            for (at, limbs) in limbs.iter().enumerate() {
+                for p in 0..P {
+                    let Some(codes) = codes[p].get(at * chunk..(at + 1) * chunk) else { return };
+                    prefetch(&codes[0], ahead + lines[0]);
+                    prefetch(&codes[0], ahead + lines[1]);
+                    // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+                    let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
+                    for part in 0..PARTS {
+                        for limb in 0..BYTES {
+                            for v in 0..V {
+                                let input = _mm512_set1_epi32(limbs[part][limb][0][v]);
+                                for band in 0..BANDS {
+                                    let lane = unpacking.lane::<KIND>(loaded[band], part);
+                                    let sum = &mut sums[p][limb][v][band];
+                                    *sum = _mm512_dpbusd_epi32(*sum, lane, input);
+                                }
                             }
                         }
                     }
                 }
             }
-        }
-        for p in 0..P {
-            let scalings = panels[p].scalings(panels[p].group + x.layout.group_of(number));
-            for (band, scaling) in scalings.iter().enumerate() {
-                for v in 0..V {
-                    let mut of = [_mm512_setzero_si512(); BYTES];
-                    for limb in 0..BYTES {
-                        of[limb] = sums[p][limb][v][band];
-                    }
-                    totals[p][v][band] = scaling.scaled(totals[p][v][band], of, units[v]);
-                    if shifted {
-                        totals[p][v][band] = scaling.shifted(totals[p][v][band], whole[v]);
+            for p in 0..P {
+                let scalings = panels[p].scalings(panels[p].group + x.layout.group_of(number));
+                for (band, scaling) in scalings.iter().enumerate() {
+                    for v in 0..V {
+                        let mut of = [_mm512_setzero_si512(); BYTES];
+                        for limb in 0..BYTES {
+                            of[limb] = sums[p][limb][v][band];
+                        }
+                        totals[p][v][band] = scaling.scaled(totals[p][v][band], of, units[v]);
+                        if shifted {
+                            totals[p][v][band] = scaling.shifted(totals[p][v][band], whole[v]);
+                        }
                     }
                 }
             }
+            if tiles > 1 {
+                write(totals, to, first, x.padded());
+            }
         }
     }
-    for p in 0..P {
-        for (to, of) in to[p * x.padded() + first..].iter_mut().zip(totals[p]) {
+    if tiles == 1 {
+        write(totals, to, first, x.padded());
+    }
+}
+
+/// Totals of some inputs from one on, of as many as a panel has; `None` if there are fewer panels.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn read<const V: usize, const P: usize>(
+    from: &[[Lanes<f32>; BANDS]],
+    first: usize,
+    padded: usize,
+) -> Option<Totals<V, P>> {
+    let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
+    for (p, totals) in totals.iter_mut().enumerate() {
+        let of = from.get(p * padded + first..)?.first_chunk::<V>()?;
+        for (total, of) in totals.iter_mut().zip(of) {
+            *total = [cast(of[0].0), cast(of[1].0)];
+        }
+    }
+    Some(totals)
+}
+
+/// Writes them where they were.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn write<const V: usize, const P: usize>(
+    totals: Totals<V, P>,
+    to: &mut [[Lanes<f32>; BANDS]],
+    first: usize,
+    padded: usize,
+) {
+    for (p, totals) in totals.iter().enumerate() {
+        for (to, of) in to[p * padded + first..].iter_mut().zip(totals) {
             *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
         }
     }
