@@ -26,8 +26,8 @@ pub(super) struct Panel<'a> {
 /// Panels that are multiplied together, with as few inputs as let their sums stay in registers: two streams of codes come from memory
 /// faster than one.
 pub(super) const PANELS: usize = 2;
-/// Bytes of all panels between what is multiplied and what is asked for.
-const AHEAD: usize = 2048;
+/// Bytes of all panels between what is multiplied and what is asked for. (A third of that is too little where memory answers late.)
+const AHEAD: usize = 6144;
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
