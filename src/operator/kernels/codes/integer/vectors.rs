@@ -28,6 +28,8 @@ pub(super) struct Panel<'a> {
 pub(super) const PANELS: usize = 2;
 /// Bytes of all panels between what is multiplied and what is asked for. (A third of that is too little where memory answers late.)
 const AHEAD: usize = 6144;
+/// The same where tiles of inputs take turns at a run, if that has fewer.
+const AHEAD_BY_TURNS: usize = 4096;
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
@@ -116,7 +118,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
     for number in 0..x.layout.runs() {
         let bytes = x.layout.lanes(number) / PARTS * chunk;
         // (Beyond what the first of several tiles reads.)
-        let far = if tiles == 1 { AHEAD / P } else { AHEAD.max(bytes) };
+        let far = if tiles == 1 { AHEAD / P } else { bytes.max(AHEAD_BY_TURNS) };
         let ahead = ahead(far, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
         let mut codes = [&[][..]; P];
