@@ -108,6 +108,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
 ) {
     let unpacking = Unpacking::new(panels[0].bits);
     let (chunk, shifted) = (unpacking.chunk(), panels[0].grids.shifted());
+    debug_assert!(tiles == 1 || V >= TOGETHER && P == 1, "several tiles have as many inputs as there may be");
     // (Known to the compiler where there is one: its totals stay in registers.)
     let tiles = if V < TOGETHER || P > 1 { 1 } else { tiles };
     let mut rest = [&[][..]; P];
