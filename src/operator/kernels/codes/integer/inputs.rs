@@ -139,6 +139,15 @@ impl Inputs {
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
+    /// The same with tiles that are as wide as any together, if they are to be: first vector, vectors of a tile, and number of tiles.
+    pub(super) fn stretches(&self, together: bool) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        let (width, whole) = (self.way.width(), self.padded / self.way.width());
+        let tiles = if together { whole.max(1) } else { 1 };
+        // (Of tiles as wide as any the first of each stretch; what is left is a tile of its own.)
+        let begins = move |&(first, count): &(usize, usize)| count < width || (first / width).is_multiple_of(tiles);
+        self.tiles().filter(begins).map(move |(first, count)| (first, count, if count < width { 1 } else { tiles }))
+    }
+
     /// A tile's words of a run, for vectors: of each lane and digit, so many of V inputs.
     #[inline(always)]
     pub(super) fn words<const EACH_DIGIT: usize, const DIGITS: usize, const V: usize>(

@@ -51,13 +51,8 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     use ActivationBits::{Eight, Sixteen, TwentyFour};
-    // Tiles of as many inputs as there may be, and one of those that are left. (Those of short runs meet all columns one after the other: to
-    // begin and end a run anew for each takes longer than to read codes again.)
-    let width = x.way.width();
-    let (whole, left) = (x.padded() / width, x.padded() % width);
-    let together = if x.layout.run > SHORT { whole.max(1) } else { 1 };
-    let all = (0..whole).step_by(together).map(|tile| (tile * width, width, together));
-    for (first, count, tiles) in all.chain((left > 0).then_some((whole * width, left, 1))) {
+    // (Those of short runs meet all columns one after the other: to begin and end a run anew for each takes longer than to read codes again.)
+    for (first, count, tiles) in x.stretches(x.layout.run > SHORT) {
         macro_rules! tiles {
             ($panels:expr, $totals:expr, $bytes:literal, $vectors:literal) => {
                 multiply_tiles::<KIND, PARTS, $bytes, $vectors, _>($panels, x, (first, tiles), $totals)
