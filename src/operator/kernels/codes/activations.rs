@@ -48,25 +48,20 @@ impl ActivationBits {
     }
 
     /// The unit in which the largest of a run of inputs takes all bits, NaN if it is not finite: a power of two where that costs
-    /// nothing that counts, as products with it are exact.
+    /// nothing that counts, as products with it are exact. (Without branches: vectors of units come out of it.)
+    #[inline(always)]
     pub(super) fn unit(self, largest: f32) -> f32 {
-        if !largest.is_finite() {
-            return f32::NAN;
-        }
-        // (Any unit serves zeros, and the least one would make numbers that processors are slow to multiply.)
-        if largest == 0.0 {
-            return 1.0;
-        }
         // The largest digit is 127, and what comes behind it stays below its half. The least normal number serves what is smaller
         // still.
         let most = (127u32 << (8 * (self.bytes() - 1))) as f32;
         let quotient = (largest / most).max(f32::MIN_POSITIVE);
-        if self != Self::TwentyFour {
-            return quotient;
-        }
         // The power of two at or above it.
         let below = f32::from_bits(quotient.to_bits() & !((1 << 23) - 1));
-        if below < quotient { below * 2.0 } else { below }
+        let power = if below < quotient { below * 2.0 } else { below };
+        let unit = if self == Self::TwentyFour { power } else { quotient };
+        // (Any unit serves zeros, and the least one would make numbers that processors are slow to multiply.)
+        let unit = if largest == 0.0 { 1.0 } else { unit };
+        if largest.is_finite() { unit } else { f32::NAN }
     }
 }
 

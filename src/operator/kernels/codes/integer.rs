@@ -15,6 +15,7 @@ use std::ops::Range;
 use pulp::bytemuck::cast;
 
 mod avx2;
+mod beside;
 mod bfloat;
 mod bytes;
 mod digits;
@@ -22,6 +23,7 @@ mod few;
 mod inputs;
 mod many;
 mod matrix;
+mod memory;
 mod panel;
 mod runs;
 mod turns;
@@ -33,6 +35,7 @@ use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
+use self::memory::Reading;
 use self::panel::kind;
 use self::vectors::Panel;
 pub(super) use self::way::takes;
@@ -82,6 +85,11 @@ pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> 
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.
 pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
+    products_read(Reading::here(), rows, range, x, y);
+}
+
+/// The same with codes that are read in some way.
+fn products_read<T: Real>(reading: Reading, rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
     let vectors = x.vectors.max(1);
     let Some(panels) = rows.codes.panels() else { return };
     assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
@@ -92,7 +100,7 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
         Panel { bits, packed, grids, group, starts: &starts }
     });
     let panels: Vec<_> = panels.collect();
-    let mut meeting = Meeting::new(x, bits);
+    let mut meeting = Meeting::new(x, bits, reading);
     let together = meeting.panels(x);
     let mut totals = Vec::with_capacity(panels.len().min(together) * x.padded());
     for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
@@ -166,7 +174,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
-    Vectors(ActivationBits),
+    Vectors(ActivationBits, Reading),
     Narrow(avx2::Digits, Box<avx2::Spread>, Vec<u8>),
     Turns(turns::Tiles, Box<turns::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
@@ -175,7 +183,7 @@ enum Meeting {
 }
 
 impl Meeting {
-    fn new(x: &Inputs, bits: u8) -> Self {
+    fn new(x: &Inputs, bits: u8, reading: Reading) -> Self {
         match x.way {
             Way::Turns(shape) => Meeting::Turns(turns::Tiles::new(shape), turns::Scratch::new()),
             Way::Bytes(shape) => {
@@ -184,7 +192,7 @@ impl Meeting {
             }
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
-            Way::Vectors(activations) => Meeting::Vectors(activations),
+            Way::Vectors(activations) => Meeting::Vectors(activations, reading),
             Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits)), Vec::new()),
         }
     }
@@ -192,7 +200,7 @@ impl Meeting {
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors(_) => vectors::PANELS,
+            Meeting::Vectors(_, reading) => reading.panels,
             Meeting::Narrow(..) => 1,
             Meeting::Turns(..) => turns::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
@@ -228,7 +236,9 @@ impl Meeting {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
-            Meeting::Vectors(activations) => vectors::multiply::<KIND, PARTS>(*activations, panels, x, totals),
+            Meeting::Vectors(activations, reading) => {
+                vectors::multiply::<KIND, PARTS>((*activations, *reading), panels, x, totals)
+            }
             Meeting::Turns(tiles, scratch) => turns::multiply::<KIND, PARTS>(tiles, panels, x, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {
                 let task = Task { panels, x, tiles, unpacked, totals };

@@ -8,10 +8,10 @@ use ndarray::ArrayView2;
 use pulp::bytemuck::{cast, cast_slice, cast_slice_mut};
 
 use super::super::layout::sum;
-use super::digits::{Cut, largest, totalled};
+use super::digits::{Cut, largest, moduli, totalled};
 use super::matrix::Shape;
 use super::way::{Layout, Rows, Way};
-use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, STEP, avx2, bfloat, columns, few, turns};
+use super::{ActivationBits, Cutting, DIGITS, EACH, Kept, LANES, STEP, avx2, beside, bfloat, columns, few, turns};
 use crate::operator::sparse::each_panel;
 use crate::scalar::Real;
 
@@ -114,10 +114,7 @@ impl Inputs {
                     match (way, count) {
                         (Way::Turns(shape) | Way::Bytes(shape), _) => lay_out_rows(&layout, shape, tile, x),
                         (Way::Numbers(inputs), _) => lay_out_numbers(&layout, inputs, tile, x),
-                        (Way::Vectors(activations), 1) => lay_out::<1>(activations, &layout, tile, x),
-                        (Way::Vectors(activations), 2) => lay_out::<2>(activations, &layout, tile, x),
-                        (Way::Vectors(activations), 4) => lay_out::<4>(activations, &layout, tile, x),
-                        (Way::Vectors(activations), _) => lay_out::<8>(activations, &layout, tile, x),
+                        (Way::Vectors(activations), _) => beside::lay_out(activations, &layout, count, tile, x),
                         (Way::Narrow(digits), 1) => avx2::lay_out::<1>(digits, &layout, tile, x),
                         (Way::Narrow(digits), 2) => avx2::lay_out::<2>(digits, &layout, tile, x),
                         (Way::Narrow(digits), _) => avx2::lay_out::<4>(digits, &layout, tile, x),
@@ -228,42 +225,6 @@ impl Inputs {
     }
 }
 
-/// Lays a tile out, in which a missing input has no numbers. (All that products read is written, as it was not empty.)
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
-fn lay_out<const V: usize>(activations: ActivationBits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
-    let bytes = activations.bytes();
-    let cut = Cut::new(bytes, layout.parts);
-    let words = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * bytes);
-    let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
-    let less = tile.less.as_chunks_mut::<V>().0.chunks_mut(bytes);
-    for (run, ((words, less), (units, sums))) in words.zip(less).zip(beside).enumerate() {
-        let mut of = [&[][..]; V];
-        let mut totals = [_mm512_setzero_si512(); V];
-        for v in 0..V {
-            of[v] = layout.of_run(run, x[v]);
-            units[v] = activations.unit(largest(of[v]));
-        }
-        for (step, to) in words[..layout.lanes(run) * bytes].chunks_mut(LANES / EACH * bytes).enumerate() {
-            let mut digits = [_mm512_setzero_si512(); V];
-            for v in 0..V {
-                digits[v] = cut.split(of[v].get(step * LANES..).unwrap_or_default(), units[v]);
-                totals[v] = _mm512_dpbusd_epi32(totals[v], _mm512_set1_epi8(1), digits[v]);
-            }
-            let digits = digits.map(cast::<_, [[i32; LANES / EACH]; EACH]>);
-            for (lane, to) in to.chunks_exact_mut(bytes).enumerate() {
-                for (byte, to) in to.iter_mut().enumerate() {
-                    *to = digits.map(|of| of[byte][lane]);
-                }
-            }
-        }
-        for v in 0..V {
-            let total = totalled(totals[v]);
-            sums[v] = sum(&total[..bytes], 8, units[v]);
-            less.iter_mut().zip(total).for_each(|(less, total)| less[v] = -total);
-        }
-    }
-}
-
 /// Lays a tile out for matrix instructions with bytes, in which a missing input has no numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: &[&[f32]]) {
@@ -275,11 +236,13 @@ fn lay_out_rows(layout: &Layout, shape: Shape, tile: Tile<'_>, x: &[&[f32]]) {
     for (run, (to, ((units, sums), less))) in tile.limbs.chunks_mut(shape.run(layout)).zip(beside).enumerate() {
         for (v, x) in x.iter().take(inputs).enumerate() {
             let x = layout.of_run(run, x);
-            units[v] = activations.unit(largest(x));
+            let [largest] = largest([moduli(x)]);
+            units[v] = activations.unit(largest);
+            let inverse = units[v].recip();
             let mut total = _mm512_setzero_si512();
             for (step, to) in to.chunks_mut(shape.step()).enumerate() {
                 for lane in (0..lanes).step_by(LANES / EACH) {
-                    let bytes = cut.split(x.get((step * lanes + lane) * EACH..).unwrap_or_default(), units[v]);
+                    let bytes = cut.split(x.get((step * lanes + lane) * EACH..).unwrap_or_default(), inverse);
                     total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
                     let bytes: [[i32; LANES / EACH]; EACH] = cast(bytes);
                     for (limb, of) in bytes.iter().enumerate().take(bytes_of) {

@@ -8,6 +8,7 @@ use pulp::bytemuck::cast;
 use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
+use super::memory::Reading;
 use super::panel::Unpacking;
 use super::{ActivationBits, BANDS, LANES, LINE, Lanes, TOGETHER};
 use crate::simd::prefetch;
@@ -23,13 +24,8 @@ pub(super) struct Panel<'a> {
     pub starts: &'a [i32],
 }
 
-/// Panels that are multiplied together, with as few inputs as let their sums stay in registers: two streams of codes come from memory
-/// faster than one.
-pub(super) const PANELS: usize = 2;
-/// Bytes of all panels between what is multiplied and what is asked for. (A third of that is too little where memory answers late.)
-const AHEAD: usize = 6144;
-/// The same where tiles of inputs take turns at a run, if that has fewer.
-const AHEAD_BY_TURNS: usize = 4096;
+/// Panels that are multiplied together, at most.
+const PANELS: usize = 2;
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
@@ -41,11 +37,11 @@ pub(super) fn ahead(far: usize, rest: &[u8], together: &[Panel<'_>]) -> usize {
     if rest.len() > far { far } else { far + others() }
 }
 
-/// Adds the products of one panel, or of [`PANELS`], with all inputs. (Codes are unpacked for each few: that costs less than to
-/// read them as bytes.)
+/// Adds the products of one panel, or of as many as are read together, with all inputs. (Codes are unpacked for each few: that costs
+/// less than to read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
-    activations: ActivationBits,
+    (activations, reading): (ActivationBits, Reading),
     panels: &[Panel<'_>],
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
@@ -55,7 +51,7 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     for (first, count, tiles) in x.stretches(x.layout.run > SHORT) {
         macro_rules! tiles {
             ($panels:expr, $totals:expr, $bytes:literal, $vectors:literal) => {
-                multiply_tiles::<KIND, PARTS, $bytes, $vectors, _>($panels, x, (first, tiles), $totals)
+                multiply_tiles::<KIND, PARTS, $bytes, $vectors, _>(reading, $panels, x, (first, tiles), $totals)
             };
         }
         // Two panels where the sums of both stay in registers, else one after the other.
@@ -96,6 +92,7 @@ type Totals<const V: usize, const P: usize> = [[[__m512; BANDS]; V]; P];
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
 fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const P: usize>(
+    reading: Reading,
     panels: &[Panel<'_>; P],
     x: &Inputs,
     (first, tiles): (usize, usize),
@@ -114,7 +111,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
     for number in 0..x.layout.runs() {
         let bytes = x.layout.lanes(number) / PARTS * chunk;
         // (Beyond what the first of several tiles reads.)
-        let far = if tiles == 1 { AHEAD / P } else { bytes.max(AHEAD_BY_TURNS) };
+        let far = if tiles == 1 { reading.ahead / P } else { bytes.max(reading.ahead_by_turns) };
         let ahead = ahead(far, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
         let mut codes = [&[][..]; P];
@@ -161,21 +158,29 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
                     }
                 }
             }
-            for p in 0..P {
-                let scalings = panels[p].scalings(panels[p].group + x.layout.group_of(number));
-                for (band, scaling) in scalings.iter().enumerate() {
-                    for v in 0..V {
-                        let mut of = [_mm512_setzero_si512(); BYTES];
-                        for limb in 0..BYTES {
-                            of[limb] = sums[p][limb][v][band];
-                        }
-                        totals[p][v][band] = scaling.scaled(totals[p][v][band], of, units[v]);
-                        if shifted {
-                            totals[p][v][band] = scaling.shifted(totals[p][v][band], whole[v]);
+            // (Written out for each panel: as a loop it is too long to be unrolled for certain, and if it is not, sums are in memory.)
+            macro_rules! scale {
+                ($p:literal) => {
+                    if $p < P {
+                        let scalings = panels[$p].scalings(panels[$p].group + x.layout.group_of(number));
+                        for (band, scaling) in scalings.iter().enumerate() {
+                            for v in 0..V {
+                                let mut of = [_mm512_setzero_si512(); BYTES];
+                                for limb in 0..BYTES {
+                                    of[limb] = sums[$p][limb][v][band];
+                                }
+                                totals[$p][v][band] = scaling.scaled(totals[$p][v][band], of, units[v]);
+                                if shifted {
+                                    totals[$p][v][band] = scaling.shifted(totals[$p][v][band], whole[v]);
+                                }
+                            }
                         }
                     }
-                }
+                };
             }
+            const { assert!(P <= PANELS && PANELS == 2) };
+            scale!(0);
+            scale!(1);
             if tiles > 1 {
                 write(totals, to, first, x.padded());
             }
