@@ -257,15 +257,19 @@ impl<S: Real + FftNum + FloatConst> Plan<S> {
 /// only processors without AVX need, would be a tenth of what is compiled of this crate.
 fn fft<S: FftNum>(n: usize, direction: FftDirection) -> Arc<dyn Fft<S>> {
     #[cfg(target_arch = "x86_64")]
-    {
-        use rustdct::rustfft::{FftPlannerAvx, FftPlannerScalar};
-        match FftPlannerAvx::new() {
-            Ok(mut planner) => planner.plan_fft(n, direction),
-            Err(()) => FftPlannerScalar::new().plan_fft(n, direction),
-        }
+    if let Ok(mut planner) = rustdct::rustfft::FftPlannerAvx::new() {
+        return planner.plan_fft(n, direction);
     }
+    fft_without_avx(n, direction)
+}
+
+/// The same on processors that have no AVX.
+fn fft_without_avx<S: FftNum>(n: usize, direction: FftDirection) -> Arc<dyn Fft<S>> {
     #[cfg(not(target_arch = "x86_64"))]
-    rustdct::rustfft::FftPlanner::new().plan_fft(n, direction)
+    use rustdct::rustfft::FftPlanner as Planner;
+    #[cfg(target_arch = "x86_64")]
+    use rustdct::rustfft::FftPlannerScalar as Planner;
+    Planner::new().plan_fft(n, direction)
 }
 
 /// A DCT-II and DCT-III of an odd or a short length.
@@ -341,6 +345,18 @@ mod tests {
                 kind.inverse().rows_in_place(&mut back).unwrap();
                 assert!(largest(&(&back - &x)) < 1e-12, "{kind:?} {n}");
             }
+        }
+    }
+
+    #[test]
+    fn processors_without_avx_find_the_same() {
+        for (n, direction) in LENGTHS.into_iter().flat_map(|n| [(n, FftDirection::Forward), (n, FftDirection::Inverse)])
+        {
+            let mut x: Vec<_> = (0..n).map(|j| Complex::new((j * 37 % 103) as f64, (j * 101 % 51) as f64)).collect();
+            let mut y = x.clone();
+            fft(n, direction).process(&mut x);
+            fft_without_avx(n, direction).process(&mut y);
+            assert!(x.iter().zip(&y).all(|(x, y)| (x - y).norm() < 1e-9 * n as f64), "{n}, {direction}");
         }
     }
 
