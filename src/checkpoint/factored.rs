@@ -6,8 +6,8 @@ use super::Checkpoint;
 use crate::error::{Error, Result};
 use crate::operator::codec::{Decoder, FORMAT_VERSION, Header, METADATA_KEY, Source, Tree};
 use crate::operator::{ActivationBits, Dense, Operator};
-use crate::scalar::{DType, Real, check_finite};
-use crate::tensor::{Stored, Tensor};
+use crate::scalar::Real;
+use crate::tensor::Stored;
 
 impl Source for Checkpoint {
     fn tensor(&self, name: &str) -> Result<Stored<'_>> {
@@ -110,13 +110,7 @@ impl<T: Real> Loader<'_, T> {
                 };
                 self.decoder.decode(&tree.operator).and_then(whole).map_err(|e| self.checkpoint.contradiction(e))
             }
-            None => {
-                let stored = self.checkpoint.get(name)?;
-                let values = stored.matrix::<T>()?.into_owned();
-                check_finite("weight", &values)?;
-                let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
-                Ok(Operator::Dense(Dense::rounded(values, dtype)?))
-            }
+            None => Ok(Operator::Dense(Dense::stored(&self.checkpoint.get(name)?, "weight")?)),
         };
         load().map_err(|e: Error| e.of_tensor(name))
     }

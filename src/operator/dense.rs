@@ -8,6 +8,7 @@ use super::rows::rows_by;
 use super::{LinearOperator, matmul};
 use crate::error::{Error, Result};
 use crate::scalar::{DType, Real, check_finite};
+use crate::tensor::{Stored, Tensor};
 
 mod halves;
 
@@ -63,6 +64,24 @@ impl<T: Real> Dense<T> {
         }
         check_finite("factor", &values)?;
         Ok(Dense { memory: Memory::Wide(values), dtype }.compact())
+    }
+
+    /// A leaf of what a file holds, in its dtype; those of f64 in the compute type, to which they are rounded.
+    ///
+    /// # Errors
+    /// As [`Stored::matrix`], and [`Error::NonFinite`], which says what it is.
+    pub(crate) fn stored(stored: &Stored<'_>, what: &str) -> Result<Self> {
+        if let (DType::BF16, DType::F32, &[m, n]) = (stored.dtype, T::DTYPE, stored.shape)
+            && let Some(halves) = Halves::stored((m, n), stored.bytes)
+        {
+            return match halves.not_finite() {
+                Some((index, value)) => Err(Error::NonFinite { what: what.into(), index, value: value.to_f64() }),
+                None => Ok(Dense { memory: Memory::Halves(halves), dtype: DType::BF16 }),
+            };
+        }
+        let values = stored.matrix::<T>()?.into_owned();
+        check_finite(what, &values)?;
+        Ok(Self::exact(values, if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype }))
     }
 
     /// A leaf of values that `dtype` holds exactly.
@@ -196,7 +215,10 @@ impl<T: Real> PartialEq for Dense<T> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
+    use crate::scalar::narrow;
 
     fn numbers(m: usize, n: usize, seed: usize) -> Array2<f32> {
         Array2::from_shape_fn((m, n), |(i, j)| ((i * 31 + j * 17 + seed) % 201) as f32 / 64.0 - 1.5)
@@ -237,6 +259,50 @@ mod tests {
         assert!(single != half && single != Dense::new(numbers(2, 3, 2)));
         let other = Dense::rounded(numbers(2, 3, 2), DType::BF16).unwrap();
         assert!(other != Dense::rounded(numbers(2, 3, 1), DType::BF16).unwrap());
+    }
+
+    #[test]
+    fn what_a_file_holds_is_what_its_numbers_make() {
+        fn same<T: Real>(dtype: DType, (m, n): (usize, usize)) {
+            let bytes = narrow(dtype, &numbers(m, n, 1)).unwrap();
+            // (Bytes need no alignment.)
+            let shifted = [&[1], &bytes[..]].concat();
+            let stored = Stored { shape: &[m, n], dtype, bytes: &shifted[1..] };
+            let kept = if dtype == DType::F64 { T::DTYPE } else { dtype };
+            let made = Dense::<T>::rounded(numbers(m, n, 1).mapv(|v| T::from_f64(v.into())), kept).unwrap();
+            let read = Dense::<T>::stored(&stored, "weight").unwrap();
+            assert_eq!((&read, read.wide().len()), (&made, made.wide().len()), "{dtype:?}, {m}x{n}");
+        }
+        for shape in [(0, 3), (3, 0), (1, 1), (3, 4), (5, 7)] {
+            for dtype in [DType::BF16, DType::F16, DType::F32, DType::F64] {
+                same::<f32>(dtype, shape);
+                same::<f64>(dtype, shape);
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_file_holds_is_refused_if_it_is_no_matrix_of_numbers() {
+        for (at, number) in [(0, bf16::NAN), (3, bf16::INFINITY), (7, bf16::NEG_INFINITY), (14, bf16::NAN)] {
+            let mut numbers = [bf16::from_f32(-2.5); 15];
+            numbers[at] = number;
+            let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+            let stored = Stored { shape: &[3, 5], dtype: DType::BF16, bytes: &bytes };
+            for refused in
+                [Dense::<f32>::stored(&stored, "weight").err(), Dense::<f64>::stored(&stored, "weight").err()]
+            {
+                let Some(Error::NonFinite { what, index, value }) = refused else { panic!("{refused:?}") };
+                assert_eq!((&what[..], index, value.to_bits()), ("weight", at, number.to_f64().to_bits()));
+            }
+        }
+        let refused = |shape: &[usize], dtype, bytes: &[u8]| {
+            Dense::<f32>::stored(&Stored { shape, dtype, bytes }, "weight").unwrap_err()
+        };
+        assert!(matches!(refused(&[2, 2], DType::BF16, &[0; 6]), Error::Shape { .. }));
+        assert!(matches!(refused(&[2, 2], DType::BF16, &[0; 7]), Error::Shape { .. }));
+        assert!(matches!(refused(&[usize::MAX, 3], DType::BF16, &[0; 6]), Error::Shape { .. }));
+        assert!(matches!(refused(&[4], DType::BF16, &[0; 8]), Error::Shape { .. }));
+        assert!(matches!(refused(&[2, 2], DType::U8, &[0; 4]), Error::UnsupportedDType { .. }));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::operator::{
     NmSparse, Operator, Permutation, Quantized, Runs, Stacked, ZeroPoints,
 };
 use crate::scalar::{DType, Real, widen};
-use crate::tensor::{Stored, Tensor};
+use crate::tensor::Stored;
 
 /// Where a decoder finds tensors by name.
 pub trait Source {
@@ -141,13 +141,7 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
     }
 
     fn dense(&self, name: &str) -> Result<Dense<T>> {
-        let read = || {
-            let stored = self.source.tensor(name)?;
-            let values = stored.matrix::<T>()?.into_owned();
-            // f64 factors read as f32 are rounded here; half types are exact in both.
-            let dtype = if stored.dtype == DType::F64 { T::DTYPE } else { stored.dtype };
-            Dense::rounded(values, dtype)
-        };
+        let read = || Dense::stored(&self.source.tensor(name)?, "factor");
         read().map_err(|e| e.of_tensor(name))
     }
 

@@ -42,6 +42,39 @@ impl Halves {
         Halves { words, dim: (m, n) }
     }
 
+    /// Of a file's bytes, row by row, which need no alignment; `None` if there are more or fewer of them.
+    pub(super) fn stored((m, n): (usize, usize), bytes: &[u8]) -> Option<Self> {
+        let row = n.checked_mul(size_of::<bf16>())?;
+        if m.checked_mul(row)? != bytes.len() {
+            return None;
+        }
+        let words = Aligned::new(m * n.div_ceil(2), |words| {
+            for row in bytes.chunks_exact(row.max(1)) {
+                let (pairs, last) = row.as_chunks();
+                words.extend(pairs.iter().map(|&two| u32::from_le_bytes(two)));
+                words.extend(last.first_chunk().map(|&one| u32::from(u16::from_le_bytes(one))));
+            }
+        });
+        Some(Halves { words, dim: (m, n) })
+    }
+
+    /// The first number that is infinite or none, and its place, row by row.
+    pub(super) fn not_finite(&self) -> Option<(usize, bf16)> {
+        // (Without branches, as nearly all matrices have none.)
+        let exponent = u32::from(bf16::INFINITY.to_bits());
+        let full = |word: u32| word & exponent == exponent;
+        if !self.words.iter().fold(false, |any, &word| any | full(word) | full(word >> 16)) {
+            return None;
+        }
+        let halves = |word: u32| [word as u16, (word >> 16) as u16].map(bf16::from_bits);
+        let (stride, columns) = (self.dim.1.div_ceil(2), self.dim.1);
+        let numbers = self.words.iter().enumerate().flat_map(|(at, &word)| {
+            let place = at / stride * columns + at % stride * 2;
+            halves(word).into_iter().enumerate().map(move |(half, number)| (place + half, number))
+        });
+        numbers.into_iter().find(|(_, number)| !number.is_finite())
+    }
+
     pub(super) fn dim(&self) -> (usize, usize) {
         self.dim
     }
