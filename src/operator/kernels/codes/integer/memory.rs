@@ -51,8 +51,9 @@ mod tests {
 
     #[test]
     fn processors_are_told_apart_by_vendor_and_family() {
-        // EPYC of the families 1Ah (Zen 5) and 19h (Zen 4), a Xeon of family 6, and one of a family that only sums up to 1Ah.
+        // EPYC of the families 1Ah (Zen 5) and 19h (Zen 4), a Xeon of family 6; what comes later, and another vendor's family 1Ah.
         assert_eq!(of(b"AuthenticAMD", 0x00b0_0f21), Reading::ONE_STREAM);
+        assert_eq!(of(b"AuthenticAMD", 0x0120_0f00), Reading::ONE_STREAM);
         assert_eq!(of(b"AuthenticAMD", 0x00a1_0f11), Reading::TWO_STREAMS);
         assert_eq!(of(b"GenuineIntel", 0x000c_06f2), Reading::TWO_STREAMS);
         assert_eq!(of(b"GenuineIntel", 0x00b0_0f21), Reading::TWO_STREAMS);
