@@ -298,8 +298,9 @@ mod tests {
         let refused = |shape: &[usize], dtype, bytes: &[u8]| {
             Dense::<f32>::stored(&Stored { shape, dtype, bytes }, "weight").unwrap_err()
         };
-        assert!(matches!(refused(&[2, 2], DType::BF16, &[0; 6]), Error::Shape { .. }));
-        assert!(matches!(refused(&[2, 2], DType::BF16, &[0; 7]), Error::Shape { .. }));
+        for bytes in [6, 7, 9, 12] {
+            assert!(matches!(refused(&[2, 2], DType::BF16, &vec![0; bytes]), Error::Shape { .. }), "{bytes} bytes");
+        }
         assert!(matches!(refused(&[usize::MAX, 3], DType::BF16, &[0; 6]), Error::Shape { .. }));
         assert!(matches!(refused(&[4], DType::BF16, &[0; 8]), Error::Shape { .. }));
         assert!(matches!(refused(&[2, 2], DType::U8, &[0; 4]), Error::UnsupportedDType { .. }));

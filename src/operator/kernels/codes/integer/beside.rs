@@ -43,6 +43,7 @@ fn lay_out_tile<const BYTES: usize, const V: usize>(
     tile: Tile<'_>,
     x: &[&[f32]],
 ) {
+    const { assert!(EACH * BYTES * V <= WORDS * LANES, "words of a step that there is room for") };
     let Some(x) = x.first_chunk::<V>() else { return };
     let cut = Cut::beside(BYTES, layout.parts, V);
     let words = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * BYTES);
@@ -121,7 +122,7 @@ fn turned<const BYTES: usize, const V: usize>(of: [__m512i; V]) -> [__m512i; WOR
             let (first, second) = (fours::<BYTES>(&of[..4]), fours::<BYTES>(&of[4..]));
             let (low, high) =
                 (_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
-            for k in 0..BYTES.min(WORDS / 2) {
+            for k in 0..BYTES {
                 words[2 * k] = _mm512_permutex2var_epi64(first[k], low, second[k]);
                 words[2 * k + 1] = _mm512_permutex2var_epi64(first[k], high, second[k]);
             }
