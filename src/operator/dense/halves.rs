@@ -68,11 +68,11 @@ impl Halves {
         }
         let halves = |word: u32| [word as u16, (word >> 16) as u16].map(bf16::from_bits);
         let (stride, columns) = (self.dim.1.div_ceil(2), self.dim.1);
-        let numbers = self.words.iter().enumerate().flat_map(|(at, &word)| {
+        let mut numbers = self.words.iter().enumerate().flat_map(|(at, &word)| {
             let place = at / stride * columns + at % stride * 2;
             halves(word).into_iter().enumerate().map(move |(half, number)| (place + half, number))
         });
-        numbers.into_iter().find(|(_, number)| !number.is_finite())
+        numbers.find(|(_, number)| !number.is_finite())
     }
 
     pub(super) fn dim(&self) -> (usize, usize) {
