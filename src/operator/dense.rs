@@ -72,6 +72,8 @@ impl<T: Real> Dense<T> {
     /// As [`Stored::matrix`], and [`Error::NonFinite`], which says what it is.
     pub(crate) fn stored(stored: &Stored<'_>, what: &str) -> Result<Self> {
         if let (DType::BF16, DType::F32, &[m, n]) = (stored.dtype, T::DTYPE, stored.shape)
+            // (Of no bytes, rows or columns may be more than there is room for.)
+            && !stored.bytes.is_empty()
             && let Some(halves) = Halves::stored((m, n), stored.bytes)
         {
             return match halves.not_finite() {
@@ -301,7 +303,9 @@ mod tests {
         for bytes in [6, 7, 9, 12] {
             assert!(matches!(refused(&[2, 2], DType::BF16, &vec![0; bytes]), Error::Shape { .. }), "{bytes} bytes");
         }
-        assert!(matches!(refused(&[usize::MAX, 3], DType::BF16, &[0; 6]), Error::Shape { .. }));
+        for (shape, bytes) in [([usize::MAX, 3], 6), ([usize::MAX, 0], 0), ([0, usize::MAX], 0)] {
+            assert!(matches!(refused(&shape, DType::BF16, &vec![0; bytes]), Error::Shape { .. }), "{shape:?}");
+        }
         assert!(matches!(refused(&[4], DType::BF16, &[0; 8]), Error::Shape { .. }));
         assert!(matches!(refused(&[2, 2], DType::U8, &[0; 4]), Error::UnsupportedDType { .. }));
     }

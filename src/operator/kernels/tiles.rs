@@ -3,6 +3,8 @@
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
+use super::processor::cpuid;
+
 /// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory
 /// for the registers aside then for each thread that uses them.)
 pub(super) fn available() -> bool {
@@ -11,15 +13,9 @@ pub(super) fn available() -> bool {
 }
 
 /// Whether there are products of bytes and of bf16 in tiles. (All processors with tiles have both.)
-#[allow(unsafe_code, unused_unsafe)]
 fn present() -> bool {
     const ALL: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-    if !(cfg!(feature = "avx512") && is_x86_feature_detected!("avx512f")) {
-        return false;
-    }
-    // SAFETY: machines with AVX-512, as was asked, have the instruction and this leaf.
-    let features = unsafe { std::arch::x86_64::__cpuid_count(7, 0) }.edx;
-    features & ALL == ALL
+    cfg!(feature = "avx512") && is_x86_feature_detected!("avx512f") && cpuid(7).edx & ALL == ALL
 }
 
 /// Asks for the registers, which Linux gives to those who ask.

@@ -43,6 +43,7 @@ use self::way::{Rows, Way};
 use super::super::cutting::{Cutting, DIGITS, STEP};
 use super::super::kept::Kept;
 use super::super::lanes::{LANES, Lanes, columns, padded, put, turned};
+use super::super::processor::cpuid;
 use super::super::tiles;
 use super::layout::EACH;
 use super::packed::{LINE, PANEL};

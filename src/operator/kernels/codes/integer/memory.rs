@@ -1,7 +1,9 @@
 //! How codes come from memory fastest, in which processors differ.
 
-use std::arch::x86_64::{__cpuid, CpuidResult};
+use std::arch::x86_64::CpuidResult;
 use std::sync::LazyLock;
+
+use super::cpuid;
 
 /// What is read together, and how far ahead it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,7 +25,7 @@ impl Reading {
 
     /// That of this machine. (It is asked once.)
     pub(super) fn here() -> Self {
-        static HERE: LazyLock<Reading> = LazyLock::new(|| Reading::of(&__cpuid(0), &__cpuid(1)));
+        static HERE: LazyLock<Reading> = LazyLock::new(|| Reading::of(&cpuid(0), &cpuid(1)));
         *HERE
     }
 

@@ -25,7 +25,7 @@ pub(super) struct Panel<'a> {
 }
 
 /// Panels that are multiplied together, at most.
-const PANELS: usize = 2;
+const PANELS: usize = Reading::TWO_STREAMS.panels;
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
