@@ -1,12 +1,14 @@
 //! Calibration statistics of the linear layers of a language model (Llama architecture) or an encoder of sentences (BERT
-//! architecture) over a text.
+//! architecture) over a text, or of an encoder of images (DINOv2 architecture) over a folder of them.
 //!
 //! ```text
 //! cargo run --release --example calibrate -- MODEL --text calibration.txt --out gram.safetensors
 //! cargo run --release --example calibrate -- MODEL --text calibration.txt --fisher fisher.safetensors
+//! cargo run --release --example calibrate -- MODEL --images FOLDER --out gram.safetensors
 //! ```
 //!
-//! Windows are spread evenly over the whole text; an encoder sees its first paragraphs of 60 to 400 characters. The file is what `compress --stats` reads: one mean of x·xᵀ for
+//! Windows are spread evenly over the whole text; an encoder of sentences sees its first paragraphs of 60 to 400 characters, one of
+//! images the middle of each PNG and JPEG file, scaled to the size that config.json has. The file is what `compress --stats` reads: one mean of x·xᵀ for
 //! each input site, shared by the weights that see the same input. `--fisher FILE` writes the squares of the loss's
 //! gradients, summed over rows and columns, which the metrics `fisher` and `gram-fisher` need. An encoder has no loss: there
 //! the gradients are those of its embeddings along random directions, which say how far an error turns them.
@@ -25,10 +27,10 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::run::Observer;
 use weightpress::stats::{Kind, Stats};
 
-use support::bert::{Bert, paragraphs};
 use support::exit;
-use support::llama::{Llama, model_type};
+use support::llama::Llama;
 use support::progress::Bar;
+use support::samples::{Given, Samples};
 use support::text::{Tokens, windows};
 
 #[derive(Parser)]
@@ -37,8 +39,11 @@ struct Arguments {
     /// Folder with config.json and weights
     model: PathBuf,
     /// The text; of the kind that the model will see
-    #[arg(long, value_name = "FILE")]
-    text: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "images")]
+    text: Option<PathBuf>,
+    /// A folder of images, for encoders of such
+    #[arg(long, value_name = "DIR", conflicts_with = "text")]
+    images: Option<PathBuf>,
     /// The file of Gram matrices to write
     #[arg(long, value_name = "FILE", required_unless_present = "fisher")]
     out: Option<PathBuf>,
@@ -57,10 +62,10 @@ struct Arguments {
     /// Tokens that see each other
     #[arg(long, value_name = "N", default_value_t = 512)]
     window: usize,
-    /// Paragraphs, for encoders
+    /// Paragraphs, for encoders of sentences
     #[arg(long, value_name = "N", default_value_t = 300)]
     paragraphs: usize,
-    /// Directions for each paragraph's gradients, for encoders
+    /// Directions for the gradients of each paragraph or image, for encoders
     #[arg(long, value_name = "N", default_value_t = 4)]
     probes: usize,
 }
@@ -71,13 +76,16 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
-    if model_type(&checkpoint)?.as_deref() == Some("bert") {
-        return encoder(&checkpoint, arguments);
+    let Arguments { text, images, paragraphs, .. } = arguments;
+    let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
+    if let Some(samples) = Samples::load(&checkpoint, given)? {
+        return encoder(&checkpoint, &samples, arguments);
     }
+    let text = given.text()?;
     let model = Llama::load(&checkpoint)?;
-    let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, &arguments.text)?;
+    let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, text)?;
     if let Some(out) = &arguments.out {
-        let windows = windows(&tokens.ids, &arguments.text, arguments.tokens, arguments.window)?;
+        let windows = windows(&tokens.ids, text, arguments.tokens, arguments.window)?;
         let (start, bar) = (Instant::now(), Bar::default());
         bar.stage("Gram", model.layers.len() as u64);
         let stats = model.calibrate(&windows, &|i| bar.advance(1, &format!("layer {i}")))?;
@@ -85,7 +93,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         write(&checkpoint, stats, out, windows.iter().map(|window| window.len()), start)?;
     }
     if let Some(out) = &arguments.fisher {
-        let windows = windows(&tokens.ids, &arguments.text, arguments.fisher_tokens, arguments.fisher_window)?;
+        let windows = windows(&tokens.ids, text, arguments.fisher_tokens, arguments.fisher_window)?;
         let (start, bar) = (Instant::now(), Bar::default());
         bar.stage("Fisher", windows.len() as u64);
         let stats = model.fisher(&windows, &|_| bar.advance(1, ""))?;
@@ -95,22 +103,21 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn encoder(checkpoint: &Checkpoint, arguments: &Arguments) -> Result<()> {
-    let model = Bert::load(checkpoint)?;
-    let sentences = paragraphs(checkpoint.root(), &arguments.text, arguments.paragraphs)?;
+fn encoder(checkpoint: &Checkpoint, samples: &Samples, arguments: &Arguments) -> Result<()> {
+    let tokens = samples.tokens();
     if let Some(out) = &arguments.out {
         let (start, bar) = (Instant::now(), Bar::default());
-        bar.stage("Gram", model.layers.len() as u64);
-        let stats = model.calibrate(&sentences, &|i| bar.advance(1, &format!("layer {i}")))?;
+        bar.stage("Gram", samples.blocks() as u64);
+        let stats = samples.calibrate(&|i| bar.advance(1, &format!("layer {i}")))?;
         drop(bar);
-        write(checkpoint, stats, out, sentences.iter().map(Vec::len), start)?;
+        write(checkpoint, stats, out, tokens.iter().copied(), start)?;
     }
     if let Some(out) = &arguments.fisher {
         let (start, bar) = (Instant::now(), Bar::default());
-        bar.stage("Fisher", (sentences.len() * arguments.probes) as u64);
-        let stats = model.fisher(&sentences, arguments.probes, &|_| bar.advance(1, ""))?;
+        bar.stage("Fisher", (tokens.len() * arguments.probes) as u64);
+        let stats = samples.fisher(arguments.probes, &|_| bar.advance(1, ""))?;
         drop(bar);
-        write(checkpoint, stats, out, sentences.iter().map(Vec::len), start)?;
+        write(checkpoint, stats, out, tokens.iter().copied(), start)?;
     }
     Ok(())
 }
@@ -119,7 +126,7 @@ fn write(
     checkpoint: &Checkpoint,
     mut stats: Stats,
     out: &Path,
-    texts: impl ExactSizeIterator<Item = usize>,
+    samples: impl ExactSizeIterator<Item = usize>,
     start: Instant,
 ) -> Result<()> {
     // Whoever uses the statistics with another checkpoint is told.
@@ -128,10 +135,10 @@ fn write(
             stats.set_origin(&tensor.name, checkpoint.get(&tensor.name)?);
         }
     }
-    let (count, tokens) = (texts.len(), texts.sum::<usize>());
+    let (count, tokens) = (samples.len(), samples.sum::<usize>());
     stats.save(out, Some(tokens as u64))?;
     exit::answer(&format!(
-        "{count} texts of {tokens} tokens in {:.1} s, written to {}",
+        "{count} samples of {tokens} tokens in {:.1} s, written to {}",
         start.elapsed().as_secs_f64(),
         out.display()
     ))

@@ -1,14 +1,15 @@
-//! Perplexity and speed of language models (Llama architecture) on a text, or how far the sentence embeddings of
-//! encoders (BERT architecture) move: dense or factored, side by side.
+//! Perplexity and speed of language models (Llama architecture) on a text, or how far the embeddings of encoders of sentences
+//! (BERT architecture) or of images (DINOv2 architecture) move: dense or factored, side by side.
 //!
 //! ```text
 //! cargo run --release --example evaluate -- examples/model --text examples/model/heldout.txt
 //! cargo run --release --example evaluate -- MODEL COMPRESSED --text heldout.txt --tokens 8192
+//! cargo run --release --example evaluate -- MODEL COMPRESSED --images FOLDER
 //! ```
 //!
 //! The first tokens of the text are cut into windows; every token but the very first is scored once. A factored
 //! checkpoint runs from its factors: no weight is rebuilt. Encoders are compared with the first one given, on the
-//! paragraphs of the text that have 60 to 400 characters.
+//! paragraphs of the text that have 60 to 400 characters, or on the PNG and JPEG files of the folder.
 //!
 //! Exit codes: 0 done, 2 the input was refused, 1 something failed on the way.
 
@@ -25,10 +26,11 @@ use weightpress::checkpoint::Checkpoint;
 use weightpress::operator::ActivationBits;
 use weightpress::run::Observer;
 
-use support::bert::{Bert, Moved, paragraphs};
 use support::exit;
-use support::llama::{Cache, Llama, model_type};
+use support::llama::{Cache, Llama};
+use support::moved::Moved;
 use support::progress::Bar;
+use support::samples::{Given, Samples};
 use support::text::Tokens;
 
 #[derive(Parser)]
@@ -38,8 +40,11 @@ struct Arguments {
     #[arg(required = true)]
     models: Vec<PathBuf>,
     /// The text
-    #[arg(long, value_name = "FILE")]
-    text: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "images")]
+    text: Option<PathBuf>,
+    /// A folder of images, for encoders of such
+    #[arg(long, value_name = "DIR", conflicts_with = "text")]
+    images: Option<PathBuf>,
     /// Tokens to score
     #[arg(long, value_name = "N", default_value_t = 8192)]
     tokens: usize,
@@ -52,7 +57,7 @@ struct Arguments {
     /// Bits in which packed codes meet their inputs, at least: 8, 16 or 24
     #[arg(long, value_name = "BITS", default_value = "24", value_parser = activation_bits)]
     activation_bits: ActivationBits,
-    /// Paragraphs to embed, for encoders
+    /// Paragraphs to embed, for encoders of sentences
     #[arg(long, value_name = "N", default_value_t = 256)]
     paragraphs: usize,
     /// Print JSON
@@ -84,10 +89,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    if model_type(&Checkpoint::open(&arguments.models[0])?)?.as_deref() == Some("bert") {
-        return encoders(arguments);
+    let Arguments { text, images, paragraphs, .. } = arguments;
+    let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
+    if Samples::fit(&Checkpoint::open(&arguments.models[0])?)? {
+        return encoders(arguments, given);
     }
-    let scores = arguments.models.iter().map(|model| score(model, arguments)).collect::<Result<Vec<_>>>()?;
+    let text = given.text()?;
+    let scores = arguments.models.iter().map(|model| score(model, text, arguments)).collect::<Result<Vec<_>>>()?;
     if arguments.json {
         return exit::answer(&serde_json::to_string_pretty(&scores)?);
     }
@@ -134,17 +142,17 @@ struct EncoderScore {
     moved: Moved,
 }
 
-fn encoders(arguments: &Arguments) -> Result<()> {
+fn encoders(arguments: &Arguments, given: Given<'_>) -> Result<()> {
     let (mut scores, mut first) = (Vec::new(), None);
     for path in &arguments.models {
         let checkpoint = Checkpoint::open(path)?;
         let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
-        let model = Bert::load_by(&mut weights, &checkpoint)?;
-        let sentences = paragraphs(checkpoint.root(), &arguments.text, arguments.paragraphs)?;
-        let tokens: usize = sentences.iter().map(Vec::len).sum();
+        let samples = Samples::load_by(&mut weights, &checkpoint, given)?;
+        let samples = samples.with_context(|| format!("{} is no encoder, as the first one is", path.display()))?;
+        let tokens: usize = samples.tokens().iter().sum();
         let (start, bar) = (Instant::now(), Bar::default());
         bar.stage("evaluating", tokens as u64);
-        let embeddings = model.embed_all(&sentences, &|done| bar.advance(done as u64, ""))?;
+        let embeddings = samples.embed(&|done| bar.advance(done as u64, ""))?;
         drop(bar);
         let seconds = start.elapsed().as_secs_f64();
         let first = first.get_or_insert_with(|| embeddings.clone());
@@ -173,18 +181,18 @@ fn encoders(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn score(path: &Path, arguments: &Arguments) -> Result<Score> {
+fn score(path: &Path, text: &Path, arguments: &Arguments) -> Result<Score> {
     let checkpoint = Checkpoint::open(path)?;
     let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
     let model = Llama::load_by(&mut weights, &checkpoint)?;
-    let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, &arguments.text)?;
+    let tokens = Tokens::read(checkpoint.root(), model.config.vocab_size, text)?;
     let tokens = tokens.first(arguments.tokens.saturating_add(1));
     let (count, window) = (tokens.ids.len(), arguments.window);
     ensure!(window > 0, "windows of 0 tokens");
     ensure!(
         count > window.min(arguments.tokens),
         "{} has {count} tokens, fewer than a window of {window} and one",
-        arguments.text.display()
+        text.display()
     );
     let start = Instant::now();
     let bar = Bar::default();

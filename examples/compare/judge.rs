@@ -1,8 +1,8 @@
 //! What a compressed model is worth: one number, the less the better.
 
-use std::path::Path;
+use std::path::PathBuf;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ndarray::Array2;
 use regex::Regex;
 use weightpress::checkpoint::Checkpoint;
@@ -11,8 +11,9 @@ use weightpress::metric::Metric;
 use weightpress::operator::LinearOperator;
 use weightpress::stats::{Kind, Stats};
 
-use crate::support::bert::{Bert, Moved, paragraphs};
-use crate::support::llama::{Config, Llama, model_type};
+use crate::support::llama::{Config, Llama};
+use crate::support::moved::Moved;
+use crate::support::samples::{Given, Samples};
 use crate::support::text::Tokens;
 
 /// Tokens that see each other.
@@ -22,20 +23,20 @@ const WINDOW: usize = 512;
 pub enum Judge {
     /// Perplexity over these tokens.
     Language(Vec<usize>),
-    /// 1 − the mean cosine between embeddings of these sentences, before and after.
-    Encoder { sentences: Vec<Vec<usize>>, before: Array2<f32> },
+    /// 1 − the mean cosine between embeddings of the paragraphs of a text or of the images of a folder, before and after.
+    Encoder { text: Option<PathBuf>, paragraphs: usize, images: Option<PathBuf>, before: Array2<f32> },
     /// Mean relative error of the outputs of these weights.
     Outputs { stats: Box<Stats>, weights: Vec<String> },
 }
 
 impl Judge {
-    /// By a text, as the model's architecture has it.
-    pub fn of_text(checkpoint: &Checkpoint, text: &Path, tokens: usize, count: usize) -> Result<Self> {
-        if model_type(checkpoint)?.as_deref() == Some("bert") {
-            let sentences = paragraphs(checkpoint.root(), text, count)?;
-            let before = Bert::load(checkpoint)?.embed_all(&sentences, &|_| ())?;
-            return Ok(Judge::Encoder { sentences, before });
+    /// By a text or by images, as the model's architecture has it.
+    pub fn of_samples(checkpoint: &Checkpoint, given: Given<'_>, tokens: usize) -> Result<Self> {
+        if let Some(samples) = Samples::load(checkpoint, given)? {
+            let (text, images) = (given.text.map(PathBuf::from), given.images.map(PathBuf::from));
+            return Ok(Judge::Encoder { text, paragraphs: given.paragraphs, images, before: samples.embed(&|_| ())? });
         }
+        let text = given.text()?;
         let vocabulary = Config::read(checkpoint)?.vocab_size;
         let ids = Tokens::read(checkpoint.root(), vocabulary, text)?.first(tokens.saturating_add(1)).ids;
         ensure!(ids.len() > WINDOW, "{} has {} tokens, at least {} are needed", text.display(), ids.len(), WINDOW + 1);
@@ -66,9 +67,10 @@ impl Judge {
     pub fn loss(&self, dense: &Checkpoint, compressed: &Checkpoint) -> Result<f64> {
         match self {
             Judge::Language(ids) => Ok(Llama::load(compressed)?.mean_loss(ids, WINDOW, &|_| ())?.exp()),
-            Judge::Encoder { sentences, before } => {
-                let after = Bert::load(compressed)?.embed_all(sentences, &|_| ())?;
-                Ok((1.0 - Moved::between(before, &after).mean_cosine).max(0.0))
+            Judge::Encoder { text, paragraphs, images, before } => {
+                let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
+                let samples = Samples::load(compressed, given)?.context("it was an encoder before")?;
+                Ok((1.0 - Moved::between(before, &samples.embed(&|_| ())?).mean_cosine).max(0.0))
             }
             Judge::Outputs { stats, weights } => {
                 let (mut original, mut written) = (dense.loader::<f32>()?, compressed.loader::<f32>()?);

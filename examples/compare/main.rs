@@ -4,12 +4,14 @@
 //! ```text
 //! cargo run --release --example compare -- examples/model --text examples/model/heldout.txt \
 //!     --stats gram.safetensors --stats examples/model/fisher.safetensors --out DIR
+//! cargo run --release --example compare -- MODEL --images FOLDER --stats gram.safetensors --out DIR
 //! cargo run --release --example compare -- MODEL --held-out other-gram.safetensors --stats gram.safetensors --out DIR
 //! ```
 //!
-//! Language models (Llama) are judged by perplexity, encoders (BERT) by how far embeddings turn, any other model by the
-//! error of its layers' outputs under statistics of held-out inputs. A run that was stopped goes on where it was: what
-//! DIR/compare.json has is not computed again. Text and held-out statistics must not be those that calibrated.
+//! Language models (Llama) are judged by perplexity, encoders of sentences (BERT) and of images (DINOv2) by how far embeddings
+//! turn, any other model by the error of its layers' outputs under statistics of held-out inputs. A run that was stopped goes
+//! on where it was: what DIR/compare.json has is not computed again. Text, images and held-out statistics must not be those
+//! that calibrated.
 //!
 //! Exit codes: 0 done, 2 the input or a method was refused, 1 something failed on the way.
 
@@ -33,8 +35,10 @@ use weightpress::{Error, Recipe};
 
 use judge::Judge;
 use lines::{Line, recipe};
+use support::dinov2::files;
 use support::exit;
 use support::progress::Bar;
+use support::samples::Given;
 
 #[derive(Parser)]
 #[command(about = "Quality against bytes of many methods at many budgets: a table, a picture and JSON")]
@@ -42,10 +46,13 @@ struct Arguments {
     /// Folder with config.json and weights, or a .safetensors file with --held-out
     model: PathBuf,
     /// Held-out text to judge by
-    #[arg(long, value_name = "FILE", required_unless_present = "held_out")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["images", "held_out"])]
     text: Option<PathBuf>,
+    /// A folder of held-out images to judge by, for encoders of such
+    #[arg(long, value_name = "DIR", conflicts_with = "text")]
+    images: Option<PathBuf>,
     /// Held-out Gram matrices to judge by, for models of any architecture
-    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["text", "images"])]
     held_out: Option<PathBuf>,
     /// Folder for compare.json, compare.svg and what is measured once for all budgets
     #[arg(long, value_name = "DIR")]
@@ -68,7 +75,7 @@ struct Arguments {
     /// Tokens to score
     #[arg(long, value_name = "N", default_value_t = 8192)]
     tokens: usize,
-    /// Paragraphs to embed, for encoders
+    /// Paragraphs to embed, for encoders of sentences
     #[arg(long, value_name = "N", default_value_t = 256)]
     paragraphs: usize,
     /// Print JSON
@@ -129,13 +136,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let stats = Stats::open(&arguments.stats)?;
-    let judge = match (&arguments.text, &arguments.held_out) {
-        (Some(_), _) if !arguments.model.is_dir() => {
-            anyhow::bail!("{} is no folder with config.json, which --text needs", arguments.model.display())
+    let Arguments { text, images, paragraphs, .. } = arguments;
+    let judge = match &arguments.held_out {
+        Some(file) => Judge::of_outputs(&checkpoint, Stats::open(&[file])?, &arguments.pattern)?,
+        None => {
+            let model = arguments.model.display();
+            ensure!(arguments.model.is_dir(), "{model} is no folder with config.json, which --text and --images need");
+            let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
+            Judge::of_samples(&checkpoint, given, arguments.tokens)?
         }
-        (Some(text), _) => Judge::of_text(&checkpoint, text, arguments.tokens, arguments.paragraphs)?,
-        (None, Some(file)) => Judge::of_outputs(&checkpoint, Stats::open(&[file])?, &arguments.pattern)?,
-        (None, None) => anyhow::bail!("--text or --held-out is needed"),
     };
     fs::create_dir_all(&arguments.out).with_context(|| format!("making {}", arguments.out.display()))?;
     let file = arguments.out.join("compare.json");
@@ -217,7 +226,9 @@ fn cannot_be(why: &anyhow::Error) -> bool {
 fn inputs(arguments: &Arguments, checkpoint: &Checkpoint) -> Result<String> {
     let mut all = format!("{} {} {}", env!("CARGO_PKG_VERSION"), arguments.tokens, arguments.paragraphs);
     let shards = checkpoint.shards().iter().map(|shard| shard.path());
-    let given = arguments.stats.iter().chain(&arguments.text).chain(&arguments.held_out).map(PathBuf::as_path);
+    let images = arguments.images.as_deref().map(files).transpose()?.unwrap_or_default();
+    let given = arguments.stats.iter().chain(&arguments.text).chain(&images).chain(&arguments.held_out);
+    let given = given.map(PathBuf::as_path);
     for path in shards.chain(given) {
         let about = fs::metadata(path).with_context(|| format!("reading {}", path.display()))?;
         let changed = about.modified()?.duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());

@@ -1,5 +1,4 @@
-//! A BERT-architecture encoder whose linear layers are weightpress operators, and how far the embeddings of
-//! sentences move.
+//! Sentences as a BERT-architecture encoder has them, whose linear layers are weightpress operators.
 
 // Each example uses a part of it.
 #![allow(dead_code)]
@@ -8,16 +7,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use ndarray::{Array1, Array2, Axis};
-use rayon::prelude::*;
 use regex::Regex;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokenizers::{Tokenizer, TruncationParams};
 use weightpress::checkpoint::{Checkpoint, Loader};
-use weightpress::operator::{LinearOperator, Operator, apply_all};
+use weightpress::operator::{LinearOperator, Operator};
 
-use super::attention::{Heads, attention};
-use super::llama::{text_of, vector};
-use super::math::{add_bias, gelu, layer_norm};
+use super::attention::Heads;
+use super::encoder::Encoder;
+use super::layers::{Layer, Norm, Trace, Visitor};
+use super::llama::text_of;
+use super::math::layer_norm_back;
 
 /// The fields of config.json that matter here.
 #[derive(Debug, Clone, Deserialize)]
@@ -30,105 +30,6 @@ struct Config {
     max_position_embeddings: usize,
     hidden_act: String,
     position_embedding_type: Option<String>,
-}
-
-/// The linear layers of a block, in the order in which they are applied.
-pub const LINEAR: [&str; 6] = [
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-];
-
-/// The name of a weight of layer `i`.
-pub fn weight_name(i: usize, part: &str) -> String {
-    format!("encoder.layer.{i}.{part}.weight")
-}
-
-/// A linear layer with its bias.
-pub struct Linear {
-    pub weight: Operator<f32>,
-    bias: Array1<f32>,
-}
-
-impl Linear {
-    fn apply(&self, x: &Array2<f32>) -> Result<Array2<f32>> {
-        let [y] = Self::apply_all([self], x)?;
-        Ok(y)
-    }
-
-    /// Several layers with the same input.
-    fn apply_all<const N: usize>(layers: [&Self; N], x: &Array2<f32>) -> Result<[Array2<f32>; N]> {
-        let mut all = apply_all(layers.map(|layer| &layer.weight), x.view())?;
-        all.iter_mut().zip(layers).for_each(|(y, layer)| add_bias(y, &layer.bias));
-        Ok(all)
-    }
-}
-
-pub struct Norm {
-    pub gain: Array1<f32>,
-    bias: Array1<f32>,
-}
-
-impl Norm {
-    fn apply(&self, x: &Array2<f32>, eps: f32) -> Array2<f32> {
-        let mut y = x.clone();
-        layer_norm(&mut y, &self.gain, &self.bias, eps);
-        y
-    }
-}
-
-/// One block, in the order in which its parts are applied.
-pub struct Layer {
-    pub query: Linear,
-    pub key: Linear,
-    pub value: Linear,
-    pub output: Linear,
-    pub attention_norm: Norm,
-    pub up: Linear,
-    pub down: Linear,
-    pub norm: Norm,
-}
-
-/// What a block computes on its way, features × tokens.
-pub struct Trace {
-    pub start: Array2<f32>,
-    pub q: Array2<f32>,
-    pub k: Array2<f32>,
-    pub v: Array2<f32>,
-    pub mixed: Array2<f32>,
-    /// Before the norm behind attention, and after.
-    pub attended: Array2<f32>,
-    pub middle: Array2<f32>,
-    /// Before GELU, and after.
-    pub up: Array2<f32>,
-    pub gelu: Array2<f32>,
-    /// Before the last norm.
-    pub end: Array2<f32>,
-}
-
-impl Layer {
-    /// The linear layers, as [`LINEAR`] names them.
-    pub fn linear_mut(&mut self) -> [&mut Operator<f32>; 6] {
-        let Layer { query, key, value, output, up, down, .. } = self;
-        [query, key, value, output, up, down].map(|linear| &mut linear.weight)
-    }
-
-    /// From the block's input to its output.
-    pub fn pass(&self, start: Array2<f32>, heads: Heads, eps: f32) -> Result<(Trace, Array2<f32>)> {
-        let [q, k, v] = Linear::apply_all([&self.query, &self.key, &self.value], &start)?;
-        let mixed = attention(&q, k.t(), v.t(), heads, false);
-        let attended = &start + &self.output.apply(&mixed)?;
-        let middle = self.attention_norm.apply(&attended, eps);
-        let up = self.up.apply(&middle)?;
-        let mut after = up.clone();
-        gelu(&mut after);
-        let end = &middle + &self.down.apply(&after)?;
-        let y = self.norm.apply(&end, eps);
-        Ok((Trace { start, q, k, v, mixed, attended, middle, up, gelu: after, end }, y))
-    }
 }
 
 /// An encoder ready to run.
@@ -162,38 +63,11 @@ impl Bert {
             ensure!(found == expected, "in {}: `{field}` is {found}, expected {expected}", path.display());
         }
         ensure!(heads > 0 && hidden % heads == 0, "in {}: {hidden} features in {heads} heads", path.display());
-        let norm = |name: String| -> Result<Norm> {
-            Ok(Norm {
-                gain: sized(checkpoint, &format!("{name}.weight"), hidden)?,
-                bias: sized(checkpoint, &format!("{name}.bias"), hidden)?,
-            })
-        };
-        let mut linear = |name: String, outputs: Option<usize>, inputs: usize| -> Result<Linear> {
-            let weight = weights.operator(&format!("{name}.weight"))?;
-            let (m, n) = weight.shape();
-            let outputs = outputs.unwrap_or(m);
-            ensure!(
-                (m, n) == (outputs, inputs),
-                "{name}.weight is {m}x{n}, where config.json needs {outputs}x{inputs}"
-            );
-            Ok(Linear { weight, bias: sized(checkpoint, &format!("{name}.bias"), m)? })
-        };
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let name = |part: &str| format!("encoder.layer.{i}.{part}");
-            let [query, key, value, output, up, down] = LINEAR.map(name);
-            let up = linear(up, None, hidden)?;
-            let ffn = up.weight.shape().0;
-            layers.push(Layer {
-                query: linear(query, Some(hidden), hidden)?,
-                key: linear(key, Some(hidden), hidden)?,
-                value: linear(value, Some(hidden), hidden)?,
-                output: linear(output, Some(hidden), hidden)?,
-                attention_norm: norm(name("attention.output.LayerNorm"))?,
-                up,
-                down: linear(down, Some(hidden), ffn)?,
-                norm: norm(name("output.LayerNorm"))?,
-            });
+            let norms = ["attention.output.LayerNorm", "output.LayerNorm"].map(name);
+            layers.push(Layer::load(weights, checkpoint, Self::LINEAR.map(name), norms, hidden)?);
         }
         let fits = |name: &str, (m, n): (usize, usize), rows: usize| -> Result<()> {
             ensure!((m, n) == (rows, hidden), "{name} is {m}x{n}, config.json says {rows}x{hidden}");
@@ -210,25 +84,40 @@ impl Bert {
         positions += &types.row(0);
         let words = weights.operator(WORDS)?;
         fits(WORDS, words.shape(), config.vocab_size)?;
-        Ok(Bert { words, positions, norm: norm("embeddings.LayerNorm".into())?, layers, config })
+        let norm = Norm::load(checkpoint, "embeddings.LayerNorm", hidden)?;
+        Ok(Bert { words, positions, norm, layers, config })
     }
 
-    pub fn heads(&self) -> Heads {
+    fn heads(&self) -> Heads {
         let heads = self.config.num_attention_heads;
         Heads { queries: heads, keys: heads, width: self.config.hidden_size / heads }
     }
+}
 
-    /// Numbers of an embedding.
-    pub fn features(&self) -> usize {
+impl Encoder for Bert {
+    type Sample = Vec<usize>;
+    const LINEAR: [&'static str; 6] = [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ];
+
+    fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    fn features(&self) -> usize {
         self.config.hidden_size
     }
 
-    pub fn eps(&self) -> f32 {
-        self.config.layer_norm_eps
+    fn tokens(&self, tokens: &Vec<usize>) -> usize {
+        tokens.len()
     }
 
-    /// The input of the first block, features × tokens.
-    pub fn start(&self, tokens: &[usize]) -> Result<Array2<f32>> {
+    fn start(&self, tokens: &Vec<usize>) -> Result<Array2<f32>> {
         let Config { vocab_size, max_position_embeddings: longest, .. } = self.config;
         ensure!(!tokens.is_empty() && tokens.len() <= longest, "{} tokens, expected 1 to {longest}", tokens.len());
         let unknown = tokens.iter().find(|&&token| token >= vocab_size);
@@ -237,35 +126,41 @@ impl Bert {
             "token {unknown:?} of a vocabulary of {vocab_size}: the tokenizer is another model's"
         );
         let sum = self.words.select_rows(tokens)? + self.positions.slice(ndarray::s![..tokens.len(), ..]);
-        Ok(self.norm.apply(&sum.t().as_standard_layout().into_owned(), self.eps()))
+        Ok(self.norm.apply(&sum.t().as_standard_layout().into_owned(), self.config.layer_norm_eps))
     }
 
-    /// The mean of the last hidden states, of length 1.
-    pub fn embed(&self, tokens: &[usize]) -> Result<Array1<f32>> {
-        let mut x = self.start(tokens)?;
-        for layer in &self.layers {
-            x = layer.pass(x, self.heads(), self.eps())?.1;
-        }
-        let mean = x.mean_axis(Axis(1)).context("no tokens")?;
-        Ok(&mean / mean.dot(&mean).sqrt())
+    /// Norms come behind what is added up.
+    fn pass(&self, i: usize, x: Array2<f32>) -> Result<(Trace, Array2<f32>)> {
+        let (layer, eps) = (&self.layers[i], self.config.layer_norm_eps);
+        let ([q, k, v, mixed], output) = layer.attend(&x, self.heads())?;
+        let attended = &x + &output;
+        let middle = layer.norms[0].apply(&attended, eps);
+        let ([up, gelu], down) = layer.widen(&middle)?;
+        let end = &middle + &down;
+        let y = layer.norms[1].apply(&end, eps);
+        Ok((Trace { input: x, q, k, v, mixed, middle, up, gelu, normed: [attended, end] }, y))
     }
 
-    /// Embeddings of sentences, one a row. In parallel.
-    pub fn embed_all(&self, sentences: &[Vec<usize>], done: &(dyn Fn(usize) + Sync)) -> Result<Array2<f32>> {
-        let each = sentences.par_iter().map(|tokens| {
-            let embedding = self.embed(tokens);
-            done(tokens.len());
-            embedding
-        });
-        let rows = each.collect::<Result<Vec<_>>>()?;
-        Ok(ndarray::stack(Axis(0), &rows.iter().map(|row| row.view()).collect::<Vec<_>>())?)
+    fn back(&self, i: usize, trace: &Trace, d: Array2<f32>, visit: Visitor<'_>) -> Result<Array2<f32>> {
+        let (layer, eps) = (&self.layers[i], self.config.layer_norm_eps);
+        let [attended, end] = &trace.normed;
+        let mut d = layer_norm_back(end, &layer.norms[1].gain, eps, d);
+        d += &layer.widen_back(trace, &d, visit)?;
+        let mut d = layer_norm_back(attended, &layer.norms[0].gain, eps, d);
+        d += &layer.attend_back(trace, &d, self.heads(), visit)?;
+        Ok(d)
     }
-}
 
-fn sized(checkpoint: &Checkpoint, name: &str, length: usize) -> Result<Array1<f32>> {
-    let vector = vector(checkpoint, name)?;
-    ensure!(vector.len() == length, "{name} has {} numbers, where {length} are needed", vector.len());
-    Ok(vector)
+    /// The mean of the last hidden states.
+    fn pooled(&self, x: &Array2<f32>) -> Result<Array1<f32>> {
+        x.mean_axis(Axis(1)).context("no tokens")
+    }
+
+    fn pooled_back(&self, x: &Array2<f32>, d: Array1<f32>) -> Array2<f32> {
+        let mut at_each = Array2::zeros(x.dim());
+        at_each += &(d / x.ncols() as f32).insert_axis(Axis(1));
+        at_each
+    }
 }
 
 /// The first paragraphs of 60 to 400 characters as tokens, 128 at most of each.
@@ -290,54 +185,4 @@ pub fn paragraphs(model: &Path, text: &Path, count: usize) -> Result<Vec<Vec<usi
         found.len()
     );
     Ok(found)
-}
-
-/// How far embeddings have moved.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Moved {
-    /// Between a sentence's embeddings before and after, mean.
-    pub mean_cosine: f64,
-    /// Rank correlation of the similarities of all pairs before and after.
-    pub spearman: f64,
-    /// Share of sentences whose nearest neighbour stays the same.
-    pub same_neighbour: f64,
-}
-
-impl Moved {
-    /// Compares embeddings of the same sentences, one a row.
-    pub fn between(before: &Array2<f32>, after: &Array2<f32>) -> Self {
-        let count = before.nrows();
-        let (a, b) = (before.dot(&before.t()), after.dot(&after.t()));
-        let pairs = |s: &Array2<f32>| -> Vec<f32> {
-            (0..count).flat_map(|i| (i + 1..count).map(move |j| (i, j))).map(|at| s[at]).collect()
-        };
-        let nearest =
-            |s: &Array2<f32>, i: usize| (0..count).filter(|&j| j != i).max_by(|&j, &k| s[(i, j)].total_cmp(&s[(i, k)]));
-        let same = (0..count).filter(|&i| nearest(&a, i) == nearest(&b, i)).count();
-        let cosines = (before * after).sum_axis(Axis(1)).mapv(f64::from);
-        Moved {
-            mean_cosine: cosines.sum() / count as f64,
-            spearman: correlation(&ranks(&pairs(&a)), &ranks(&pairs(&b))),
-            same_neighbour: same as f64 / count as f64,
-        }
-    }
-}
-
-/// The position of each value in their order.
-fn ranks(values: &[f32]) -> Vec<f64> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&i, &j| values[i].total_cmp(&values[j]));
-    let mut ranks = vec![0.0; values.len()];
-    order.into_iter().enumerate().for_each(|(rank, at)| ranks[at] = rank as f64);
-    ranks
-}
-
-fn correlation(a: &[f64], b: &[f64]) -> f64 {
-    let centred = |v: &[f64]| {
-        let v = Array1::from(v.to_vec());
-        let mean = v.sum() / v.len() as f64;
-        v - mean
-    };
-    let (a, b) = (centred(a), centred(b));
-    a.dot(&b) / (a.dot(&a) * b.dot(&b)).sqrt()
 }

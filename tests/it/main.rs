@@ -5,6 +5,7 @@ mod cache;
 mod checkpoint;
 mod cli;
 mod convert;
+mod dinov2;
 mod encoder;
 mod factorize;
 mod gptq;

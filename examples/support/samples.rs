@@ -1,0 +1,111 @@
+//! Encoders of whatever architecture, with what they are to embed.
+
+// Each example uses a part of it.
+#![allow(dead_code)]
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use ndarray::Array2;
+use weightpress::checkpoint::{Checkpoint, Loader};
+use weightpress::stats::Stats;
+
+use super::bert::{Bert, paragraphs};
+use super::dinov2::{Dinov2, Image};
+use super::encoder::Encoder;
+use super::llama::model_type;
+
+/// Where samples are.
+#[derive(Debug, Clone, Copy)]
+pub struct Given<'a> {
+    /// For encoders of sentences: so many of its first paragraphs of 60 to 400 characters.
+    pub text: Option<&'a Path>,
+    pub paragraphs: usize,
+    /// For encoders of images: a folder of them.
+    pub images: Option<&'a Path>,
+}
+
+impl<'a> Given<'a> {
+    /// The text, which models of most kinds need.
+    pub fn text(&self) -> Result<&'a Path> {
+        self.text.context("a model of this architecture needs --text")
+    }
+}
+
+/// An encoder, and what it is to embed.
+pub enum Samples {
+    Sentences(Bert, Vec<Vec<usize>>),
+    Images(Dinov2, Vec<Image>),
+}
+
+impl Samples {
+    /// Whether a folder's model is an encoder.
+    pub fn fit(checkpoint: &Checkpoint) -> Result<bool> {
+        Ok(matches!(model_type(checkpoint)?.as_deref(), Some("bert" | "dinov2")))
+    }
+
+    /// Those of a Hugging Face folder; `None` if its model is no encoder.
+    pub fn load(checkpoint: &Checkpoint, given: Given<'_>) -> Result<Option<Self>> {
+        Self::load_by(&mut checkpoint.loader()?, checkpoint, given)
+    }
+
+    /// The same by a loader of its weights.
+    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint, given: Given<'_>) -> Result<Option<Self>> {
+        match model_type(checkpoint)?.as_deref() {
+            Some("bert") => {
+                let sentences = paragraphs(checkpoint.root(), given.text()?, given.paragraphs)?;
+                Ok(Some(Samples::Sentences(Bert::load_by(weights, checkpoint)?, sentences)))
+            }
+            Some("dinov2") => {
+                let folder = given.images.context("an encoder of images needs --images")?;
+                let model = Dinov2::load_by(weights, checkpoint)?;
+                let images = model.images(folder)?;
+                Ok(Some(Samples::Images(model, images)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Tokens of each.
+    pub fn tokens(&self) -> Vec<usize> {
+        fn of<E: Encoder>(model: &E, samples: &[E::Sample]) -> Vec<usize> {
+            samples.iter().map(|sample| model.tokens(sample)).collect()
+        }
+        match self {
+            Samples::Sentences(model, samples) => of(model, samples),
+            Samples::Images(model, samples) => of(model, samples),
+        }
+    }
+
+    /// Blocks of the encoder.
+    pub fn blocks(&self) -> usize {
+        match self {
+            Samples::Sentences(model, _) => model.layers().len(),
+            Samples::Images(model, _) => model.layers().len(),
+        }
+    }
+
+    /// As [`Encoder::embed_all`].
+    pub fn embed(&self, done: &(dyn Fn(usize) + Sync)) -> Result<Array2<f32>> {
+        match self {
+            Samples::Sentences(model, samples) => model.embed_all(samples, done),
+            Samples::Images(model, samples) => model.embed_all(samples, done),
+        }
+    }
+
+    /// As [`Encoder::calibrate`].
+    pub fn calibrate(&self, done: &dyn Fn(usize)) -> Result<Stats> {
+        match self {
+            Samples::Sentences(model, samples) => model.calibrate(samples, done),
+            Samples::Images(model, samples) => model.calibrate(samples, done),
+        }
+    }
+
+    /// As [`Encoder::fisher`].
+    pub fn fisher(&self, probes: usize, done: &(dyn Fn(usize) + Sync)) -> Result<Stats> {
+        match self {
+            Samples::Sentences(model, samples) => model.fisher(samples, probes, done),
+            Samples::Images(model, samples) => model.fisher(samples, probes, done),
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The examples' encoder of images against a forward pass written from the definitions, in f64.
+
+use image::{Rgb, RgbImage};
+use weightpress::checkpoint::Checkpoint;
+use weightpress::ndarray::{Array1, Array2, Axis, concatenate, s};
+
+use super::encoder::{Naive, Weights, are_differences, are_sums, write_folder};
+use super::run::matrix;
+use super::support::dinov2::{Dinov2, Image};
+use super::support::encoder::{Encoder, weight_name};
+
+const HIDDEN: usize = 8;
+const FFN: usize = 12;
+const HEADS: usize = 2;
+const LAYERS: usize = 2;
+const PATCH: usize = 3;
+const ACROSS: usize = 2;
+const EPS: f64 = 1e-6;
+const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+const SPREAD: [f64; 3] = [0.229, 0.224, 0.225];
+
+fn weights() -> Weights {
+    let mut shapes = vec![
+        ("embeddings.cls_token".to_owned(), 1, HIDDEN),
+        ("embeddings.position_embeddings".to_owned(), 1 + ACROSS * ACROSS, HIDDEN),
+        ("embeddings.patch_embeddings.projection.weight".to_owned(), HIDDEN, 3 * PATCH * PATCH),
+        ("embeddings.patch_embeddings.projection.bias".to_owned(), 1, HIDDEN),
+        ("layernorm.weight".to_owned(), 1, HIDDEN),
+        ("layernorm.bias".to_owned(), 1, HIDDEN),
+    ];
+    for i in 0..LAYERS {
+        for (part, name) in Dinov2::LINEAR.into_iter().enumerate() {
+            let (m, n) = [(HIDDEN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)][part.saturating_sub(3)];
+            shapes.push((weight_name(i, name), m, n));
+            shapes.push((format!("encoder.layer.{i}.{name}.bias"), 1, m));
+        }
+        for name in ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"] {
+            shapes.push((format!("encoder.layer.{i}.{name}"), 1, HIDDEN));
+        }
+        for name in ["layer_scale1.lambda1", "layer_scale2.lambda1"] {
+            shapes.push((format!("encoder.layer.{i}.{name}"), 1, HIDDEN));
+        }
+    }
+    shapes.into_iter().enumerate().map(|(i, (name, m, n))| (name, matrix(m, n, 13 * i + 5))).collect()
+}
+
+fn write(folder: &std::path::Path, weights: &Weights) {
+    let config = format!(
+        r#"{{"model_type": "dinov2", "hidden_size": {HIDDEN}, "num_hidden_layers": {LAYERS}, "num_attention_heads": {HEADS},
+            "layer_norm_eps": {EPS}, "patch_size": {PATCH}, "image_size": {}, "hidden_act": "gelu", "mlp_ratio": 4}}"#,
+        PATCH * ACROSS
+    );
+    write_folder(folder, weights, &config, |name, (m, n)| match name {
+        "embeddings.cls_token" | "embeddings.position_embeddings" => vec![1, m, n],
+        "embeddings.patch_embeddings.projection.weight" => vec![m, 3, PATCH, PATCH],
+        _ if m == 1 => vec![n],
+        _ => vec![m, n],
+    });
+}
+
+/// Pixels of some image.
+fn pixels(of: u32) -> RgbImage {
+    let side = (PATCH * ACROSS) as u32;
+    RgbImage::from_fn(side, side, |x, y| Rgb([0, 1, 2].map(|c| ((x * 37 + y * 91 + c * 53 + of * 29) % 256) as u8)))
+}
+
+fn naive(weights: &Weights, pixels: &RgbImage, see: &mut dyn FnMut(&str, &Array2<f64>)) -> Array1<f64> {
+    let mut of = Naive { weights, heads: HEADS, eps: EPS, see };
+    // A convolution whose windows lie side by side.
+    let kernel = of.get("embeddings.patch_embeddings.projection.weight");
+    let bias = of.row("embeddings.patch_embeddings.projection.bias");
+    let patches = Array2::from_shape_fn((ACROSS * ACROSS, HIDDEN), |(patch, feature)| {
+        let (top, left) = (patch / ACROSS * PATCH, patch % ACROSS * PATCH);
+        let mut sum = bias[feature];
+        for (c, y, x) in (0..3).flat_map(|c| (0..PATCH).flat_map(move |y| (0..PATCH).map(move |x| (c, y, x)))) {
+            let light = f64::from(pixels.get_pixel((left + x) as u32, (top + y) as u32)[c]) / 255.0;
+            sum += kernel[(feature, (c * PATCH + y) * PATCH + x)] * (light - MEAN[c]) / SPREAD[c];
+        }
+        sum
+    });
+    let mut x = concatenate![Axis(0), of.get("embeddings.cls_token"), patches];
+    x += &of.get("embeddings.position_embeddings");
+    for i in 0..LAYERS {
+        let name = |part: &str| format!("encoder.layer.{i}.{part}");
+        let names = Dinov2::LINEAR.map(name);
+        let seen = of.norm(&x, &name("norm1"));
+        let mixed = of.attend(&seen, [0, 1, 2, 3].map(|part| names[part].clone()));
+        x += &(mixed * of.row(&name("layer_scale1.lambda1")));
+        let seen = of.norm(&x, &name("norm2"));
+        x += &(of.widen(&seen, &names[4], &names[5]) * of.row(&name("layer_scale2.lambda1")));
+    }
+    let class = of.norm(&x.slice(s![..1, ..]).to_owned(), "layernorm").row(0).to_owned();
+    &class / class.dot(&class).sqrt()
+}
+
+/// An encoder, and its weights.
+fn encoder() -> (Weights, Dinov2) {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = weights();
+    write(folder.path(), &weights);
+    (weights, load(folder.path()).unwrap())
+}
+
+fn load(folder: &std::path::Path) -> anyhow::Result<Dinov2> {
+    Dinov2::load(&Checkpoint::open(folder).unwrap())
+}
+
+fn images(model: &Dinov2, count: u32) -> Vec<Image> {
+    (0..count).map(|of| model.patches(&pixels(of))).collect()
+}
+
+fn near(found: &Array1<f32>, expected: &Array1<f64>) {
+    let gap = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+    assert!(gap < 1e-5, "{gap}");
+}
+
+#[test]
+fn embeddings_are_those_of_the_definition() {
+    let (weights, model) = encoder();
+    let all = model.embed_all(&images(&model, 3), &|_| ()).unwrap();
+    for of in 0..3 {
+        near(&all.row(of).to_owned(), &naive(&weights, &pixels(of as u32), &mut |_, _| ()));
+    }
+}
+
+#[test]
+fn a_class_token_without_a_position_is_where_it_is() {
+    let (folder, mut weights) = (tempfile::tempdir().unwrap(), weights());
+    let positions = weights.remove("embeddings.position_embeddings").unwrap();
+    weights.insert("embeddings.patch_position_embeddings".into(), positions.slice(s![1.., ..]).to_owned());
+    write(folder.path(), &weights);
+    let model = load(folder.path()).unwrap();
+    let mut positions = positions;
+    positions.row_mut(0).fill(0.0);
+    weights.insert("embeddings.position_embeddings".into(), positions);
+    let expected = naive(&weights, &pixels(1), &mut |_, _| ());
+    near(&model.embed(&model.patches(&pixels(1))).unwrap(), &expected);
+}
+
+#[test]
+fn gram_matrices_are_those_of_the_inputs() {
+    let (weights, model) = encoder();
+    let stats = model.calibrate(&images(&model, 6), &|_| ()).unwrap();
+    are_sums(&stats, 6 * LAYERS, 6, |of, see| drop(naive(&weights, &pixels(of as u32), see)));
+}
+
+#[test]
+fn gradients_equal_differences_of_the_definition() {
+    let (mut weights, model) = encoder();
+    let along = Array1::from_shape_fn(HIDDEN, |i| ((i * 5) % 7) as f32 - 2.5);
+    let (mut all, wide) = (Vec::new(), along.mapv(f64::from));
+    let see = &mut |layer: usize, part: usize, d| all.push((weight_name(layer, Dinov2::LINEAR[part]), d));
+    let value = model.gradients(&model.patches(&pixels(4)), &along, see).unwrap();
+    let exact = |weights: &Weights| naive(weights, &pixels(4), &mut |_, _| ()).dot(&wide);
+    assert!((exact(&weights) - f64::from(value)).abs() < 1e-4);
+    assert_eq!(all.len(), 6 * LAYERS);
+    are_differences(&mut weights, all, exact);
+}
+
+#[test]
+fn files_are_read_in_order_scaled_and_cut_to_the_middle() {
+    let ((weights, model), folder) = (encoder(), tempfile::tempdir().unwrap());
+    assert!(format!("{:#}", model.images(folder.path()).err().unwrap()).contains("no PNG or JPEG files"));
+    let side = (PATCH * ACROSS) as u32;
+    // Twice as wide as the model's: the middle is what counts.
+    let wide = RgbImage::from_fn(2 * side, side, |x, y| match x.checked_sub(side / 2) {
+        Some(x) if x < side => *pixels(7).get_pixel(x, y),
+        _ => Rgb([255, 0, 255]),
+    });
+    wide.save(folder.path().join("b.PNG")).unwrap();
+    pixels(2).save(folder.path().join("a.png")).unwrap();
+    std::fs::write(folder.path().join("notes.txt"), "no image").unwrap();
+    let read = model.images(folder.path()).unwrap();
+    assert_eq!(read.len(), 2);
+    for (image, of) in read.iter().zip([2, 7]) {
+        near(&model.embed(image).unwrap(), &naive(&weights, &pixels(of), &mut |_, _| ()));
+    }
+    std::fs::write(folder.path().join("c.jpg"), "neither").unwrap();
+    let found = format!("{:#}", model.images(folder.path()).err().unwrap());
+    assert!(found.contains("c.jpg"), "{found}");
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let refused = |change: &dyn Fn(&mut Weights)| {
+        let (folder, mut weights) = (tempfile::tempdir().unwrap(), weights());
+        change(&mut weights);
+        write(folder.path(), &weights);
+        format!("{:#}", load(folder.path()).err().unwrap())
+    };
+    let name = "encoder.layer.1.layer_scale2.lambda1";
+    let found = refused(&|weights| drop(weights.remove(name)));
+    assert!(found.contains(name), "{found}");
+    let name = "embeddings.position_embeddings";
+    let found = refused(&|weights| drop(weights.insert(name.into(), matrix(ACROSS * ACROSS, HIDDEN, 1))));
+    assert!(found.contains(name) && found.contains("5x8"), "{found}");
+    let found = refused(&|weights| drop(weights.remove(name)));
+    assert!(found.contains(name), "{found}");
+}
