@@ -3,11 +3,13 @@
 use image::{Rgb, RgbImage};
 use weightpress::checkpoint::Checkpoint;
 use weightpress::ndarray::{Array1, Array2, Axis, concatenate, s};
+use weightpress::stats::Kind;
 
 use super::encoder::{Naive, Weights, are_differences, are_sums, write_folder};
 use super::run::matrix;
 use super::support::dinov2::{Dinov2, Image};
 use super::support::encoder::{Encoder, weight_name};
+use super::support::samples::{Given, Samples};
 
 const HIDDEN: usize = 8;
 const FFN: usize = 12;
@@ -178,6 +180,29 @@ fn files_are_read_in_order_scaled_and_cut_to_the_middle() {
     std::fs::write(folder.path().join("c.jpg"), "neither").unwrap();
     let found = format!("{:#}", model.images(folder.path()).err().unwrap());
     assert!(found.contains("c.jpg"), "{found}");
+}
+
+#[test]
+fn samples_are_what_the_architecture_takes() {
+    let (folder, weights) = (tempfile::tempdir().unwrap(), weights());
+    write(folder.path(), &weights);
+    pixels(3).save(folder.path().join("one.png")).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(Samples::fit(&checkpoint).unwrap());
+    let given = Given { text: None, paragraphs: 1, images: Some(folder.path()) };
+    let samples = Samples::load(&checkpoint, given).unwrap().unwrap();
+    assert_eq!((samples.tokens(), samples.blocks()), (vec![1 + ACROSS * ACROSS], LAYERS));
+    near(&samples.embed(&|_| ()).unwrap().row(0).to_owned(), &naive(&weights, &pixels(3), &mut |_, _| ()));
+    assert!(samples.calibrate(&|_| ()).unwrap().has(&weight_name(1, "mlp.fc2"), Kind::Gram));
+    assert!(samples.fisher(1, &|_| ()).unwrap().has(&weight_name(0, "mlp.fc1"), Kind::FisherRow));
+    let refused = |given| format!("{:#}", Samples::load(&checkpoint, given).err().unwrap());
+    assert!(refused(Given { images: None, text: Some(folder.path()), ..given }).contains("--images"));
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("\"dinov2\"", "\"bert\"")).unwrap();
+    assert!(refused(given).contains("--text"));
+    std::fs::write(&config, text.replace("\"dinov2\"", "\"llama\"")).unwrap();
+    assert!(!Samples::fit(&checkpoint).unwrap() && Samples::load(&checkpoint, given).unwrap().is_none());
 }
 
 #[test]
