@@ -77,8 +77,8 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let Arguments { text, images, paragraphs, .. } = arguments;
-    let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
-    if let Some(samples) = Samples::load(&checkpoint, given)? {
+    let given = Given { text: text.clone(), paragraphs: *paragraphs, images: images.clone() };
+    if let Some(samples) = Samples::load(&checkpoint, &given)? {
         return encoder(&checkpoint, &samples, arguments);
     }
     let text = given.text()?;

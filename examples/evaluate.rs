@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use ndarray::Array2;
 use serde::Serialize;
 use weightpress::checkpoint::Checkpoint;
 use weightpress::operator::ActivationBits;
@@ -90,9 +91,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     let Arguments { text, images, paragraphs, .. } = arguments;
-    let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
+    let given = Given { text: text.clone(), paragraphs: *paragraphs, images: images.clone() };
     if Samples::fit(&Checkpoint::open(&arguments.models[0])?)? {
-        return encoders(arguments, given);
+        return encoders(arguments, &given);
     }
     let text = given.text()?;
     let scores = arguments.models.iter().map(|model| score(model, text, arguments)).collect::<Result<Vec<_>>>()?;
@@ -142,20 +143,22 @@ struct EncoderScore {
     moved: Moved,
 }
 
-fn encoders(arguments: &Arguments, given: Given<'_>) -> Result<()> {
-    let (mut scores, mut first) = (Vec::new(), None);
+fn encoders(arguments: &Arguments, given: &Given) -> Result<()> {
+    let (mut scores, mut first) = (Vec::new(), None::<(Samples, Array2<f32>)>);
     for path in &arguments.models {
         let checkpoint = Checkpoint::open(path)?;
         let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
-        let samples = Samples::load_by(&mut weights, &checkpoint, given)?;
-        let samples = samples.with_context(|| format!("{} is no encoder, as the first one is", path.display()))?;
+        let samples = match &first {
+            Some((samples, _)) => samples.of(&mut weights, &checkpoint)?,
+            None => Samples::load_by(&mut weights, &checkpoint, given)?.context("no encoder")?,
+        };
         let tokens: usize = samples.tokens().iter().sum();
         let (start, bar) = (Instant::now(), Bar::default());
         bar.stage("evaluating", tokens as u64);
         let embeddings = samples.embed(&|done| bar.advance(done as u64, ""))?;
         drop(bar);
         let seconds = start.elapsed().as_secs_f64();
-        let first = first.get_or_insert_with(|| embeddings.clone());
+        let (_, first) = first.get_or_insert_with(|| (samples, embeddings.clone()));
         ensure!(first.dim() == embeddings.dim(), "embeddings of {:?} and of {:?}", first.dim(), embeddings.dim());
         scores.push(EncoderScore {
             model: path.clone(),

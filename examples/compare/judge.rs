@@ -1,8 +1,6 @@
 //! What a compressed model is worth: one number, the less the better.
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use ndarray::Array2;
 use regex::Regex;
 use weightpress::checkpoint::Checkpoint;
@@ -24,17 +22,17 @@ pub enum Judge {
     /// Perplexity over these tokens.
     Language(Vec<usize>),
     /// 1 − the mean cosine between embeddings of the paragraphs of a text or of the images of a folder, before and after.
-    Encoder { text: Option<PathBuf>, paragraphs: usize, images: Option<PathBuf>, before: Array2<f32> },
+    Encoder { samples: Box<Samples>, before: Array2<f32> },
     /// Mean relative error of the outputs of these weights.
     Outputs { stats: Box<Stats>, weights: Vec<String> },
 }
 
 impl Judge {
     /// By a text or by images, as the model's architecture has it.
-    pub fn of_samples(checkpoint: &Checkpoint, given: Given<'_>, tokens: usize) -> Result<Self> {
+    pub fn of_samples(checkpoint: &Checkpoint, given: &Given, tokens: usize) -> Result<Self> {
         if let Some(samples) = Samples::load(checkpoint, given)? {
-            let (text, images) = (given.text.map(PathBuf::from), given.images.map(PathBuf::from));
-            return Ok(Judge::Encoder { text, paragraphs: given.paragraphs, images, before: samples.embed(&|_| ())? });
+            let before = samples.embed(&|_| ())?;
+            return Ok(Judge::Encoder { samples: Box::new(samples), before });
         }
         let text = given.text()?;
         let vocabulary = Config::read(checkpoint)?.vocab_size;
@@ -67,10 +65,9 @@ impl Judge {
     pub fn loss(&self, dense: &Checkpoint, compressed: &Checkpoint) -> Result<f64> {
         match self {
             Judge::Language(ids) => Ok(Llama::load(compressed)?.mean_loss(ids, WINDOW, &|_| ())?.exp()),
-            Judge::Encoder { text, paragraphs, images, before } => {
-                let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
-                let samples = Samples::load(compressed, given)?.context("it was an encoder before")?;
-                Ok((1.0 - Moved::between(before, &samples.embed(&|_| ())?).mean_cosine).max(0.0))
+            Judge::Encoder { samples, before } => {
+                let after = samples.of(&mut compressed.loader()?, compressed)?.embed(&|_| ())?;
+                Ok((1.0 - Moved::between(before, &after).mean_cosine).max(0.0))
             }
             Judge::Outputs { stats, weights } => {
                 let (mut original, mut written) = (dense.loader::<f32>()?, compressed.loader::<f32>()?);

@@ -142,8 +142,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         None => {
             let model = arguments.model.display();
             ensure!(arguments.model.is_dir(), "{model} is no folder with config.json, which --text and --images need");
-            let given = Given { text: text.as_deref(), paragraphs: *paragraphs, images: images.as_deref() };
-            Judge::of_samples(&checkpoint, given, arguments.tokens)?
+            let given = Given { text: text.clone(), paragraphs: *paragraphs, images: images.clone() };
+            Judge::of_samples(&checkpoint, &given, arguments.tokens)?
         }
     };
     fs::create_dir_all(&arguments.out).with_context(|| format!("making {}", arguments.out.display()))?;

@@ -3,7 +3,8 @@
 // Each example uses a part of it.
 #![allow(dead_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ndarray::Array2;
@@ -16,26 +17,26 @@ use super::encoder::Encoder;
 use super::llama::model_type;
 
 /// Where samples are.
-#[derive(Debug, Clone, Copy)]
-pub struct Given<'a> {
+#[derive(Debug, Clone)]
+pub struct Given {
     /// For encoders of sentences: so many of its first paragraphs of 60 to 400 characters.
-    pub text: Option<&'a Path>,
+    pub text: Option<PathBuf>,
     pub paragraphs: usize,
     /// For encoders of images: a folder of them.
-    pub images: Option<&'a Path>,
+    pub images: Option<PathBuf>,
 }
 
-impl<'a> Given<'a> {
+impl Given {
     /// The text, which models of most kinds need.
-    pub fn text(&self) -> Result<&'a Path> {
-        self.text.context("a model of this architecture needs --text")
+    pub fn text(&self) -> Result<&Path> {
+        self.text.as_deref().context("a model of this architecture needs --text")
     }
 }
 
-/// An encoder, and what it is to embed.
+/// An encoder, and what it is to embed, which several of an architecture may share.
 pub enum Samples {
-    Sentences(Bert, Vec<Vec<usize>>),
-    Images(Dinov2, Vec<Image>),
+    Sentences(Bert, Arc<[Vec<usize>]>),
+    Images(Dinov2, Arc<[Image]>),
 }
 
 impl Samples {
@@ -45,25 +46,33 @@ impl Samples {
     }
 
     /// Those of a Hugging Face folder; `None` if its model is no encoder.
-    pub fn load(checkpoint: &Checkpoint, given: Given<'_>) -> Result<Option<Self>> {
+    pub fn load(checkpoint: &Checkpoint, given: &Given) -> Result<Option<Self>> {
         Self::load_by(&mut checkpoint.loader()?, checkpoint, given)
     }
 
     /// The same by a loader of its weights.
-    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint, given: Given<'_>) -> Result<Option<Self>> {
+    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint, given: &Given) -> Result<Option<Self>> {
         match model_type(checkpoint)?.as_deref() {
             Some("bert") => {
                 let sentences = paragraphs(checkpoint.root(), given.text()?, given.paragraphs)?;
-                Ok(Some(Samples::Sentences(Bert::load_by(weights, checkpoint)?, sentences)))
+                Ok(Some(Samples::Sentences(Bert::load_by(weights, checkpoint)?, sentences.into())))
             }
             Some("dinov2") => {
-                let folder = given.images.context("an encoder of images needs --images")?;
+                let folder = given.images.as_deref().context("an encoder of images needs --images")?;
                 let model = Dinov2::load_by(weights, checkpoint)?;
                 let images = model.images(folder)?;
-                Ok(Some(Samples::Images(model, images)))
+                Ok(Some(Samples::Images(model, images.into())))
             }
             _ => Ok(None),
         }
+    }
+
+    /// The same samples for another model of the architecture.
+    pub fn of(&self, weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
+        Ok(match self {
+            Samples::Sentences(_, samples) => Samples::Sentences(Bert::load_by(weights, checkpoint)?, samples.clone()),
+            Samples::Images(_, samples) => Samples::Images(Dinov2::load_by(weights, checkpoint)?, samples.clone()),
+        })
     }
 
     /// Tokens of each.

@@ -189,20 +189,20 @@ fn samples_are_what_the_architecture_takes() {
     pixels(3).save(folder.path().join("one.png")).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert!(Samples::fit(&checkpoint).unwrap());
-    let given = Given { text: None, paragraphs: 1, images: Some(folder.path()) };
-    let samples = Samples::load(&checkpoint, given).unwrap().unwrap();
+    let given = Given { text: None, paragraphs: 1, images: Some(folder.path().to_owned()) };
+    let samples = Samples::load(&checkpoint, &given).unwrap().unwrap();
     assert_eq!((samples.tokens(), samples.blocks()), (vec![1 + ACROSS * ACROSS], LAYERS));
     near(&samples.embed(&|_| ()).unwrap().row(0).to_owned(), &naive(&weights, &pixels(3), &mut |_, _| ()));
     assert!(samples.calibrate(&|_| ()).unwrap().has(&weight_name(1, "mlp.fc2"), Kind::Gram));
     assert!(samples.fisher(1, &|_| ()).unwrap().has(&weight_name(0, "mlp.fc1"), Kind::FisherRow));
-    let refused = |given| format!("{:#}", Samples::load(&checkpoint, given).err().unwrap());
-    assert!(refused(Given { images: None, text: Some(folder.path()), ..given }).contains("--images"));
+    let refused = |given: &Given| format!("{:#}", Samples::load(&checkpoint, given).err().unwrap());
+    assert!(refused(&Given { images: None, text: Some("a text".into()), ..given.clone() }).contains("--images"));
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("\"dinov2\"", "\"bert\"")).unwrap();
-    assert!(refused(given).contains("--text"));
+    assert!(refused(&given).contains("--text"));
     std::fs::write(&config, text.replace("\"dinov2\"", "\"llama\"")).unwrap();
-    assert!(!Samples::fit(&checkpoint).unwrap() && Samples::load(&checkpoint, given).unwrap().is_none());
+    assert!(!Samples::fit(&checkpoint).unwrap() && Samples::load(&checkpoint, &given).unwrap().is_none());
 }
 
 #[test]
