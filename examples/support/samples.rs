@@ -54,8 +54,10 @@ impl Samples {
     pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint, given: &Given) -> Result<Option<Self>> {
         match model_type(checkpoint)?.as_deref() {
             Some("bert") => {
-                let sentences = paragraphs(checkpoint.root(), given.text()?, given.paragraphs)?;
-                Ok(Some(Samples::Sentences(Bert::load_by(weights, checkpoint)?, sentences.into())))
+                let text = given.text()?;
+                let model = Bert::load_by(weights, checkpoint)?;
+                let sentences = paragraphs(checkpoint.root(), text, given.paragraphs)?;
+                Ok(Some(Samples::Sentences(model, sentences.into())))
             }
             Some("dinov2") => {
                 let folder = given.images.as_deref().context("an encoder of images needs --images")?;

@@ -1,10 +1,13 @@
 //! The examples' encoder of images against a forward pass written from the definitions, in f64.
 
+use std::path::Path;
+
 use image::{Rgb, RgbImage};
 use weightpress::checkpoint::Checkpoint;
 use weightpress::ndarray::{Array1, Array2, Axis, concatenate, s};
 use weightpress::stats::Kind;
 
+use super::cli::run;
 use super::encoder::{Naive, Weights, are_differences, are_sums, write_folder};
 use super::run::matrix;
 use super::support::dinov2::{Dinov2, Image};
@@ -46,7 +49,7 @@ fn weights() -> Weights {
     shapes.into_iter().enumerate().map(|(i, (name, m, n))| (name, matrix(m, n, 13 * i + 5))).collect()
 }
 
-fn write(folder: &std::path::Path, weights: &Weights) {
+fn write(folder: &Path, weights: &Weights) {
     let config = format!(
         r#"{{"model_type": "dinov2", "hidden_size": {HIDDEN}, "num_hidden_layers": {LAYERS}, "num_attention_heads": {HEADS},
             "layer_norm_eps": {EPS}, "patch_size": {PATCH}, "image_size": {}, "hidden_act": "gelu", "mlp_ratio": 4}}"#,
@@ -103,7 +106,7 @@ fn encoder() -> (Weights, Dinov2) {
     (weights, load(folder.path()).unwrap())
 }
 
-fn load(folder: &std::path::Path) -> anyhow::Result<Dinov2> {
+fn load(folder: &Path) -> anyhow::Result<Dinov2> {
     Dinov2::load(&Checkpoint::open(folder).unwrap())
 }
 
@@ -203,6 +206,60 @@ fn samples_are_what_the_architecture_takes() {
     assert!(refused(&given).contains("--text"));
     std::fs::write(&config, text.replace("\"dinov2\"", "\"llama\"")).unwrap();
     assert!(!Samples::fit(&checkpoint).unwrap() && Samples::load(&checkpoint, &given).unwrap().is_none());
+}
+
+#[test]
+fn an_encoder_of_images_is_calibrated_compressed_evaluated_and_compared() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(model.path(), &weights());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    for (images, first) in [("seen", 0), ("held-out", 8)] {
+        std::fs::create_dir(path(images)).unwrap();
+        for of in first..first + 8 {
+            pixels(of).save(Path::new(&path(images)).join(format!("{of}.png"))).unwrap();
+        }
+    }
+    let model = model.path().to_str().unwrap();
+    let done = |name: &str, arguments: &[&str]| {
+        let (code, printed, errors) = run(name, [&[model], arguments].concat());
+        assert_eq!(code, Some(0), "{name}: {errors}");
+        printed
+    };
+    let (gram, fisher, smaller) = (path("gram.safetensors"), path("fisher.safetensors"), path("smaller"));
+    let printed = done("calibrate", &["--images", &path("seen"), "--out", &gram, "--fisher", &fisher]);
+    assert!(printed.contains("8 samples of 40 tokens"), "{printed}");
+    let method = ["--method", "quantize", "--metric", "gram-fisher", "--keep", "0.5"];
+    done("compress", &[&["--out", &smaller, "--stats", &gram, "--stats", &fisher], &method[..]].concat());
+    let printed = done("evaluate", &[&smaller, "--images", &path("held-out"), "--json"]);
+    let scores: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    let cosine = |at: usize| scores[at]["moved"]["mean_cosine"].as_f64().unwrap();
+    assert!((cosine(0) - 1.0).abs() < 1e-6 && cosine(1) < 1.0 && cosine(1) > 0.999, "{printed}");
+    assert_eq!(scores[1]["compressed_weights"], 6 * LAYERS);
+    let compared = path("compared");
+    let compare = ["--images", &path("held-out"), "--stats", &gram, "--out", &compared, "--keep", "0.5"];
+    let printed = done("compare", &[&compare[..], &["--only", "^quantize$", "--json"]].concat());
+    let all: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(
+        (&all["loss"], all["dense"]["loss"].as_f64().map(|loss| loss < 1e-6)),
+        (&"1 - cosine".into(), Some(true))
+    );
+    // Another image is another comparison.
+    let keys = |text: &str| {
+        let all: serde_json::Value = serde_json::from_str(text).unwrap();
+        all["rows"].as_array().unwrap().iter().map(|row| row["key"].to_string()).collect::<Vec<_>>()
+    };
+    pixels(99).save(Path::new(&path("held-out")).join("8.png")).unwrap();
+    let again = done("compare", &[&compare[..], &["--only", "^quantize$", "--json"]].concat());
+    assert!(keys(&again).iter().all(|key| !keys(&printed).contains(key)));
+
+    for (name, arguments, expected) in [
+        ("evaluate", vec![model, "--text", &gram], "needs --images"),
+        ("evaluate", vec![model, "--images", model], "no PNG or JPEG files"),
+        ("calibrate", vec![model, "--out", &gram], "--text"),
+    ] {
+        let (code, _, errors) = run(name, arguments);
+        assert!(code == Some(2) && errors.contains(expected), "{name}: {errors}");
+    }
 }
 
 #[test]
