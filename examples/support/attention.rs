@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use anyhow::{Result, ensure};
 use ndarray::{Array2, ArrayView2, s};
 use weightpress::linalg::{Faer, Kernels};
 
@@ -20,6 +21,12 @@ pub struct Heads {
 }
 
 impl Heads {
+    /// So many of equal width, each of queries with keys and values of its own.
+    pub fn even(features: usize, count: usize) -> Result<Self> {
+        ensure!(count > 0 && features.is_multiple_of(count), "{features} features in {count} heads");
+        Ok(Heads { queries: count, keys: count, width: features / count })
+    }
+
     /// Features of a head of queries.
     pub fn own(&self, head: usize) -> Range<usize> {
         head * self.width..(head + 1) * self.width

@@ -35,34 +35,40 @@ struct Config {
 /// An encoder ready to run.
 pub struct Bert {
     config: Config,
+    heads: Heads,
     words: Operator<f32>,
     /// Position and token type 0 together.
     positions: Array2<f32>,
     norm: Norm,
-    pub layers: Vec<Layer>,
+    layers: Vec<Layer>,
 }
 
 const WORDS: &str = "embeddings.word_embeddings.weight";
 const POSITIONS: &str = "embeddings.position_embeddings.weight";
 
-impl Bert {
-    /// Loads a Hugging Face folder, dense or factored.
-    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        Self::load_by(&mut checkpoint.loader()?, checkpoint)
-    }
+impl Encoder for Bert {
+    type Sample = Vec<usize>;
+    const LINEAR: [&'static str; 6] = [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ];
 
-    /// The same by a loader of its weights.
-    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
+    fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
         let (path, text) = text_of(checkpoint, "config.json")?;
         let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
         let positions = config.position_embedding_type.as_deref().unwrap_or("absolute");
-        let (hidden, heads) = (config.hidden_size, config.num_attention_heads);
+        let hidden = config.hidden_size;
+        let heads =
+            Heads::even(hidden, config.num_attention_heads).with_context(|| format!("in {}", path.display()))?;
         for (field, found, expected) in
             [("hidden_act", config.hidden_act.as_str(), "gelu"), ("position_embedding_type", positions, "absolute")]
         {
             ensure!(found == expected, "in {}: `{field}` is {found}, expected {expected}", path.display());
         }
-        ensure!(heads > 0 && hidden % heads == 0, "in {}: {hidden} features in {heads} heads", path.display());
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let name = |part: &str| format!("encoder.layer.{i}.{part}");
@@ -85,25 +91,8 @@ impl Bert {
         let words = weights.operator(WORDS)?;
         fits(WORDS, words.shape(), config.vocab_size)?;
         let norm = Norm::load(checkpoint, "embeddings.LayerNorm", hidden)?;
-        Ok(Bert { words, positions, norm, layers, config })
+        Ok(Bert { words, positions, norm, layers, heads, config })
     }
-
-    fn heads(&self) -> Heads {
-        let heads = self.config.num_attention_heads;
-        Heads { queries: heads, keys: heads, width: self.config.hidden_size / heads }
-    }
-}
-
-impl Encoder for Bert {
-    type Sample = Vec<usize>;
-    const LINEAR: [&'static str; 6] = [
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    ];
 
     fn layers(&self) -> &[Layer] {
         &self.layers
@@ -132,7 +121,7 @@ impl Encoder for Bert {
     /// Norms come behind what is added up.
     fn pass(&self, i: usize, x: Array2<f32>) -> Result<(Trace, Array2<f32>)> {
         let (layer, eps) = (&self.layers[i], self.config.layer_norm_eps);
-        let ([q, k, v, mixed], output) = layer.attend(&x, self.heads())?;
+        let ([q, k, v, mixed], output) = layer.attend(&x, self.heads)?;
         let attended = &x + &output;
         let middle = layer.norms[0].apply(&attended, eps);
         let ([up, gelu], down) = layer.widen(&middle)?;
@@ -147,7 +136,7 @@ impl Encoder for Bert {
         let mut d = layer_norm_back(end, &layer.norms[1].gain, eps, d);
         d += &layer.widen_back(trace, &d, visit)?;
         let mut d = layer_norm_back(attended, &layer.norms[0].gain, eps, d);
-        d += &layer.attend_back(trace, &d, self.heads(), visit)?;
+        d += &layer.attend_back(trace, &d, self.heads, visit)?;
         Ok(d)
     }
 

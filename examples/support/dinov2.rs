@@ -56,6 +56,7 @@ pub struct Image(Array2<f32>);
 /// A vision transformer ready to run.
 pub struct Dinov2 {
     config: Config,
+    heads: Heads,
     colours: Colours,
     /// Of a patch's pixels.
     projection: Array2<f32>,
@@ -69,71 +70,6 @@ pub struct Dinov2 {
 }
 
 impl Dinov2 {
-    /// Loads a Hugging Face folder, dense or factored.
-    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
-        Self::load_by(&mut checkpoint.loader()?, checkpoint)
-    }
-
-    /// The same by a loader of its weights.
-    pub fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
-        let (path, text) = text_of(checkpoint, "config.json")?;
-        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
-        let (hidden, heads, patch) = (config.hidden_size, config.num_attention_heads, config.patch_size);
-        ensure!(config.hidden_act == "gelu" && !config.use_swiglu_ffn, "in {}: layers without GELU", path.display());
-        ensure!(heads > 0 && hidden % heads == 0, "in {}: {hidden} features in {heads} heads", path.display());
-        let across = config.image_size.checked_div(patch).unwrap_or(0);
-        ensure!(across > 0, "in {}: patches of {patch} in images of {}", path.display(), config.image_size);
-        let colours = match checkpoint.root().join("preprocessor_config.json").exists() {
-            true => {
-                let (path, text) = text_of(checkpoint, "preprocessor_config.json")?;
-                serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?
-            }
-            false => Colours::default(),
-        };
-        let (mut layers, mut scales) = (Vec::new(), Vec::new());
-        for i in 0..config.num_hidden_layers {
-            let name = |part: &str| format!("encoder.layer.{i}.{part}");
-            let norms = ["norm1", "norm2"].map(name);
-            layers.push(Layer::load(weights, checkpoint, Self::LINEAR.map(name), norms, hidden)?);
-            let scale = |part: &str| sized(checkpoint, &name(&format!("{part}.lambda1")), hidden);
-            scales.push([scale("layer_scale1")?, scale("layer_scale2")?]);
-        }
-        let matrix = |name: &str, (m, n): (usize, usize)| -> Result<Array2<f32>> {
-            let stored = checkpoint.get(name)?;
-            let numbers = widen::<f32>(stored.dtype, stored.bytes)?;
-            let shape = stored.shape;
-            Array2::from_shape_vec((m, n), numbers).with_context(|| format!("{name} is {shape:?}, expected {m}x{n}"))
-        };
-        let class = matrix("embeddings.cls_token", (1, hidden))?;
-        let (name, patches) = ("embeddings.position_embeddings", across * across);
-        let mut positions = match checkpoint.get(name) {
-            Ok(_) => matrix(name, (1 + patches, hidden))?,
-            // (Checkpoints that went through other formats may lack the first one, which then is zero.)
-            Err(why) => match matrix("embeddings.patch_position_embeddings", (patches, hidden)) {
-                Ok(of_patches) => concatenate![Axis(0), Array2::zeros((1, hidden)), of_patches],
-                Err(_) => return Err(why.into()),
-            },
-        };
-        let mut first = positions.row_mut(0);
-        first += &class.row(0);
-        let projection = "embeddings.patch_embeddings.projection";
-        Ok(Dinov2 {
-            projection: matrix(&format!("{projection}.weight"), (hidden, 3 * patch * patch))?,
-            bias: sized(checkpoint, &format!("{projection}.bias"), hidden)?,
-            positions: positions.t().as_standard_layout().into_owned(),
-            norm: Norm::load(checkpoint, "layernorm", hidden)?,
-            config,
-            colours,
-            layers,
-            scales,
-        })
-    }
-
-    fn heads(&self) -> Heads {
-        let heads = self.config.num_attention_heads;
-        Heads { queries: heads, keys: heads, width: self.config.hidden_size / heads }
-    }
-
     /// All images of a folder: the middle of each, as large as fits.
     pub fn images(&self, folder: &Path) -> Result<Vec<Image>> {
         let size = self.config.image_size as u32;
@@ -187,6 +123,62 @@ impl Encoder for Dinov2 {
         "mlp.fc2",
     ];
 
+    fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
+        let (path, text) = text_of(checkpoint, "config.json")?;
+        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        let (hidden, patch) = (config.hidden_size, config.patch_size);
+        let heads =
+            Heads::even(hidden, config.num_attention_heads).with_context(|| format!("in {}", path.display()))?;
+        ensure!(config.hidden_act == "gelu" && !config.use_swiglu_ffn, "in {}: layers without GELU", path.display());
+        let across = config.image_size.checked_div(patch).unwrap_or(0);
+        ensure!(across > 0, "in {}: patches of {patch} in images of {}", path.display(), config.image_size);
+        let colours = match checkpoint.root().join("preprocessor_config.json").exists() {
+            true => {
+                let (path, text) = text_of(checkpoint, "preprocessor_config.json")?;
+                serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?
+            }
+            false => Colours::default(),
+        };
+        let (mut layers, mut scales) = (Vec::new(), Vec::new());
+        for i in 0..config.num_hidden_layers {
+            let name = |part: &str| format!("encoder.layer.{i}.{part}");
+            let norms = ["norm1", "norm2"].map(name);
+            layers.push(Layer::load(weights, checkpoint, Self::LINEAR.map(name), norms, hidden)?);
+            let scale = |part: &str| sized(checkpoint, &name(&format!("{part}.lambda1")), hidden);
+            scales.push([scale("layer_scale1")?, scale("layer_scale2")?]);
+        }
+        let matrix = |name: &str, (m, n): (usize, usize)| -> Result<Array2<f32>> {
+            let stored = checkpoint.get(name)?;
+            let numbers = widen::<f32>(stored.dtype, stored.bytes)?;
+            let shape = stored.shape;
+            Array2::from_shape_vec((m, n), numbers).with_context(|| format!("{name} is {shape:?}, expected {m}x{n}"))
+        };
+        let class = matrix("embeddings.cls_token", (1, hidden))?;
+        let (name, patches) = ("embeddings.position_embeddings", across * across);
+        let mut positions = match checkpoint.get(name) {
+            Ok(_) => matrix(name, (1 + patches, hidden))?,
+            // (Checkpoints that went through other formats may lack the first one, which then is zero.)
+            Err(why) => match matrix("embeddings.patch_position_embeddings", (patches, hidden)) {
+                Ok(of_patches) => concatenate![Axis(0), Array2::zeros((1, hidden)), of_patches],
+                Err(_) => return Err(why.into()),
+            },
+        };
+        let mut first = positions.row_mut(0);
+        first += &class.row(0);
+        let projection = "embeddings.patch_embeddings.projection";
+        Ok(Dinov2 {
+            projection: matrix(&format!("{projection}.weight"), (hidden, 3 * patch * patch))?,
+            bias: sized(checkpoint, &format!("{projection}.bias"), hidden)?,
+            positions: positions.t().as_standard_layout().into_owned(),
+            norm: Norm::load(checkpoint, "layernorm", hidden)?,
+            config,
+            heads,
+            colours,
+            layers,
+            scales,
+        })
+    }
+
     fn layers(&self) -> &[Layer] {
         &self.layers
     }
@@ -212,7 +204,7 @@ impl Encoder for Dinov2 {
     fn pass(&self, i: usize, x: Array2<f32>) -> Result<(Trace, Array2<f32>)> {
         let (layer, eps, [first, second]) = (&self.layers[i], self.config.layer_norm_eps, &self.scales[i]);
         let input = layer.norms[0].apply(&x, eps);
-        let ([q, k, v, mixed], output) = layer.attend(&input, self.heads())?;
+        let ([q, k, v, mixed], output) = layer.attend(&input, self.heads)?;
         let attended = &x + &scaled(output, first);
         let middle = layer.norms[1].apply(&attended, eps);
         let ([up, gelu], down) = layer.widen(&middle)?;
@@ -225,7 +217,7 @@ impl Encoder for Dinov2 {
         let [x, attended] = &trace.normed;
         let at_middle = layer.widen_back(trace, &scaled(d.clone(), second), visit)?;
         d += &layer_norm_back(attended, &layer.norms[1].gain, eps, at_middle);
-        let at_input = layer.attend_back(trace, &scaled(d.clone(), first), self.heads(), visit)?;
+        let at_input = layer.attend_back(trace, &scaled(d.clone(), first), self.heads, visit)?;
         d += &layer_norm_back(x, &layer.norms[0].gain, eps, at_input);
         Ok(d)
     }

@@ -9,6 +9,7 @@ use ndarray::{Array1, Array2, Axis, stack};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
+use weightpress::checkpoint::{Checkpoint, Loader};
 use weightpress::stats::{GramAccumulator, Stats};
 
 use super::fisher::squared_gradients;
@@ -30,6 +31,10 @@ pub trait Encoder: Sync {
     /// The linear layers of a block: query, key, value, output, up, down.
     const LINEAR: [&'static str; 6];
 
+    /// Loads a Hugging Face folder, dense or factored, by a loader of its weights.
+    fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self>
+    where
+        Self: Sized;
     fn layers(&self) -> &[Layer];
     /// Numbers of an embedding.
     fn features(&self) -> usize;
@@ -45,6 +50,14 @@ pub trait Encoder: Sync {
     fn pooled(&self, x: &Array2<f32>) -> Result<Array1<f32>>;
     /// The gradient at the output of the last block from that at the embedding.
     fn pooled_back(&self, x: &Array2<f32>, d: Array1<f32>) -> Array2<f32>;
+
+    /// Loads a Hugging Face folder.
+    fn load(checkpoint: &Checkpoint) -> Result<Self>
+    where
+        Self: Sized,
+    {
+        Self::load_by(&mut checkpoint.loader()?, checkpoint)
+    }
 
     /// The embedding of a sample, of length 1.
     fn embed(&self, sample: &Self::Sample) -> Result<Array1<f32>> {
