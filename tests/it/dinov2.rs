@@ -278,4 +278,34 @@ fn what_does_not_fit_is_named() {
     assert!(found.contains(name) && found.contains("5x8"), "{found}");
     let found = refused(&|weights| drop(weights.remove(name)));
     assert!(found.contains(name), "{found}");
+    let (folder, weights) = (tempfile::tempdir().unwrap(), weights());
+    write(folder.path(), &weights);
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    for (from, to, expected) in [
+        ("\"hidden_act\": \"gelu\"", "\"hidden_act\": \"relu\"", "without GELU"),
+        ("\"mlp_ratio\": 4", "\"use_swiglu_ffn\": true", "without GELU"),
+        ("\"num_attention_heads\": 2", "\"num_attention_heads\": 3", "8 features in 3 heads"),
+        ("\"num_attention_heads\": 2", "\"num_attention_heads\": 0", "8 features in 0 heads"),
+        ("\"patch_size\": 3", "\"patch_size\": 0", "patches of 0"),
+        ("\"patch_size\": 3", "\"patch_size\": 7", "patches of 7 in images of 6"),
+        ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "encoder.layer.2."),
+    ] {
+        assert!(text.contains(from), "{from}");
+        std::fs::write(&config, text.replace(from, to)).unwrap();
+        let found = format!("{:#}", load(folder.path()).err().unwrap());
+        assert!(found.contains(expected), "{found}");
+    }
+    std::fs::write(&config, text).unwrap();
+    std::fs::write(folder.path().join("preprocessor_config.json"), "{\"image_mean\": [0.5]}").unwrap();
+    let found = format!("{:#}", load(folder.path()).err().unwrap());
+    assert!(found.contains("preprocessor_config.json"), "{found}");
+    // Colours that nothing is taken off from, twice as bright.
+    let colours = "{\"image_mean\": [0, 0, 0], \"image_std\": [0.5, 0.5, 0.5], \"size\": {\"height\": 6}}";
+    std::fs::write(folder.path().join("preprocessor_config.json"), colours).unwrap();
+    let black = RgbImage::new(6, 6);
+    let of_black = load(folder.path()).unwrap().embed(&load(folder.path()).unwrap().patches(&black)).unwrap();
+    let mut without = weights;
+    without.get_mut("embeddings.patch_embeddings.projection.weight").unwrap().fill(0.0);
+    near(&of_black, &naive(&without, &black, &mut |_, _| ()));
 }
