@@ -152,7 +152,10 @@ fn encoders(arguments: &Arguments, given: &Given) -> Result<()> {
             Some((samples, _)) => samples.of(&mut weights, &checkpoint)?,
             None => Samples::load_by(&mut weights, &checkpoint, given)?.context("no encoder")?,
         };
-        let tokens: usize = samples.tokens().iter().sum();
+        let tokens = samples.tokens();
+        // (Similarities of fewer have no order.)
+        ensure!(tokens.len() > 2, "{} samples, at least 3 are needed to see how they move", tokens.len());
+        let tokens: usize = tokens.iter().sum();
         let (start, bar) = (Instant::now(), Bar::default());
         bar.stage("evaluating", tokens as u64);
         let embeddings = samples.embed(&|done| bar.advance(done as u64, ""))?;

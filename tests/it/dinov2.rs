@@ -252,7 +252,13 @@ fn an_encoder_of_images_is_calibrated_compressed_evaluated_and_compared() {
     let again = done("compare", &[&compare[..], &["--only", "^quantize$", "--json"]].concat());
     assert!(keys(&again).iter().all(|key| !keys(&printed).contains(key)));
 
+    let two = path("two");
+    std::fs::create_dir(&two).unwrap();
+    for of in 0..2 {
+        pixels(of).save(Path::new(&two).join(format!("{of}.png"))).unwrap();
+    }
     for (name, arguments, expected) in [
+        ("evaluate", vec![model, "--images", &two], "at least 3 are needed"),
         ("evaluate", vec![model, "--text", &gram], "needs --images"),
         ("evaluate", vec![model, "--images", model], "no PNG or JPEG files"),
         ("calibrate", vec![model, "--out", &gram], "--text"),
