@@ -150,7 +150,8 @@ fn encoders(arguments: &Arguments, given: &Given) -> Result<()> {
         let mut weights = checkpoint.loader()?.with_activation_bits(arguments.activation_bits);
         let samples = match &first {
             Some((samples, _)) => samples.of(&mut weights, &checkpoint)?,
-            None => Samples::load_by(&mut weights, &checkpoint, given)?.context("no encoder")?,
+            None => Samples::load_by(&mut weights, &checkpoint, given)?
+                .with_context(|| format!("{} is no encoder", path.display()))?,
         };
         let tokens = samples.tokens();
         // (Similarities of fewer have no order.)

@@ -23,7 +23,7 @@ pub struct Heads {
 impl Heads {
     /// So many of equal width, each of queries with keys and values of its own.
     pub fn even(features: usize, count: usize) -> Result<Self> {
-        ensure!(count > 0 && features.is_multiple_of(count), "{features} features in {count} heads");
+        ensure!(features > 0 && count > 0 && features.is_multiple_of(count), "{features} features in {count} heads");
         Ok(Heads { queries: count, keys: count, width: features / count })
     }
 

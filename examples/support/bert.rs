@@ -16,7 +16,7 @@ use weightpress::operator::{LinearOperator, Operator};
 use super::attention::Heads;
 use super::encoder::Encoder;
 use super::layers::{Layer, Norm, Trace, Visitor};
-use super::llama::text_of;
+use super::llama::json_of;
 use super::math::layer_norm_back;
 
 /// The fields of config.json that matter here.
@@ -58,8 +58,7 @@ impl Encoder for Bert {
     ];
 
     fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
-        let (path, text) = text_of(checkpoint, "config.json")?;
-        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        let (path, config) = json_of::<Config>(checkpoint, "config.json")?;
         let positions = config.position_embedding_type.as_deref().unwrap_or("absolute");
         let hidden = config.hidden_size;
         let heads =

@@ -18,7 +18,7 @@ use weightpress::scalar::widen;
 use super::attention::Heads;
 use super::encoder::Encoder;
 use super::layers::{Layer, Norm, Trace, Visitor, sized};
-use super::llama::text_of;
+use super::llama::json_of;
 use super::math::{add_bias, layer_norm_back};
 
 /// The fields of config.json that matter here.
@@ -50,6 +50,27 @@ impl Default for Colours {
     }
 }
 
+impl Colours {
+    fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let name = "preprocessor_config.json";
+        if !checkpoint.root().join(name).exists() {
+            return Ok(Colours::default());
+        }
+        let (path, colours) = json_of::<Self>(checkpoint, name)?;
+        let spread = colours.image_std;
+        ensure!(
+            spread.iter().all(|of| of.is_normal()),
+            "in {}: `image_std` is {spread:?}, which divides nothing",
+            path.display()
+        );
+        Ok(colours)
+    }
+}
+
+/// The largest image that a model may have, and how many times as long as wide a photograph may be: pixels that fit into memory.
+const LARGEST: usize = 8192;
+const NARROWEST: u32 = 32;
+
 /// Squares of pixels, each a column: the red ones row by row, the green ones, the blue ones.
 pub struct Image(Array2<f32>);
 
@@ -73,12 +94,16 @@ impl Dinov2 {
     /// All images of a folder: the middle of each, as large as fits.
     pub fn images(&self, folder: &Path) -> Result<Vec<Image>> {
         let size = self.config.image_size as u32;
-        let read = |path: &PathBuf| -> Result<Image> {
-            let image = ImageReader::open(path)?.with_guessed_format()?.decode();
-            let image = image.with_context(|| format!("reading {}", path.display()))?;
+        let read = |path: &Path| -> Result<Image> {
+            let image = ImageReader::open(path)?.with_guessed_format()?.decode()?;
+            // (The whole of it is scaled before the middle is cut out.)
+            let (width, height) = (image.width(), image.height());
+            let narrow = width.max(height) / width.min(height).max(1) > NARROWEST;
+            ensure!(!narrow, "{width}x{height} pixels, more than {NARROWEST} times as long as wide");
             Ok(self.patches(&image.resize_to_fill(size, size, FilterType::CatmullRom).into_rgb8()))
         };
-        files(folder)?.par_iter().map(read).collect()
+        let each = files(folder)?.into_par_iter();
+        each.map(|path| read(&path).with_context(|| format!("reading {}", path.display()))).collect()
     }
 
     /// An image of the model's size in patches.
@@ -124,21 +149,18 @@ impl Encoder for Dinov2 {
     ];
 
     fn load_by(weights: &mut Loader<'_, f32>, checkpoint: &Checkpoint) -> Result<Self> {
-        let (path, text) = text_of(checkpoint, "config.json")?;
-        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        let (path, config) = json_of::<Config>(checkpoint, "config.json")?;
         let (hidden, patch) = (config.hidden_size, config.patch_size);
         let heads =
             Heads::even(hidden, config.num_attention_heads).with_context(|| format!("in {}", path.display()))?;
-        ensure!(config.hidden_act == "gelu" && !config.use_swiglu_ffn, "in {}: layers without GELU", path.display());
-        let across = config.image_size.checked_div(patch).unwrap_or(0);
-        ensure!(across > 0, "in {}: patches of {patch} in images of {}", path.display(), config.image_size);
-        let colours = match checkpoint.root().join("preprocessor_config.json").exists() {
-            true => {
-                let (path, text) = text_of(checkpoint, "preprocessor_config.json")?;
-                serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?
-            }
-            false => Colours::default(),
-        };
+        let act = &config.hidden_act;
+        ensure!(act == "gelu", "in {}: `hidden_act` is {act}, expected gelu", path.display());
+        ensure!(!config.use_swiglu_ffn, "in {}: `use_swiglu_ffn` is not supported", path.display());
+        let size = config.image_size;
+        let across = size.checked_div(patch).unwrap_or(0);
+        let fits = across > 0 && size <= LARGEST;
+        ensure!(fits, "in {}: patches of {patch} pixels in images of {size}, expected 1 to {LARGEST}", path.display());
+        let colours = Colours::of(checkpoint)?;
         let (mut layers, mut scales) = (Vec::new(), Vec::new());
         for i in 0..config.num_hidden_layers {
             let name = |part: &str| format!("encoder.layer.{i}.{part}");
@@ -155,13 +177,11 @@ impl Encoder for Dinov2 {
         };
         let class = matrix("embeddings.cls_token", (1, hidden))?;
         let (name, patches) = ("embeddings.position_embeddings", across * across);
-        let mut positions = match checkpoint.get(name) {
-            Ok(_) => matrix(name, (1 + patches, hidden))?,
-            // (Checkpoints that went through other formats may lack the first one, which then is zero.)
-            Err(why) => match matrix("embeddings.patch_position_embeddings", (patches, hidden)) {
-                Ok(of_patches) => concatenate![Axis(0), Array2::zeros((1, hidden)), of_patches],
-                Err(_) => return Err(why.into()),
-            },
+        // (Checkpoints that went through other formats may lack the first one, which then is zero.)
+        let of_patches = "embeddings.patch_position_embeddings";
+        let mut positions = match checkpoint.get(name).is_err() && checkpoint.get(of_patches).is_ok() {
+            true => concatenate![Axis(0), Array2::zeros((1, hidden)), matrix(of_patches, (patches, hidden))?],
+            false => matrix(name, (1 + patches, hidden))?,
         };
         let mut first = positions.row_mut(0);
         first += &class.row(0);
@@ -192,6 +212,8 @@ impl Encoder for Dinov2 {
     }
 
     fn start(&self, image: &Image) -> Result<Array2<f32>> {
+        let (found, expected) = (image.0.dim(), (self.projection.ncols(), self.positions.ncols() - 1));
+        ensure!(found == expected, "an image of {found:?} numbers and patches for a model of {expected:?}");
         let mut patches: Array2<f32> = Faer.matmul(self.projection.view(), image.0.view());
         add_bias(&mut patches, &self.bias);
         let mut x = self.positions.clone();

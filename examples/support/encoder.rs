@@ -24,6 +24,13 @@ pub fn weight_name(i: usize, part: &str) -> String {
     format!("encoder.layer.{i}.{part}.weight")
 }
 
+/// The length of an embedding that has a direction.
+fn length(embedding: &Array1<f32>) -> Result<f32> {
+    let length = embedding.dot(embedding).sqrt();
+    ensure!(length.is_normal(), "the model makes an embedding of length {length}, which has no direction");
+    Ok(length)
+}
+
 /// A model that makes one vector of each sample, by blocks of attention and two linear layers.
 pub trait Encoder: Sync {
     /// What is embedded.
@@ -66,7 +73,8 @@ pub trait Encoder: Sync {
             x = self.pass(i, x)?.1;
         }
         let embedding = self.pooled(&x)?;
-        Ok(&embedding / embedding.dot(&embedding).sqrt())
+        let length = length(&embedding)?;
+        Ok(embedding / length)
     }
 
     /// Embeddings of samples, one a row. In parallel; `done` is told of each one's tokens.
@@ -151,7 +159,7 @@ pub trait Encoder: Sync {
             x = y;
         }
         let embedding = self.pooled(&x)?;
-        let length = embedding.dot(&embedding).sqrt();
+        let length = length(&embedding)?;
         let unit = embedding / length;
         let value = unit.dot(along);
         // e = m/‖m‖, of which only what is across e moves it.

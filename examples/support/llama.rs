@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use weightpress::checkpoint::{Checkpoint, Loader};
 use weightpress::operator::{LinearOperator, Operator, apply_all};
 
@@ -35,8 +36,7 @@ pub struct Config {
 impl Config {
     /// Reads and checks a model's config.json.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
-        let (path, text) = text_of(checkpoint, "config.json")?;
-        let config: Config = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+        let (path, config) = json_of::<Self>(checkpoint, "config.json")?;
         config.check().with_context(|| format!("in {}", path.display()))?;
         Ok(config)
     }
@@ -44,7 +44,11 @@ impl Config {
     /// Refuses what this forward pass would get wrong in silence.
     fn check(&self) -> Result<()> {
         let known = self.model_type.as_deref().is_none_or(|name| name == "llama");
-        ensure!(known, "model type `{}`: expected llama or bert", self.model_type.as_deref().unwrap_or_default());
+        ensure!(
+            known,
+            "model type `{}`: expected llama, bert or dinov2",
+            self.model_type.as_deref().unwrap_or_default()
+        );
         let scaled = self.rope_scaling.as_ref().is_some_and(|scaling| !scaling.is_null());
         ensure!(!scaled, "scaled rotary positions (`rope_scaling`) are not supported");
         let act = self.hidden_act.as_deref().unwrap_or("silu");
@@ -325,17 +329,17 @@ impl Llama {
     }
 }
 
-/// A text file beside the weights, and where it is.
-pub fn text_of(checkpoint: &Checkpoint, name: &str) -> Result<(PathBuf, String)> {
+/// What a JSON file beside the weights says, and where it is.
+pub fn json_of<T: DeserializeOwned>(checkpoint: &Checkpoint, name: &str) -> Result<(PathBuf, T)> {
     let path = checkpoint.root().join(name);
     let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok((path, text))
+    let value = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    Ok((path, value))
 }
 
 /// What config.json says of the architecture, if it says anything.
 pub fn model_type(checkpoint: &Checkpoint) -> Result<Option<String>> {
-    let (path, text) = text_of(checkpoint, "config.json")?;
-    let config: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    let (_, config) = json_of::<serde_json::Value>(checkpoint, "config.json")?;
     Ok(config["model_type"].as_str().map(str::to_owned))
 }
 

@@ -70,6 +70,16 @@ fn pixels(of: u32) -> RgbImage {
 }
 
 fn naive(weights: &Weights, pixels: &RgbImage, see: &mut dyn FnMut(&str, &Array2<f64>)) -> Array1<f64> {
+    naive_in([MEAN, SPREAD], weights, pixels, see)
+}
+
+/// The same with other colours.
+fn naive_in(
+    [mean, spread]: [[f64; 3]; 2],
+    weights: &Weights,
+    pixels: &RgbImage,
+    see: &mut dyn FnMut(&str, &Array2<f64>),
+) -> Array1<f64> {
     let mut of = Naive { weights, heads: HEADS, eps: EPS, see };
     // A convolution whose windows lie side by side.
     let kernel = of.get("embeddings.patch_embeddings.projection.weight");
@@ -79,7 +89,7 @@ fn naive(weights: &Weights, pixels: &RgbImage, see: &mut dyn FnMut(&str, &Array2
         let mut sum = bias[feature];
         for (c, y, x) in (0..3).flat_map(|c| (0..PATCH).flat_map(move |y| (0..PATCH).map(move |x| (c, y, x)))) {
             let light = f64::from(pixels.get_pixel((left + x) as u32, (top + y) as u32)[c]) / 255.0;
-            sum += kernel[(feature, (c * PATCH + y) * PATCH + x)] * (light - MEAN[c]) / SPREAD[c];
+            sum += kernel[(feature, (c * PATCH + y) * PATCH + x)] * (light - mean[c]) / spread[c];
         }
         sum
     });
@@ -180,9 +190,19 @@ fn files_are_read_in_order_scaled_and_cut_to_the_middle() {
     for (image, of) in read.iter().zip([2, 7]) {
         near(&model.embed(image).unwrap(), &naive(&weights, &pixels(of), &mut |_, _| ()));
     }
+    let refused = |name: &str, expected: &str| {
+        let found = format!("{:#}", model.images(folder.path()).err().unwrap());
+        assert!(found.contains(name) && found.contains(expected), "{found}");
+    };
     std::fs::write(folder.path().join("c.jpg"), "neither").unwrap();
-    let found = format!("{:#}", model.images(folder.path()).err().unwrap());
-    assert!(found.contains("c.jpg"), "{found}");
+    refused("c.jpg", "");
+    std::fs::remove_file(folder.path().join("c.jpg")).unwrap();
+    RgbImage::new(1, 33).save(folder.path().join("d.png")).unwrap();
+    refused("d.png", "1x33 pixels");
+    RgbImage::new(1, 32).save(folder.path().join("d.png")).unwrap();
+    assert_eq!(model.images(folder.path()).unwrap().len(), 3);
+    std::fs::create_dir(folder.path().join("e.png")).unwrap();
+    refused("e.png", "");
 }
 
 #[test]
@@ -284,34 +304,75 @@ fn what_does_not_fit_is_named() {
     assert!(found.contains(name) && found.contains("5x8"), "{found}");
     let found = refused(&|weights| drop(weights.remove(name)));
     assert!(found.contains(name), "{found}");
+    let other = "embeddings.patch_position_embeddings";
+    let found = refused(&|weights| {
+        weights.remove(name);
+        weights.insert(other.into(), matrix(3, HIDDEN, 1));
+    });
+    assert!(found.contains(other) && found.contains("4x8"), "{found}");
     let (folder, weights) = (tempfile::tempdir().unwrap(), weights());
     write(folder.path(), &weights);
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     for (from, to, expected) in [
-        ("\"hidden_act\": \"gelu\"", "\"hidden_act\": \"relu\"", "without GELU"),
-        ("\"mlp_ratio\": 4", "\"use_swiglu_ffn\": true", "without GELU"),
+        ("\"hidden_act\": \"gelu\"", "\"hidden_act\": \"relu\"", "`hidden_act` is relu, expected gelu"),
+        ("\"mlp_ratio\": 4", "\"use_swiglu_ffn\": true", "`use_swiglu_ffn`"),
         ("\"num_attention_heads\": 2", "\"num_attention_heads\": 3", "8 features in 3 heads"),
         ("\"num_attention_heads\": 2", "\"num_attention_heads\": 0", "8 features in 0 heads"),
         ("\"patch_size\": 3", "\"patch_size\": 0", "patches of 0"),
-        ("\"patch_size\": 3", "\"patch_size\": 7", "patches of 7 in images of 6"),
+        ("\"patch_size\": 3", "\"patch_size\": 7", "patches of 7 pixels in images of 6"),
         ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "encoder.layer.2."),
+        ("\"hidden_size\": 8", "\"hidden_size\": 0", "0 features in 2 heads"),
+        ("\"image_size\": 6", "\"image_size\": 18446744073709551615", "expected 1 to 8192"),
     ] {
         assert!(text.contains(from), "{from}");
         std::fs::write(&config, text.replace(from, to)).unwrap();
         let found = format!("{:#}", load(folder.path()).err().unwrap());
         assert!(found.contains(expected), "{found}");
     }
-    std::fs::write(&config, text).unwrap();
-    std::fs::write(folder.path().join("preprocessor_config.json"), "{\"image_mean\": [0.5]}").unwrap();
-    let found = format!("{:#}", load(folder.path()).err().unwrap());
-    assert!(found.contains("preprocessor_config.json"), "{found}");
-    // Colours that nothing is taken off from, twice as bright.
-    let colours = "{\"image_mean\": [0, 0, 0], \"image_std\": [0.5, 0.5, 0.5], \"size\": {\"height\": 6}}";
-    std::fs::write(folder.path().join("preprocessor_config.json"), colours).unwrap();
-    let black = RgbImage::new(6, 6);
-    let of_black = load(folder.path()).unwrap().embed(&load(folder.path()).unwrap().patches(&black)).unwrap();
-    let mut without = weights;
-    without.get_mut("embeddings.patch_embeddings.projection.weight").unwrap().fill(0.0);
-    near(&of_black, &naive(&without, &black, &mut |_, _| ()));
+}
+
+#[test]
+fn colours_are_those_of_the_model() {
+    let (folder, weights) = (tempfile::tempdir().unwrap(), weights());
+    write(folder.path(), &weights);
+    let told = |text: &str| {
+        std::fs::write(folder.path().join("preprocessor_config.json"), text).unwrap();
+        load(folder.path())
+    };
+    let model = told(r#"{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.25, 1], "size": {"height": 6}}"#).unwrap();
+    let colours = [[0.1, 0.2, 0.3], [0.5, 0.25, 1.0]];
+    near(&model.embed(&model.patches(&pixels(5))).unwrap(), &naive_in(colours, &weights, &pixels(5), &mut |_, _| ()));
+    for (text, expected) in
+        [(r#"{"image_mean": [0.5]}"#, "preprocessor_config.json"), (r#"{"image_std": [0.5, 0, 0.5]}"#, "`image_std`")]
+    {
+        let found = format!("{:#}", told(text).err().unwrap());
+        assert!(found.contains(expected), "{found}");
+    }
+}
+
+/// Images that were cut for another model, and a model that makes no numbers.
+#[test]
+fn what_cannot_be_embedded_is_refused() {
+    let (mut weights, model) = encoder();
+    let folder = tempfile::tempdir().unwrap();
+    weights.insert("embeddings.position_embeddings".into(), matrix(10, HIDDEN, 1));
+    write(folder.path(), &weights);
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("\"image_size\": 6", "\"image_size\": 9")).unwrap();
+    let found = format!("{:#}", load(folder.path()).unwrap().embed(&images(&model, 1)[0]).unwrap_err());
+    assert!(found.contains("(27, 4)") && found.contains("(27, 9)"), "{found}");
+    for name in ["layernorm.weight", "layernorm.bias"] {
+        weights.get_mut(name).unwrap().fill(0.0);
+    }
+    weights.insert("embeddings.position_embeddings".into(), matrix(5, HIDDEN, 1));
+    write(folder.path(), &weights);
+    let model = load(folder.path()).unwrap();
+    let image = &images(&model, 1)[0];
+    let along = Array1::ones(HIDDEN);
+    for found in [model.embed(image).err(), model.gradients(image, &along, &mut |_, _, _| ()).err()] {
+        let found = format!("{:#}", found.unwrap());
+        assert!(found.contains("no direction"), "{found}");
+    }
 }
