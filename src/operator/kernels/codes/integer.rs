@@ -201,8 +201,7 @@ impl Meeting {
     /// Panels that are multiplied together.
     fn panels(&self, x: &Inputs) -> usize {
         match self {
-            Meeting::Vectors(_, reading) => reading.panels,
-            Meeting::Narrow(..) => 1,
+            Meeting::Vectors(..) | Meeting::Narrow(..) => 1,
             Meeting::Turns(..) => turns::PANELS,
             Meeting::Bytes(_, blocks, _) => blocks.panels,
             Meeting::Eight(..) | Meeting::Sixteen(..) => few::Blocks::new(&x.layout).panels(x.tiles().len()),
@@ -238,7 +237,9 @@ impl Meeting {
     ) {
         match self {
             Meeting::Vectors(activations, reading) => {
-                vectors::multiply::<KIND, PARTS>((*activations, *reading), panels, x, totals)
+                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
+                    vectors::multiply::<KIND, PARTS>((*activations, *reading), panel, x, totals);
+                }
             }
             Meeting::Turns(tiles, scratch) => turns::multiply::<KIND, PARTS>(tiles, panels, x, scratch, totals),
             Meeting::Bytes(tiles, blocks, unpacked) => {

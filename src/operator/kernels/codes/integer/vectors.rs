@@ -10,8 +10,7 @@ use super::digits::join;
 use super::inputs::Inputs;
 use super::memory::Reading;
 use super::panel::Unpacking;
-use super::{ActivationBits, BANDS, LANES, LINE, Lanes, TOGETHER};
-use crate::simd::prefetch;
+use super::{ActivationBits, BANDS, LANES, Lanes, TOGETHER};
 
 /// Some rows.
 pub(super) struct Panel<'a> {
@@ -24,25 +23,19 @@ pub(super) struct Panel<'a> {
     pub starts: &'a [i32],
 }
 
-/// Panels that are multiplied together, at most.
-const PANELS: usize = Reading::TWO_STREAMS.panels;
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
-/// Bytes from the first of what is left of some panel to what should be asked for, so far on in the same panel, or in those that come
-/// next: they follow in memory behind all that are multiplied together.
-#[inline(always)]
-pub(super) fn ahead(far: usize, rest: &[u8], together: &[Panel<'_>]) -> usize {
-    let others = || together.iter().skip(1).map(|panel| panel.packed.len()).sum::<usize>();
-    if rest.len() > far { far } else { far + others() }
+/// Sums whose additions take turns hide how long each takes, if there are few: so many sets of them, one for every other part of a chunk.
+const fn sets(parts: usize, sums: usize) -> usize {
+    if parts > 1 && sums * BANDS <= 8 { 2 } else { 1 }
 }
 
-/// Adds the products of one panel, or of as many as are read together, with all inputs. (Codes are unpacked for each few: that costs
-/// less than to read them as bytes.)
+/// Adds the products of a panel with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     (activations, reading): (ActivationBits, Reading),
-    panels: &[Panel<'_>],
+    panel: &Panel<'_>,
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
@@ -50,161 +43,123 @@ pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     // (Those of short runs meet all columns one after the other: to begin and end a run anew for each takes longer than to read codes again.)
     for (first, count, tiles) in x.stretches(x.layout.run > SHORT) {
         macro_rules! tiles {
-            ($panels:expr, $totals:expr, $bytes:literal, $vectors:literal) => {
-                multiply_tiles::<KIND, PARTS, $bytes, $vectors, _>(reading, $panels, x, (first, tiles), $totals)
+            ($bytes:literal, $vectors:literal) => {
+                multiply_tiles::<KIND, PARTS, $bytes, $vectors>(reading, panel, x, (first, tiles), totals)
             };
         }
-        // Two panels where the sums of both stay in registers, else one after the other.
-        match (panels.first_chunk::<PANELS>(), activations, count) {
-            (Some(two), Eight, 1) => tiles!(two, totals, 1, 1),
-            (Some(two), Eight, 2) => tiles!(two, totals, 1, 2),
-            (Some(two), Eight, 4) => tiles!(two, totals, 1, 4),
-            (Some(two), Sixteen, 1) => tiles!(two, totals, 2, 1),
-            (Some(two), Sixteen, 2) => tiles!(two, totals, 2, 2),
-            (Some(two), TwentyFour, 1) => tiles!(two, totals, 3, 1),
-            _ => {
-                for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    let one = std::array::from_ref(panel);
-                    match (activations, count) {
-                        (Eight, 1) => tiles!(one, totals, 1, 1),
-                        (Eight, 2) => tiles!(one, totals, 1, 2),
-                        (Eight, 4) => tiles!(one, totals, 1, 4),
-                        (Eight, _) => tiles!(one, totals, 1, 8),
-                        (Sixteen, 1) => tiles!(one, totals, 2, 1),
-                        (Sixteen, 2) => tiles!(one, totals, 2, 2),
-                        (Sixteen, _) => tiles!(one, totals, 2, 4),
-                        (TwentyFour, 1) => tiles!(one, totals, 3, 1),
-                        (TwentyFour, 2) => tiles!(one, totals, 3, 2),
-                        (TwentyFour, _) => tiles!(one, totals, 3, 4),
-                    }
-                }
-            }
+        match (activations, count) {
+            (Eight, 1) => tiles!(1, 1),
+            (Eight, 2) => tiles!(1, 2),
+            (Eight, 4) => tiles!(1, 4),
+            (Eight, _) => tiles!(1, 8),
+            (Sixteen, 1) => tiles!(2, 1),
+            (Sixteen, 2) => tiles!(2, 2),
+            (Sixteen, _) => tiles!(2, 4),
+            (TwentyFour, 1) => tiles!(3, 1),
+            (TwentyFour, 2) => tiles!(3, 2),
+            (TwentyFour, _) => tiles!(3, 4),
         }
     }
 }
 
-/// Totals of the rows of P panels with V inputs.
-type Totals<const V: usize, const P: usize> = [[[__m512; BANDS]; V]; P];
+/// Totals of the rows of a panel with V inputs.
+type Totals<const V: usize> = [[__m512; BANDS]; V];
 
-/// Adds the products of P panels with tiles of V inputs from one on: a run of columns meets one tile after the other, so that codes come
+/// Adds the products of a panel with tiles of V inputs from one on: a run of columns meets one tile after the other, so that codes come
 /// from memory beside all products, and not only beside those of the first tile. (No closures and no calls in the inner loop but of what
 /// has the same instructions: vectors would have to be in memory.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
-fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize, const P: usize>(
+fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize>(
     reading: Reading,
-    panels: &[Panel<'_>; P],
+    panel: &Panel<'_>,
     x: &Inputs,
     (first, tiles): (usize, usize),
     to: &mut [[Lanes<f32>; BANDS]],
 ) {
-    let unpacking = Unpacking::new(panels[0].bits);
-    let (chunk, shifted) = (unpacking.chunk(), panels[0].grids.shifted());
-    debug_assert!(tiles == 1 || V >= TOGETHER && P == 1, "several tiles have as many inputs as there may be");
+    let unpacking = Unpacking::new(panel.bits);
+    let (chunk, shifted) = (unpacking.chunk(), panel.grids.shifted());
+    debug_assert!(tiles == 1 || V >= TOGETHER, "several tiles have as many inputs as there may be");
     // (Known to the compiler where there is one: its totals stay in registers.)
-    let tiles = if V < TOGETHER || P > 1 { 1 } else { tiles };
-    let mut rest = [&[][..]; P];
-    for p in 0..P {
-        rest[p] = panels[p].packed;
-    }
-    let Some(mut totals) = read::<V, P>(to, first, x.padded()) else { return };
+    let tiles = if V < TOGETHER { 1 } else { tiles };
+    let sets = const { sets(PARTS, BYTES * V) };
+    let mut rest = panel.packed;
+    let Some(mut totals) = read::<V>(to, first) else { return };
     for number in 0..x.layout.runs() {
         let bytes = x.layout.lanes(number) / PARTS * chunk;
-        // (Beyond what the first of several tiles reads.)
-        let far = if tiles == 1 { reading.ahead / P } else { bytes.max(reading.ahead_by_turns) };
-        let ahead = ahead(far, rest[0], panels);
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
-        let mut codes = [&[][..]; P];
-        for p in 0..P {
-            (codes[p], rest[p]) = rest[p].split_at(bytes.min(rest[p].len()));
-        }
+        let codes;
+        (codes, rest) = rest.split_at(bytes.min(rest.len()));
+        // (Beyond what the first of several tiles reads.)
+        let ahead = if tiles == 1 { reading.ahead } else { bytes.max(reading.ahead) };
         for tile in 0..tiles {
             let first = first + tile * V;
             if tiles > 1 {
-                let Some(of_tile) = read::<V, P>(to, first, x.padded()) else { return };
+                let Some(of_tile) = read::<V>(to, first) else { return };
                 totals = of_tile;
             }
-            // Each of the lines of a chunk is asked for by every other tile, if there are several.
-            let lines = if tiles == 1 { [0, LINE] } else { [tile % BANDS * LINE; BANDS] };
+            // Of the two that are asked for beside a chunk each is by every other tile, if there are several.
+            let asked = if tiles == 1 { [0, 1] } else { [tile % 2; 2] };
             let (units, whole) = x.beside(number, first, V);
-            let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; P];
-            for p in 0..P {
-                let Some(starts) = x.begin::<BYTES, V>(panels[p].starts, number, first) else { return };
-                for limb in 0..BYTES {
-                    for v in 0..V {
-                        sums[p][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
-                    }
+            let Some(starts) = x.begin::<BYTES, V>(panel.starts, number, first) else { return };
+            let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; 2];
+            for limb in 0..BYTES {
+                for v in 0..V {
+                    sums[0][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
             let limbs = x.words::<1, BYTES, V>(number, first).as_chunks::<PARTS>().0;
             for (at, limbs) in limbs.iter().enumerate() {
-                for p in 0..P {
-                    let Some(codes) = codes[p].get(at * chunk..(at + 1) * chunk) else { return };
-                    prefetch(&codes[0], ahead + lines[0]);
-                    prefetch(&codes[0], ahead + lines[1]);
-                    // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
-                    let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
-                    for part in 0..PARTS {
-                        for limb in 0..BYTES {
-                            for v in 0..V {
-                                let input = _mm512_set1_epi32(limbs[part][limb][0][v]);
-                                for band in 0..BANDS {
-                                    let lane = unpacking.lane::<KIND>(loaded[band], part);
-                                    let sum = &mut sums[p][limb][v][band];
-                                    *sum = _mm512_dpbusd_epi32(*sum, lane, input);
-                                }
+                let Some(codes) = codes.get(at * chunk..(at + 1) * chunk) else { return };
+                reading.ask(&codes[0], ahead, asked);
+                // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
+                let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
+                for part in 0..PARTS {
+                    for limb in 0..BYTES {
+                        for v in 0..V {
+                            let input = _mm512_set1_epi32(limbs[part][limb][0][v]);
+                            for band in 0..BANDS {
+                                let lane = unpacking.lane::<KIND>(loaded[band], part);
+                                let sum = &mut sums[part % sets][limb][v][band];
+                                *sum = _mm512_dpbusd_epi32(*sum, lane, input);
                             }
                         }
                     }
                 }
             }
-            // (Written out for each panel: as a loop it is too long to be unrolled for certain, and if it is not, sums are in memory.)
-            macro_rules! scale {
-                ($p:literal) => {
-                    if $p < P {
-                        let scalings = panels[$p].scalings(panels[$p].group + x.layout.group_of(number));
-                        for (band, scaling) in scalings.iter().enumerate() {
-                            for v in 0..V {
-                                let mut of = [_mm512_setzero_si512(); BYTES];
-                                for limb in 0..BYTES {
-                                    of[limb] = sums[$p][limb][v][band];
-                                }
-                                totals[$p][v][band] = scaling.scaled(totals[$p][v][band], of, units[v]);
-                                if shifted {
-                                    totals[$p][v][band] = scaling.shifted(totals[$p][v][band], whole[v]);
-                                }
-                            }
+            let scalings = panel.scalings(panel.group + x.layout.group_of(number));
+            for (band, scaling) in scalings.iter().enumerate() {
+                for v in 0..V {
+                    let mut of = [_mm512_setzero_si512(); BYTES];
+                    for limb in 0..BYTES {
+                        of[limb] = sums[0][limb][v][band];
+                        if sets > 1 {
+                            of[limb] = _mm512_add_epi32(of[limb], sums[1][limb][v][band]);
                         }
                     }
-                };
+                    totals[v][band] = scaling.scaled(totals[v][band], of, units[v]);
+                    if shifted {
+                        totals[v][band] = scaling.shifted(totals[v][band], whole[v]);
+                    }
+                }
             }
-            const { assert!(P <= PANELS && PANELS == 2) };
-            scale!(0);
-            scale!(1);
             if tiles > 1 {
-                write(totals, to, first, x.padded());
+                write(totals, to, first);
             }
         }
     }
     if tiles == 1 {
-        write(totals, to, first, x.padded());
+        write(totals, to, first);
     }
 }
 
-/// Totals of some inputs from one on, of as many as a panel has; `None` if there are fewer panels.
+/// Totals of some inputs from one on; `None` if there are fewer.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn read<const V: usize, const P: usize>(
-    from: &[[Lanes<f32>; BANDS]],
-    first: usize,
-    padded: usize,
-) -> Option<Totals<V, P>> {
-    let mut totals = [[[_mm512_setzero_ps(); BANDS]; V]; P];
-    for (p, totals) in totals.iter_mut().enumerate() {
-        let of = from.get(p * padded + first..)?.first_chunk::<V>()?;
-        for (total, of) in totals.iter_mut().zip(of) {
-            *total = [cast(of[0].0), cast(of[1].0)];
-        }
+fn read<const V: usize>(from: &[[Lanes<f32>; BANDS]], first: usize) -> Option<Totals<V>> {
+    let mut totals = [[_mm512_setzero_ps(); BANDS]; V];
+    for (total, of) in totals.iter_mut().zip(from.get(first..)?.first_chunk::<V>()?) {
+        *total = [cast(of[0].0), cast(of[1].0)];
     }
     Some(totals)
 }
@@ -212,16 +167,9 @@ fn read<const V: usize, const P: usize>(
 /// Writes them where they were.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn write<const V: usize, const P: usize>(
-    totals: Totals<V, P>,
-    to: &mut [[Lanes<f32>; BANDS]],
-    first: usize,
-    padded: usize,
-) {
-    for (p, totals) in totals.iter().enumerate() {
-        for (to, of) in to[p * padded + first..].iter_mut().zip(totals) {
-            *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
-        }
+fn write<const V: usize>(totals: Totals<V>, to: &mut [[Lanes<f32>; BANDS]], first: usize) {
+    for (to, of) in to[first..].iter_mut().zip(totals) {
+        *to = [Lanes(cast(of[0])), Lanes(cast(of[1]))];
     }
 }
 
