@@ -110,10 +110,48 @@ fn present(count: usize) -> __mmask16 {
     ((1u32 << count.min(LANES)) - 1) as __mmask16
 }
 
-/// Some columns, up to 16 from one on, of rows of b numbers: by squares, as columns of numbers that lie far apart would
-/// evict each other.
+/// Some columns, up to 16 from one on, of rows of b numbers.
 #[target_feature(enable = "avx512f")]
 fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
+    match b {
+        2 => take_apart::<2>(rows, to),
+        4 => take_apart::<4>(rows, to),
+        8 => take_apart::<8>(rows, to),
+        _ => by_squares(rows, b, first, to),
+    }
+}
+
+/// All columns of rows of B numbers, a power of two: every other number, and of those every other, until one of each row is left.
+#[target_feature(enable = "avx512f")]
+fn take_apart<const B: usize>(rows: &[f32], to: &mut [f32]) {
+    let n = rows.len() / B;
+    let (even, odd): ([i32; LANES], [i32; LANES]) =
+        (std::array::from_fn(|i| 2 * i as i32), std::array::from_fn(|i| 2 * i as i32 + 1));
+    let whole = rows.as_chunks::<LANES>().0.as_chunks::<B>().0;
+    for (square, rows) in whole.iter().enumerate() {
+        let mut columns = [_mm512_setzero_si512(); B];
+        for k in 0..B {
+            columns[k] = cast(rows[k]);
+        }
+        for _ in 0..B.ilog2() {
+            let of = columns;
+            for k in 0..B / 2 {
+                columns[k] = _mm512_permutex2var_epi32(of[2 * k], cast(even), of[2 * k + 1]);
+                columns[B / 2 + k] = _mm512_permutex2var_epi32(of[2 * k], cast(odd), of[2 * k + 1]);
+            }
+        }
+        for (column, to) in columns.into_iter().zip(to.chunks_mut(n)) {
+            put(column, &mut to[square * LANES..]);
+        }
+    }
+    for (j, row) in rows.chunks_exact(B).enumerate().skip(whole.len() * LANES) {
+        (0..B).for_each(|v| to[v * n + j] = row[v]);
+    }
+}
+
+/// The same by squares, as columns of numbers that lie far apart would evict each other.
+#[target_feature(enable = "avx512f")]
+fn by_squares(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
     let n = rows.len() / b;
     let count = to.len() / n;
     for (square, rows) in rows.chunks(b * LANES).enumerate() {
@@ -128,6 +166,32 @@ fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
         });
         for (column, to) in turned(rows).into_iter().zip(to.chunks_mut(n)) {
             put(column, &mut to[square * LANES..]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+
+    #[test]
+    fn columns_are_those_of_the_matrix() {
+        for b in [1, 2, 3, 4, 5, 8, 16, 17, 33] {
+            for n in [1, 2, 15, 16, 17, 40, 64, 130] {
+                let x = Array2::from_shape_fn((n, b), |(j, v)| (j * b + v) as f32);
+                let turned = x.t().as_standard_layout().into_owned();
+                for x in [x.view(), turned.t()] {
+                    for first in (0..b).step_by(LANES) {
+                        let mut held = Vec::new();
+                        for (v, column) in columns(&x, first, LANES, &mut held).into_iter().enumerate() {
+                            let want = if first + v < b { x.column(first + v).to_vec() } else { Vec::new() };
+                            assert_eq!(column, want, "{n} rows of {b}, column {}", first + v);
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -89,7 +89,7 @@ impl Table {
             4 => (QUARTER, 1, 4),
             _ => (2 * QUARTER, 2, 2),
         };
-        let bytes = if KIND == 0 { self.unpacking.chunk() } else { BANDS * LINE };
+        let bytes = self.unpacking.chunk::<KIND>();
         for chunk in 0..chunks {
             let from = (first + chunk) * bytes;
             let Some(codes) = codes.get(from..from + bytes) else { return };

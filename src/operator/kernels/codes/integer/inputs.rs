@@ -43,11 +43,24 @@ pub(super) struct Tile<'a> {
 }
 
 /// A tile, as vectors meet it.
+#[derive(Clone, Copy)]
 pub(super) struct OfTile<'a, const EACH_DIGIT: usize, const DIGITS: usize, const V: usize> {
     pub words: &'a [[[[i32; V]; EACH_DIGIT]; DIGITS]],
     pub starts: &'a [[[i32; V]; DIGITS]],
     pub units: &'a [[f32; V]],
     pub sums: &'a [[f32; V]],
+}
+
+/// Of a run: starts, units, sums and words.
+type OfRun<'a, const EACH_DIGIT: usize, const DIGITS: usize, const V: usize> =
+    (&'a [[i32; V]; DIGITS], &'a [f32; V], &'a [f32; V], &'a [[[[i32; V]; EACH_DIGIT]; DIGITS]]);
+
+impl<'a, const EACH_DIGIT: usize, const DIGITS: usize, const V: usize> OfTile<'a, EACH_DIGIT, DIGITS, V> {
+    /// What belongs to a run of some lanes, if there is such a one.
+    #[inline(always)]
+    pub(super) fn of_run(&self, number: usize, lanes: Range<usize>) -> Option<OfRun<'a, EACH_DIGIT, DIGITS, V>> {
+        Some((self.starts.get(number)?, self.units.get(number)?, self.sums.get(number)?, self.words.get(lanes)?))
+    }
 }
 
 impl Inputs {
@@ -145,19 +158,6 @@ impl Inputs {
         self.tiles().filter(begins).map(move |(first, count)| (first, count, if count < width { 1 } else { tiles }))
     }
 
-    /// A tile's words of a run, for vectors: of each lane and digit, so many of V inputs.
-    #[inline(always)]
-    pub(super) fn words<const EACH_DIGIT: usize, const DIGITS: usize, const V: usize>(
-        &self,
-        run: usize,
-        first: usize,
-    ) -> &[[[[i32; V]; EACH_DIGIT]; DIGITS]] {
-        let words = EACH_DIGIT * DIGITS;
-        let from = (first * self.layout.runs() + run * V) * (self.layout.run / EACH) * words;
-        let all: &[i32] = cast_slice(&self.limbs[..]);
-        all[from..from + self.layout.lanes(run) * words * V].as_chunks().0.as_chunks().0.as_chunks().0
-    }
-
     /// The digits of all tiles and runs, for matrix instructions with bytes.
     #[inline(always)]
     pub(super) fn digits(&self) -> &[i32] {
@@ -188,17 +188,6 @@ impl Inputs {
         self.less.iter().map(|sum| sum << (bits - 1)).collect()
     }
 
-    /// Starts of a tile in a run.
-    #[inline(always)]
-    pub(super) fn begin<'a, const DIGITS: usize, const V: usize>(
-        &self,
-        starts: &'a [i32],
-        run: usize,
-        first: usize,
-    ) -> Option<&'a [[i32; V]; DIGITS]> {
-        starts[DIGITS * (first * self.layout.runs() + run * V)..].as_chunks().0.first_chunk()
-    }
-
     /// A tile, for vectors, with what sums begin with: words of each lane and digit of V inputs, of each run starts, units and sums. (To cut
     /// a run's out of these takes less time than to look it up.)
     #[inline(always)]
@@ -215,13 +204,6 @@ impl Inputs {
             units: self.units[at..].as_chunks().0,
             sums: self.sums[at..].as_chunks().0,
         }
-    }
-
-    /// Units and sums of a tile in a run.
-    #[inline(always)]
-    pub(super) fn beside(&self, run: usize, first: usize, width: usize) -> (&[f32], &[f32]) {
-        let at = first * self.layout.runs() + run * width;
-        (&self.units[at..at + width], &self.sums[at..at + width])
     }
 }
 

@@ -68,10 +68,10 @@ impl Unpacking {
         }
     }
 
-    /// Bytes of a chunk.
-    #[inline]
-    pub(super) fn chunk(&self) -> usize {
-        BANDS * self.bytes
+    /// Bytes of a chunk. (That of whole vectors is known to the compiler.)
+    #[inline(always)]
+    pub(super) fn chunk<const KIND: u8>(&self) -> usize {
+        BANDS * if KIND == 0 { self.bytes } else { LINE }
     }
 }
 
@@ -109,8 +109,7 @@ impl Signed {
     /// Bytes of a chunk.
     #[inline(always)]
     pub(super) fn chunk<const KIND: u8>(&self) -> usize {
-        // (That of whole vectors is known to the compiler.)
-        if KIND == 0 { self.unpacking.chunk() } else { BANDS * LINE }
+        self.unpacking.chunk::<KIND>()
     }
 
     /// Unpacks some chunks, and asks for what is so many bytes ahead of them.

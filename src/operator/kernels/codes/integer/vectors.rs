@@ -10,7 +10,7 @@ use super::digits::join;
 use super::inputs::Inputs;
 use super::memory::Reading;
 use super::panel::Unpacking;
-use super::{ActivationBits, BANDS, LANES, Lanes, TOGETHER};
+use super::{ActivationBits, BANDS, EACH, LANES, Lanes, TOGETHER};
 
 /// Some rows.
 pub(super) struct Panel<'a> {
@@ -78,39 +78,39 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
     to: &mut [[Lanes<f32>; BANDS]],
 ) {
     let unpacking = Unpacking::new(panel.bits);
-    let (chunk, shifted) = (unpacking.chunk(), panel.grids.shifted());
+    let (chunk, shifted) = (unpacking.chunk::<KIND>(), panel.grids.shifted());
     debug_assert!(tiles == 1 || V >= TOGETHER, "several tiles have as many inputs as there may be");
     // (Known to the compiler where there is one: its totals stay in registers.)
     let tiles = if V < TOGETHER { 1 } else { tiles };
     let sets = const { sets(PARTS, BYTES * V) };
+    let one = x.of_tile::<1, BYTES, V>(panel.starts, first);
     let mut rest = panel.packed;
     let Some(mut totals) = read::<V>(to, first) else { return };
-    for number in 0..x.layout.runs() {
-        let bytes = x.layout.lanes(number) / PARTS * chunk;
+    for (number, group) in x.layout.groups().enumerate() {
+        let (begin, lanes) = (number * (x.layout.run / EACH), x.layout.lanes(number));
+        let bytes = lanes / PARTS * chunk;
         // (Cut out first: to look chunks up in all the rest takes 0 to 10 % longer.)
         let codes;
         (codes, rest) = rest.split_at(bytes.min(rest.len()));
         // (Beyond what the first of several tiles reads.)
         let ahead = if tiles == 1 { reading.ahead } else { bytes.max(reading.ahead) };
-        for tile in 0..tiles {
-            let first = first + tile * V;
+        for at in 0..tiles {
+            let first = first + at * V;
+            let tile = if tiles == 1 { one } else { x.of_tile(panel.starts, first) };
             if tiles > 1 {
                 let Some(of_tile) = read::<V>(to, first) else { return };
                 totals = of_tile;
             }
             // Of the two that are asked for beside a chunk each is by every other tile, if there are several.
-            let asked = if tiles == 1 { [0, 1] } else { [tile % 2; 2] };
-            let (units, whole) = x.beside(number, first, V);
-            let Some(starts) = x.begin::<BYTES, V>(panel.starts, number, first) else { return };
+            let asked = if tiles == 1 { [0, 1] } else { [at % 2; 2] };
+            let Some((starts, units, whole, words)) = tile.of_run(number, begin..begin + lanes) else { return };
             let mut sums = [[[[_mm512_setzero_si512(); BANDS]; V]; BYTES]; 2];
             for limb in 0..BYTES {
                 for v in 0..V {
                     sums[0][limb][v] = [_mm512_set1_epi32(starts[limb][v]); BANDS];
                 }
             }
-            let limbs = x.words::<1, BYTES, V>(number, first).as_chunks::<PARTS>().0;
-            for (at, limbs) in limbs.iter().enumerate() {
-                let Some(codes) = codes.get(at * chunk..(at + 1) * chunk) else { return };
+            for (codes, limbs) in codes.chunks_exact(chunk).zip(words.as_chunks::<PARTS>().0) {
                 reading.ask(&codes[0], ahead, asked);
                 // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
                 let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
@@ -127,7 +127,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
                     }
                 }
             }
-            let scalings = panel.scalings(panel.group + x.layout.group_of(number));
+            let scalings = panel.scalings(panel.group + group);
             for (band, scaling) in scalings.iter().enumerate() {
                 for v in 0..V {
                     let mut of = [_mm512_setzero_si512(); BYTES];
