@@ -1,4 +1,4 @@
-//! Products with codes in integers: AVX-512 with VNNI and VBMI, or AVX2.
+//! Products with codes in integers: AVX-512 with VNNI, VBMI and GFNI, or AVX2.
 //!
 //! An input is in fixed point, x = u·(2¹⁶a + 2⁸b + c) with signed bytes a, b, c, and a unit u such that the largest of a run of
 //! columns takes all bits: off by no more than 2⁻²³ of it, as sums of `f32` are; or in one or two bytes, if less is asked for
@@ -65,6 +65,7 @@ pub(super) fn available() -> bool {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vbmi")
         && is_x86_feature_detected!("avx512vnni")
+        && is_x86_feature_detected!("gfni")
 }
 
 /// Sixteen chunks of 32 bits of all rows of a panel as the rows have them; `None` without the instructions.
@@ -194,7 +195,7 @@ impl Meeting {
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
             Way::Vectors(activations) => Meeting::Vectors(activations, reading),
-            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits)), Vec::new()),
+            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits, reading)), Vec::new()),
         }
     }
 
@@ -228,7 +229,7 @@ impl Meeting {
     }
 
     /// The same with AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni,gfni")]
     fn wide<const KIND: u8, const PARTS: usize>(
         &mut self,
         panels: &[Panel<'_>],

@@ -27,8 +27,6 @@ use self::sums::{sums_of_bytes, sums_of_halves, sums_of_pairs};
 /// Rows in a vector, and vectors of the rows of a panel.
 const ROWS: usize = 8;
 const VECTORS: usize = PANEL / ROWS;
-/// Bytes between what is multiplied and what is asked for.
-const AHEAD: usize = 2048;
 
 /// Digits that inputs are cut into.
 #[derive(Debug, Clone, Copy, PartialEq)]

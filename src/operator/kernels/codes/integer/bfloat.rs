@@ -98,7 +98,7 @@ impl Table {
             // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
             let loaded = unsafe { self.unpacking.load::<KIND>(codes.as_ptr()) };
             for band in 0..BANDS {
-                let of = if KIND == 0 { self.unpacking.lane::<0>(loaded[band], 0) } else { loaded[band] };
+                let of = if KIND == 0 { self.unpacking.only(loaded[band]) } else { loaded[band] };
                 for vector in 0..vectors {
                     let at = match KIND {
                         2 => 2 * (QUARTER % 2 * 4 + vector),

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::bytes::Spread;
-use super::{BANDS, LINE, Lanes};
+use super::{BANDS, EACH, LINE, Lanes};
 use crate::simd::prefetch;
 
 /// How codes of some bits come out of the bytes of vectors, two bands each.
@@ -23,6 +23,21 @@ pub(super) const fn kind(bits: u8) -> u8 {
         2 | 4 | 8 => bits,
         _ => 0,
     }
+}
+
+/// For each part of a byte what brings its codes down to the lowest bits of theirs, as matrices of bits: bit i of the result is that of the
+/// byte 7 − i of a matrix that a byte has.
+const fn upper(bits: u8) -> [i64; EACH] {
+    let (mut matrices, mut part) = ([0; EACH], 0);
+    while bits > 0 && part * (bits as usize) < 8 {
+        let mut bit = 0;
+        while bit < bits as usize {
+            matrices[part] |= 1 << (part * (bits as usize) + bit) << (8 * (7 - bit));
+            bit += 1;
+        }
+        part += 1;
+    }
+    matrices
 }
 
 impl Unpacking {
@@ -55,17 +70,22 @@ impl Unpacking {
 
     /// One of a chunk's lanes.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
     pub(super) fn lane<const KIND: u8>(&self, codes: __m512i, part: usize) -> __m512i {
         match KIND {
             8 => codes,
-            0 => self.spread.codes(codes),
+            0 => self.only(codes),
             _ if part == 0 => _mm512_and_si512(codes, self.spread.mask()),
-            _ => {
-                let shifted = _mm512_srlv_epi32(codes, _mm512_set1_epi32(i32::from(KIND) * part as i32));
-                _mm512_and_si512(shifted, self.spread.mask())
-            }
+            // (Which takes one instruction, where to shift and to cut takes two.)
+            _ => _mm512_gf2p8affine_epi64_epi8::<0>(codes, _mm512_set1_epi64(const { upper(KIND) }[part])),
         }
+    }
+
+    /// The only lane of a chunk, where none has codes that share bytes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(super) fn only(&self, codes: __m512i) -> __m512i {
+        self.spread.codes(codes)
     }
 
     /// Bytes of a chunk. (That of whole vectors is known to the compiler.)
@@ -136,7 +156,7 @@ impl Signed {
     fn lane<const KIND: u8, const PARTS: usize>(&self, codes: __m512i, part: usize) -> __m512i {
         let moved = match KIND {
             8 => return _mm512_xor_si512(codes, self.half),
-            0 => return _mm512_sub_epi8(self.unpacking.lane::<0>(codes, part), self.half),
+            0 => return _mm512_sub_epi8(self.unpacking.only(codes), self.half),
             _ if part + 1 == PARTS => codes,
             _ => _mm512_sllv_epi32(codes, _mm512_set1_epi32(i32::from(KIND) * (PARTS - 1 - part) as i32)),
         };

@@ -87,7 +87,7 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     let all = laid_out.chain(matrices).chain(fewer).flat_map(|x| {
         // (By vectors codes are read in one stream or in two, whichever this machine would take.)
         let readings = [Reading::ONE_STREAM, Reading::TWO_STREAMS];
-        let readings = if matches!(x.way, Way::Vectors(_)) { &readings[..] } else { &readings[..1] };
+        let readings = if matches!(x.way, Way::Vectors(_) | Way::Narrow(_)) { &readings[..] } else { &readings[..1] };
         let of = |&reading: &Reading| (x.way, product(&x, reading), rounding(&x));
         readings.iter().map(of).collect::<Vec<_>>()
     });

@@ -1,4 +1,4 @@
-//! Products with few inputs by vectors of sixteen rows: AVX-512 with VNNI and VBMI.
+//! Products with few inputs by vectors of sixteen rows: AVX-512 with VNNI, VBMI and GFNI.
 
 use std::arch::x86_64::*;
 
@@ -32,7 +32,7 @@ const fn sets(parts: usize, sums: usize) -> usize {
 }
 
 /// Adds the products of a panel with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni,gfni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     (activations, reading): (ActivationBits, Reading),
     panel: &Panel<'_>,
@@ -68,7 +68,7 @@ type Totals<const V: usize> = [[__m512; BANDS]; V];
 /// Adds the products of a panel with tiles of V inputs from one on: a run of columns meets one tile after the other, so that codes come
 /// from memory beside all products, and not only beside those of the first tile. (No closures and no calls in the inner loop but of what
 /// has the same instructions: vectors would have to be in memory.)
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni,gfni")]
 #[allow(unsafe_code, clippy::needless_range_loop)]
 fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const V: usize>(
     reading: Reading,
