@@ -67,10 +67,13 @@ pub mod error;
 pub mod factorize;
 pub mod gauge;
 pub mod linalg;
+mod memory;
 pub mod metric;
 mod named;
 pub mod operator;
 pub mod plan;
+#[cfg(target_arch = "x86_64")]
+mod processor;
 pub mod recipe;
 pub mod report;
 pub mod run;

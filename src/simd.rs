@@ -217,42 +217,6 @@ impl<T: Lanes> Aligned<T> {
     }
 }
 
-/// Asks for the cache lines that lie `ahead` bytes behind those of `of`.
-#[inline(always)]
-pub(crate) fn prefetch<L>(of: &L, ahead: usize) {
-    ask::<true, L>(of, ahead);
-}
-
-/// The same for what comes much later: into the second cache, so that the nearest one keeps what is at work.
-#[inline(always)]
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn prefetch_early<L>(of: &L, ahead: usize) {
-    ask::<false, L>(of, ahead);
-}
-
-#[inline(always)]
-fn ask<const NEAREST: bool, L>(of: &L, ahead: usize) {
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (of, ahead);
-    #[cfg(target_arch = "x86_64")]
-    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of::<L>()).step_by(64) {
-        let at = std::ptr::from_ref(of).wrapping_byte_add(ahead.wrapping_add(line)).cast();
-        // SAFETY: SSE belongs to every x86-64 processor. A prefetch is a hint: it reads and writes nothing that a
-        // program can see and faults on no address, so that one beyond the numbers does no harm, and the pointer to
-        // it was computed by wrapping arithmetic.
-        #[allow(unsafe_code)]
-        unsafe {
-            if NEAREST {
-                _mm_prefetch::<_MM_HINT_T0>(at);
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(at);
-            }
-        }
-    }
-}
-
 /// Takes the first `n` elements off a slice.
 ///
 /// # Panics

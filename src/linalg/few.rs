@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::cell::Cell;
 use super::vector::{Ahead, alone, parts, share};
+use crate::memory::prefetch_rows;
 use crate::scalar::Real;
-use crate::simd::{Aligned, prefetch};
+use crate::simd::Aligned;
 
 /// Vectors that are multiplied together, at most, where the machine's vectors are of 64 bytes, and where they are shorter.
 const WIDE: usize = 8;
@@ -204,12 +205,13 @@ fn dots<S: Simd, T: Real, C: Cell<T>, const R: usize, const N: usize>(
     let whole = whole::<S, T, C, R>(rows);
     let (x, last) = x.split_at(whole[0].len() * C::PARTS);
     let mut sums = [[T::splat(s, T::zero()); N]; R];
+    let early = ahead.early(C::PARTS * N);
     // Loops over indices throughout: iterators over arrays leave the sums in memory.
     for (part, ahead) in ahead.parts::<C::V<S>>(whole[0].len()) {
         let (x, whole) = (&x[part.start * C::PARTS..part.end * C::PARTS], parts(&whole, &part));
         for (j, x) in x.chunks_exact(C::PARTS).enumerate() {
             for r in 0..R {
-                prefetch(&whole[r][j], ahead);
+                prefetch_rows(&whole[r][j], ahead, early);
                 for (p, x) in x.iter().enumerate() {
                     let numbers = C::part(s, whole[r][j], p);
                     for v in 0..N {
@@ -314,11 +316,12 @@ impl<T: Real, C: Cell<T>, const TRANSPOSED: bool> Product<'_, T, C, TRANSPOSED> 
         }
         let whole = whole::<S, T, C, R>(rows);
         let (sums, last) = sums.split_at_mut(whole[0].len() * C::PARTS);
+        let early = ahead.early(C::PARTS * N);
         for (part, ahead) in ahead.parts::<C::V<S>>(whole[0].len()) {
             let (sums, whole) = (&mut sums[part.start * C::PARTS..part.end * C::PARTS], parts(&whole, &part));
             for (j, sums) in sums.chunks_exact_mut(C::PARTS).enumerate() {
                 for row in &whole {
-                    prefetch(&row[j], ahead);
+                    prefetch_rows(&row[j], ahead, early);
                 }
                 for (p, sums) in sums.iter_mut().enumerate() {
                     let mut own = *sums;

@@ -103,7 +103,7 @@ impl pulp::NullaryFnOnce for Expand<'_> {
 
     #[inline(always)]
     fn call(self) -> f32 {
-        use crate::simd::prefetch;
+        use crate::memory::prefetch;
         use pulp::bytemuck::cast;
         /// Bytes between what is multiplied and what is asked for.
         const AHEAD: usize = 4096;

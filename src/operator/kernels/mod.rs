@@ -13,8 +13,6 @@ mod kept;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
 #[cfg(target_arch = "x86_64")]
-mod processor;
-#[cfg(target_arch = "x86_64")]
 mod tiles;
 mod turn;
 mod two_four;

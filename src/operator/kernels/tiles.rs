@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::sync::LazyLock;
 
-use super::processor::cpuid;
+use crate::processor::cpuid;
 
 /// Whether the machine has the instructions and the system lets this process use them. (It is asked once, and sets memory
 /// for the registers aside then for each thread that uses them.)

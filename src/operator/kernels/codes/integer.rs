@@ -23,7 +23,6 @@ mod few;
 mod inputs;
 mod many;
 mod matrix;
-mod memory;
 mod panel;
 mod runs;
 mod turns;
@@ -35,7 +34,6 @@ use self::few::Scratch;
 pub(super) use self::inputs::Inputs;
 use self::many::{Blocks, Task};
 use self::matrix::Tiles;
-use self::memory::Reading;
 use self::panel::kind;
 use self::vectors::Panel;
 pub(super) use self::way::takes;
@@ -43,11 +41,11 @@ use self::way::{Rows, Way};
 use super::super::cutting::{Cutting, DIGITS, STEP};
 use super::super::kept::Kept;
 use super::super::lanes::{LANES, Lanes, columns, padded, put, turned};
-use super::super::processor::cpuid;
 use super::super::tiles;
 use super::layout::EACH;
 use super::packed::{LINE, PANEL};
 use super::{ActivationBits, CodedRows};
+use crate::memory::Reading;
 use crate::scalar::Real;
 
 /// Vectors of rows that are multiplied together.

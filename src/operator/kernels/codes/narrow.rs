@@ -8,8 +8,8 @@ use pulp::x86::V3;
 use pulp::{Arch, Simd, f32x8};
 
 use super::CodedRow;
+use crate::memory::prefetch;
 use crate::scalar::Real;
-use crate::simd::prefetch;
 
 /// Codes in a step.
 const LANES: usize = 8;

@@ -89,7 +89,7 @@ impl Grids {
     #[inline(always)]
     pub(super) fn ask_for(&self, group: usize, ahead: usize) {
         fn ask<N>(of: &[N], group: usize, ahead: usize) {
-            of.get(group).iter().for_each(|of| crate::simd::prefetch(*of, ahead * size_of::<N>()));
+            of.get(group).iter().for_each(|of| crate::memory::prefetch(*of, ahead * size_of::<N>()));
         }
         for numbers in [&self.scales, &self.offsets] {
             match numbers {

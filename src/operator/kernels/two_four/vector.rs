@@ -223,7 +223,7 @@ impl Load for u16 {
 /// Asks for the lines of the chunk that comes [`AHEAD`] bytes later.
 #[inline(always)]
 pub(super) fn prefetch<L>(kept: &Chunk<L>) {
-    crate::simd::prefetch(kept, AHEAD);
+    crate::memory::prefetch(kept, AHEAD);
 }
 
 /// Where the group of a lane begins among the numbers that a permutation chooses from.

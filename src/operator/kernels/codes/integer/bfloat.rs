@@ -14,7 +14,7 @@ use super::panel::Unpacking;
 use super::runs::{Runs, of_run};
 use super::tiles::tiles;
 use super::{BANDS, DIGITS, LANES, LINE, Lanes};
-use crate::simd::prefetch_early;
+use crate::memory::prefetch_early;
 
 /// Bits of the widest codes: as many as a number has behind its leading bit.
 pub(super) const WIDEST: u8 = 7;

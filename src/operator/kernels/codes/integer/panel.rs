@@ -6,7 +6,7 @@ use pulp::bytemuck::cast;
 
 use super::bytes::Spread;
 use super::{BANDS, EACH, LINE, Lanes};
-use crate::simd::prefetch;
+use crate::memory::prefetch;
 
 /// How codes of some bits come out of the bytes of vectors, two bands each.
 #[derive(Clone, Copy)]

@@ -20,7 +20,7 @@ use super::runs::Runs;
 use super::vectors::{Panel, Scaling};
 use super::way::Layout;
 use super::{ActivationBits, BANDS, EACH, LANES, LIMBS, LINE, Lanes, TOGETHER};
-use crate::simd::prefetch;
+use crate::memory::prefetch;
 
 mod places;
 mod products;

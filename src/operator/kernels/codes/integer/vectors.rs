@@ -8,9 +8,9 @@ use pulp::bytemuck::cast;
 use super::super::packed::{Floats, Grids};
 use super::digits::join;
 use super::inputs::Inputs;
-use super::memory::Reading;
 use super::panel::Unpacking;
 use super::{ActivationBits, BANDS, EACH, LANES, Lanes, TOGETHER};
+use crate::memory::Reading;
 
 /// Some rows.
 pub(super) struct Panel<'a> {

@@ -5,9 +5,9 @@ use std::arch::x86_64::*;
 use pulp::bytemuck::cast;
 
 use super::super::super::packed::chunk;
-use super::super::memory::Reading;
 use super::super::panel::kind;
 use super::{Chunk, ROWS, VECTORS};
+use crate::memory::Reading;
 
 /// Codes of a row in a chunk, and bytes of half a vector.
 const CODES: usize = 4;

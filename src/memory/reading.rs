@@ -1,14 +1,14 @@
-//! How codes come from memory fastest, in which processors differ.
+//! What processors of this architecture gain by.
 
 use std::arch::x86_64::CpuidResult;
 use std::sync::LazyLock;
 
-use super::{LINE, cpuid};
-use crate::simd::{prefetch, prefetch_early};
+use super::{LINE, prefetch, prefetch_early};
+use crate::processor::cpuid;
 
 /// What is asked for before it is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Reading {
+pub(crate) struct Reading {
     /// Bytes between what is multiplied and what is asked for into the nearest cache.
     pub ahead: usize,
     /// Bytes of a window, a power of two: while one is multiplied, the halves of the next are asked for into the second cache side by side,
@@ -20,27 +20,38 @@ impl Reading {
     /// Two streams are faster than one where memory answers late, and the second cache has room for more requests than the nearest
     /// one: on an Intel Xeon (the core of Emerald Rapids) codes come as fast as a program reads that does nothing else, and else take 1.1 to 1.2
     /// times as long.
-    pub(super) const TWO_STREAMS: Self = Reading { ahead: 4096, window: 16_384 };
+    pub(crate) const TWO_STREAMS: Self = Reading { ahead: 4096, window: 16_384 };
     /// Zen 5 reads one stream, asked for farther ahead, faster than two of any distance.
-    pub(super) const ONE_STREAM: Self = Reading { ahead: 8192, window: 0 };
+    pub(crate) const ONE_STREAM: Self = Reading { ahead: 8192, window: 0 };
+
+    /// Whether anything is asked for into the second cache.
+    pub(super) fn early(self) -> bool {
+        self.window > 0
+    }
 
     /// Asks for two lines so far ahead of a chunk, and for two of the next window, or for some of the two alone.
     #[inline(always)]
-    pub(super) fn ask(self, chunk: &u8, ahead: usize, lines: [usize; 2]) {
+    pub(crate) fn ask(self, chunk: &u8, ahead: usize, lines: [usize; 2]) {
         for line in lines {
             prefetch(chunk, ahead + line * LINE);
         }
-        if self.window > 0 {
+        if self.early() {
             // Chunks follow in memory, those of the next panel as well, so that windows may begin anywhere.
             let within = std::ptr::from_ref(chunk).addr() & (self.window - 1);
             for line in lines {
-                prefetch_early(chunk, self.window + line * (self.window / 2) - within / 2);
+                prefetch_early(chunk, self.later(within, line));
             }
         }
     }
 
+    /// Bytes from a chunk that begins somewhere within a window to the line that is asked for in a half of the next.
+    #[inline(always)]
+    fn later(self, within: usize, half: usize) -> usize {
+        self.window + half * (self.window / 2) - within / 2
+    }
+
     /// That of this machine. (It is asked once.)
-    pub(super) fn here() -> Self {
+    pub(crate) fn here() -> Self {
         static HERE: LazyLock<Reading> = LazyLock::new(|| Reading::of(&cpuid(0), &cpuid(1)));
         *HERE
     }
@@ -65,6 +76,20 @@ mod tests {
         let word = |at: usize| u32::from_le_bytes([vendor[at], vendor[at + 1], vendor[at + 2], vendor[at + 3]]);
         let vendor = CpuidResult { eax: 16, ebx: word(0), edx: word(4), ecx: word(8) };
         Reading::of(&vendor, &CpuidResult { eax: version, ebx: 0, ecx: 0, edx: 0 })
+    }
+
+    #[test]
+    fn each_line_of_a_window_is_asked_for_once_beside_the_one_before() {
+        let reading = Reading::TWO_STREAMS;
+        // Of chunks of two lines, wherever the first of them begins.
+        for first in [0, LINE] {
+            let chunks = (first..reading.window).step_by(2 * LINE);
+            let asked = chunks.flat_map(|within| [0, 1].map(|half| (within + reading.later(within, half)) / LINE));
+            let mut asked: Vec<_> = asked.collect();
+            asked.sort_unstable();
+            let lines = reading.window / LINE;
+            assert_eq!(asked, (lines..2 * lines).collect::<Vec<_>>(), "chunks from {first} on");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::arch::x86_64::{__cpuid_count, CpuidResult};
 
 /// A leaf of what it says.
-pub(super) fn cpuid(leaf: u32) -> CpuidResult {
+pub(crate) fn cpuid(leaf: u32) -> CpuidResult {
     // SAFETY: all processors of this architecture have the instruction, and answer leaves that they do not know with what is of no
     // use, but does no harm. (Older compilers call it unsafe.)
     #[allow(unsafe_code, unused_unsafe)]
