@@ -7,6 +7,7 @@ mod reading;
 pub(crate) use self::reading::Reading;
 
 /// Bytes of a cache line.
+#[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
 
 /// Asks for the cache lines that lie `ahead` bytes behind those of `of`.
@@ -53,16 +54,12 @@ pub(crate) fn prefetch_rows<L>(of: &L, ahead: usize, early: usize) {
     }
 }
 
-/// Bytes of the rows that are multiplied together, at most, if the next are to be in the second cache before: a part of it.
-const ROWS: usize = 1 << 18;
-
-/// How far ahead rows that come next, so many bytes behind those that are multiplied, should be asked for; 0 if nothing is
-/// gained by it here.
+/// How far ahead rows that come next, so many bytes behind those that are multiplied, should be asked for early; 0 if nothing is gained by it
+/// here.
 pub(crate) fn early(next: usize) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if next <= ROWS && Reading::here().early() {
-        return next;
-    }
-    let _ = next;
-    0
+    let asked = Reading::here().early(next);
+    #[cfg(not(target_arch = "x86_64"))]
+    let asked = (next, 0).1;
+    asked
 }

@@ -6,6 +6,9 @@ use std::sync::LazyLock;
 use super::{LINE, prefetch, prefetch_early};
 use crate::processor::cpuid;
 
+/// Bytes of the rows that are multiplied together, at most, if the next are to be in the second cache before: a part of it.
+const ROWS: usize = 1 << 18;
+
 /// What is asked for before it is read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Reading {
@@ -24,9 +27,9 @@ impl Reading {
     /// Zen 5 reads one stream, asked for farther ahead, faster than two of any distance.
     pub(crate) const ONE_STREAM: Self = Reading { ahead: 8192, window: 0 };
 
-    /// Whether anything is asked for into the second cache.
-    pub(super) fn early(self) -> bool {
-        self.window > 0
+    /// Bytes to rows that come next, if they are asked for into the second cache, else 0.
+    pub(super) fn early(self, next: usize) -> usize {
+        if self.window > 0 && next <= ROWS { next } else { 0 }
     }
 
     /// Asks for two lines so far ahead of a chunk, and for two of the next window, or for some of the two alone.
@@ -35,7 +38,7 @@ impl Reading {
         for line in lines {
             prefetch(chunk, ahead + line * LINE);
         }
-        if self.early() {
+        if self.window > 0 {
             // Chunks follow in memory, those of the next panel as well, so that windows may begin anywhere.
             let within = std::ptr::from_ref(chunk).addr() & (self.window - 1);
             for line in lines {
