@@ -96,6 +96,13 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_come_next_are_asked_for_early_where_that_gains_and_if_they_are_a_part_of_the_cache() {
+        assert_eq!(Reading::TWO_STREAMS.early(ROWS), ROWS);
+        assert_eq!(Reading::TWO_STREAMS.early(ROWS + 1), 0);
+        assert_eq!(Reading::ONE_STREAM.early(ROWS), 0);
+    }
+
+    #[test]
     fn processors_are_told_apart_by_vendor_and_family() {
         // EPYC of the families 1Ah (Zen 5) and 19h (Zen 4), a Xeon of family 6; what comes later, and another vendor's family 1Ah.
         assert_eq!(of(b"AuthenticAMD", 0x00b0_0f21), Reading::ONE_STREAM);
