@@ -13,7 +13,7 @@ const ROWS: usize = 1 << 18;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Reading {
     /// Bytes between what is multiplied and what is asked for into the nearest cache.
-    pub ahead: usize,
+    ahead: usize,
     /// Bytes of a window, a power of two: while one is multiplied, the halves of the next are asked for into the second cache side by side,
     /// as two streams. 0 if nothing is.
     window: usize,
@@ -23,21 +23,27 @@ impl Reading {
     /// Two streams are faster than one where memory answers late, and the second cache has room for more requests than the nearest
     /// one: on an Intel Xeon (the core of Emerald Rapids) codes come as fast as a program reads that does nothing else, and else take 1.1 to 1.2
     /// times as long.
-    pub(crate) const TWO_STREAMS: Self = Reading { ahead: 4096, window: 16_384 };
+    const TWO_STREAMS: Self = Reading { ahead: 4096, window: 16_384 };
     /// AMD's processors read one stream as fast: Zen 5, which was measured most, one that is asked for farther ahead faster than two of any
     /// distance, and Zen 4 as fast as bytes promise.
-    pub(crate) const ONE_STREAM: Self = Reading { ahead: 8192, window: 0 };
+    const ONE_STREAM: Self = Reading { ahead: 8192, window: 0 };
 
     /// Bytes to rows that come next, if they are asked for into the second cache, else 0.
     pub(super) fn early(self, next: usize) -> usize {
         if self.window > 0 && next <= ROWS { next } else { 0 }
     }
 
-    /// Asks for two lines so far ahead of a chunk, and for two of the next window, or for some of the two alone.
+    /// The same no nearer than so many bytes.
     #[inline(always)]
-    pub(crate) fn ask(self, chunk: &u8, ahead: usize, lines: [usize; 2]) {
+    pub(crate) fn beyond(self, bytes: usize) -> Self {
+        Reading { ahead: self.ahead.max(bytes), ..self }
+    }
+
+    /// Asks for two lines ahead of a chunk, and for two of the next window, or for some of the two alone.
+    #[inline(always)]
+    pub(crate) fn ask(self, chunk: &u8, lines: [usize; 2]) {
         for line in lines {
-            prefetch(chunk, ahead + line * LINE);
+            prefetch(chunk, self.ahead + line * LINE);
         }
         if self.window > 0 {
             // Chunks follow in memory, those of the next panel as well, so that windows may begin anywhere.

@@ -78,7 +78,7 @@ pub(super) fn columns<'a, T: Real>(
     held: &'a mut Vec<T>,
 ) -> [&'a [f32]; LANES] {
     let ((n, b), count) = (x.dim(), count.min(LANES).min(x.ncols() - first));
-    let in_order = n == 1 || x.strides()[0] == 1;
+    let in_order = n <= 1 || x.strides()[0] == 1;
     if !in_order {
         held.resize(n * count, T::zero());
         match x.as_slice() {
@@ -113,10 +113,11 @@ fn present(count: usize) -> __mmask16 {
 /// Some columns, up to 16 from one on, of rows of b numbers.
 #[target_feature(enable = "avx512f")]
 fn gather(rows: &[f32], b: usize, first: usize, to: &mut [f32]) {
+    // (All columns, if there is room for all.)
     match b {
-        2 => take_apart::<2>(rows, to),
-        4 => take_apart::<4>(rows, to),
-        8 => take_apart::<8>(rows, to),
+        2 if to.len() == rows.len() => take_apart::<2>(rows, to),
+        4 if to.len() == rows.len() => take_apart::<4>(rows, to),
+        8 if to.len() == rows.len() => take_apart::<8>(rows, to),
         _ => by_squares(rows, b, first, to),
     }
 }
@@ -179,14 +180,15 @@ mod tests {
     #[test]
     fn columns_are_those_of_the_matrix() {
         for b in [1, 2, 3, 4, 5, 8, 16, 17, 33] {
-            for n in [1, 2, 15, 16, 17, 40, 64, 130] {
+            for n in [0, 1, 2, 15, 16, 17, 40, 64, 130] {
                 let x = Array2::from_shape_fn((n, b), |(j, v)| (j * b + v) as f32);
                 let turned = x.t().as_standard_layout().into_owned();
                 for x in [x.view(), turned.t()] {
-                    for first in (0..b).step_by(LANES) {
+                    for (first, count) in (0..b).flat_map(|first| [1, 3, LANES].map(|count| (first, count))) {
                         let mut held = Vec::new();
-                        for (v, column) in columns(&x, first, LANES, &mut held).into_iter().enumerate() {
-                            let want = if first + v < b { x.column(first + v).to_vec() } else { Vec::new() };
+                        for (v, column) in columns(&x, first, count, &mut held).into_iter().enumerate() {
+                            let there = v < count && first + v < b;
+                            let want = if there { x.column(first + v).to_vec() } else { Vec::new() };
                             assert_eq!(column, want, "{n} rows of {b}, column {}", first + v);
                         }
                     }

@@ -45,7 +45,6 @@ use super::super::tiles;
 use super::layout::EACH;
 use super::packed::{LINE, PANEL};
 use super::{ActivationBits, CodedRows};
-use crate::memory::Reading;
 use crate::scalar::Real;
 
 /// Vectors of rows that are multiplied together.
@@ -85,11 +84,6 @@ pub(super) fn lines(chunks: &[u8; LINE * PANEL]) -> Option<[[u8; LINE]; PANEL]> 
 
 /// The inner products of some rows, of which the first begins a panel, with some inputs, row by row.
 pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
-    products_read(Reading::here(), rows, range, x, y);
-}
-
-/// The same with codes that are read in some way.
-fn products_read<T: Real>(reading: Reading, rows: &CodedRows<'_, T>, range: Range<usize>, x: &Inputs, y: &mut [f32]) {
     let vectors = x.vectors.max(1);
     let Some(panels) = rows.codes.panels() else { return };
     assert!(meets(rows, x) && range.start.is_multiple_of(PANEL), "rows of the kind that inputs were laid out for");
@@ -100,7 +94,7 @@ fn products_read<T: Real>(reading: Reading, rows: &CodedRows<'_, T>, range: Rang
         Panel { bits, packed, grids, group, starts: &starts }
     });
     let panels: Vec<_> = panels.collect();
-    let mut meeting = Meeting::new(x, bits, reading);
+    let mut meeting = Meeting::new(x, bits);
     let together = meeting.panels(x);
     let mut totals = Vec::with_capacity(panels.len().min(together) * x.padded());
     for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
@@ -174,7 +168,7 @@ fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
 
 /// How panels meet inputs, with memory for unpacked codes.
 enum Meeting {
-    Vectors(ActivationBits, Reading),
+    Vectors(ActivationBits),
     Narrow(avx2::Digits, Box<avx2::Spread>, Vec<u8>),
     Turns(turns::Tiles, Box<turns::Scratch>),
     Bytes(Tiles, Blocks, Vec<[Lanes<i32>; BANDS]>),
@@ -183,7 +177,7 @@ enum Meeting {
 }
 
 impl Meeting {
-    fn new(x: &Inputs, bits: u8, reading: Reading) -> Self {
+    fn new(x: &Inputs, bits: u8) -> Self {
         match x.way {
             Way::Turns(shape) => Meeting::Turns(turns::Tiles::new(shape), turns::Scratch::new()),
             Way::Bytes(shape) => {
@@ -192,8 +186,8 @@ impl Meeting {
             }
             Way::Numbers(LANES) => Meeting::Sixteen(bfloat::Tiles::new(), Scratch::new()),
             Way::Numbers(_) => Meeting::Eight(bfloat::Tiles::new(), Scratch::new()),
-            Way::Vectors(activations) => Meeting::Vectors(activations, reading),
-            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits, reading)), Vec::new()),
+            Way::Vectors(activations) => Meeting::Vectors(activations),
+            Way::Narrow(digits) => Meeting::Narrow(digits, Box::new(avx2::Spread::new(bits)), Vec::new()),
         }
     }
 
@@ -235,9 +229,9 @@ impl Meeting {
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
-            Meeting::Vectors(activations, reading) => {
+            Meeting::Vectors(activations) => {
                 for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    vectors::multiply::<KIND, PARTS>((*activations, *reading), panel, x, totals);
+                    vectors::multiply::<KIND, PARTS>(*activations, panel, x, totals);
                 }
             }
             Meeting::Turns(tiles, scratch) => turns::multiply::<KIND, PARTS>(tiles, panels, x, scratch, totals),

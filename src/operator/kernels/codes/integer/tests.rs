@@ -65,12 +65,12 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     assert_eq!(matrices.is_some(), matrix::available() && x.ncols() >= fewest(2));
     assert_eq!(fewer.is_some(), matrix::available() && x.ncols() >= fewest(3));
     assert_eq!(takes::<f32>(bits, group, n), available() || Digits::all(bits, full).next().is_some());
-    let product = |x: &Inputs, reading: Reading| {
+    let product = |x: &Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
         let rows = CodedRows { group, codes: &codes, groups, beside, activations: x.way.activations() };
         // Calls begin at panels.
         for (at, y) in y.as_slice_mut().unwrap().chunks_mut(64 * x.vectors).enumerate() {
-            products_read(reading, &rows, at * 64..(at * 64 + 64).min(m), x, y);
+            products(&rows, at * 64..(at * 64 + 64).min(m), x, y);
         }
         y
     };
@@ -84,13 +84,7 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
         }
         dense.mapv(f64::abs).dot(&most)
     };
-    let all = laid_out.chain(matrices).chain(fewer).flat_map(|x| {
-        // (By vectors codes are read in one stream or in two, whichever this machine would take.)
-        let readings = [Reading::ONE_STREAM, Reading::TWO_STREAMS];
-        let readings = if matches!(x.way, Way::Vectors(_) | Way::Narrow(_)) { &readings[..] } else { &readings[..1] };
-        let of = |&reading: &Reading| (x.way, product(&x, reading), rounding(&x));
-        readings.iter().map(of).collect::<Vec<_>>()
-    });
+    let all = laid_out.chain(matrices).chain(fewer).map(|x| (x.way, product(&x), rounding(&x)));
     (all.collect(), exact)
 }
 

@@ -34,12 +34,13 @@ const fn sets(parts: usize, sums: usize) -> usize {
 /// Adds the products of a panel with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni,gfni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
-    (activations, reading): (ActivationBits, Reading),
+    activations: ActivationBits,
     panel: &Panel<'_>,
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     use ActivationBits::{Eight, Sixteen, TwentyFour};
+    let reading = Reading::here();
     // (Those of short runs meet all columns one after the other: to begin and end a run anew for each takes longer than to read codes again.)
     for (first, count, tiles) in x.stretches(x.layout.run > SHORT) {
         macro_rules! tiles {
@@ -93,7 +94,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
         let codes;
         (codes, rest) = rest.split_at(bytes.min(rest.len()));
         // (Beyond what the first of several tiles reads.)
-        let ahead = if tiles == 1 { reading.ahead } else { bytes.max(reading.ahead) };
+        let reading = if tiles == 1 { reading } else { reading.beyond(bytes) };
         for at in 0..tiles {
             let first = first + at * V;
             let tile = if tiles == 1 { one } else { x.of_tile(panel.starts, first) };
@@ -111,7 +112,7 @@ fn multiply_tiles<const KIND: u8, const PARTS: usize, const BYTES: usize, const 
                 }
             }
             for (codes, limbs) in codes.chunks_exact(chunk).zip(words.as_chunks::<PARTS>().0) {
-                reading.ask(&codes[0], ahead, asked);
+                reading.ask(&codes[0], asked);
                 // SAFETY: a chunk is the bytes of two vectors. The machine has the instructions, or this were not called.
                 let loaded = unsafe { unpacking.load::<KIND>(codes.as_ptr()) };
                 for part in 0..PARTS {

@@ -30,7 +30,7 @@ pub(in super::super) struct Spread {
 }
 
 impl Spread {
-    pub(in super::super) fn new(bits: u8, reading: Reading) -> Self {
+    pub(in super::super) fn new(bits: u8) -> Self {
         let width = usize::from(bits);
         let bytes = if kind(bits) == 0 { HALF * width } else { size_of::<Chunk>() };
         // (The bytes of a vector may be fewer than sixteen, but not those of a chunk.)
@@ -50,7 +50,7 @@ impl Spread {
         let factors = [0, 1].map(|odd| std::array::from_fn(|place| 1 << (8 - bit(place, odd) % 8)));
         let (most, parts) = (2 * 128 * ((1 << bits) - 1), chunk(bits) / CODES);
         let together = (i16::MAX as usize / most / parts).max(1);
-        Spread { reading, bits, bytes, together, begin, order, factors }
+        Spread { reading: Reading::here(), bits, bytes, together, begin, order, factors }
     }
 
     /// Bytes of a chunk.
@@ -73,7 +73,7 @@ impl Spread {
     #[target_feature(enable = "avx2")]
     fn write_chunks(&self, codes: &[u8], to: &mut [u8]) {
         for (codes, to) in codes.chunks_exact(self.bytes).zip(to.as_chunks_mut().0.as_chunks_mut::<VECTORS>().0) {
-            self.reading.ask(&codes[0], self.reading.ahead, [0, 1]);
+            self.reading.ask(&codes[0], [0, 1]);
             for (vector, to) in to.iter_mut().enumerate() {
                 *to = cast::<_, [u8; CODES * ROWS]>(self.bytes_of(codes, vector));
             }
@@ -85,7 +85,7 @@ impl Spread {
     #[target_feature(enable = "avx2")]
     pub(super) fn load<const KIND: u8, const B: usize>(&self, chunk: &[u8], some: usize) -> [__m256i; B] {
         if some == 0 {
-            self.reading.ask(&chunk[0], self.reading.ahead, [0, 1]);
+            self.reading.ask(&chunk[0], [0, 1]);
         }
         let mut vectors = [_mm256_setzero_si256(); B];
         for (b, to) in vectors.iter_mut().enumerate() {
