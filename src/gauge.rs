@@ -64,7 +64,7 @@ pub fn align_heads<T: Real>(layers: &mut [Attention<T>], heads: Heads, rounds: u
             layers.iter().for_each(|layer| sum += &layer.value.slice(range).mapv(|v| v.wide()));
             for layer in layers.iter_mut() {
                 let own = layer.value.slice(range).mapv(|v| v.wide());
-                let rotation = T::cast(nearest(&(&sum - &own).dot(&own.t()))?.view()).into_owned();
+                let rotation = T::from_view(nearest(&(&sum - &own).dot(&own.t()))?.view()).into_owned();
                 let turned = rotation.dot(&layer.value.slice(range));
                 sum += &(turned.mapv(|v| v.wide()) - &own);
                 layer.value.slice_mut(range).assign(&turned);

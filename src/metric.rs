@@ -132,7 +132,7 @@ fn scaled<'v, P: Real, T: Real>(
     first: usize,
     scale: Option<&Array1<f64>>,
 ) -> CowArray<'v, P, Ix2> {
-    let mut rows = P::cast(rows);
+    let mut rows = P::from_view(rows);
     if let Some(scale) = scale {
         for (mut row, &d) in rows.rows_mut().into_iter().zip(scale.iter().skip(first)) {
             row.mapv_inplace(|v| v * P::from_f64(d));

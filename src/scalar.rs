@@ -125,8 +125,8 @@ pub trait Real: NdFloat + Default + sealed::Sealed + Lanes {
     fn as_f32(view: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f32>>;
     /// The same view if this type is `f64`.
     fn as_f64(view: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f64>>;
-    /// The view in this compute type: borrowed if it is of this type, converted if not.
-    fn cast<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2>;
+    /// The view in this compute type (not named `cast`, as a function of `f32` and `f64` is in later Rust): borrowed if it is of this type, converted if not.
+    fn from_view<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2>;
 }
 
 impl Real for f32 {
@@ -136,7 +136,7 @@ impl Real for f32 {
     fn as_f64(_: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f64>> {
         None
     }
-    fn cast<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
+    fn from_view<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
         match S::as_f32(view) {
             Some(same) => same.into(),
             None => view.mapv(|v| Self::from_f64(v.wide())).into(),
@@ -168,7 +168,7 @@ impl Real for f64 {
     fn as_f32(_: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f32>> {
         None
     }
-    fn cast<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
+    fn from_view<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2> {
         match S::as_f64(view) {
             Some(same) => same.into(),
             None => view.mapv(|v| Self::from_f64(v.wide())).into(),

@@ -46,7 +46,7 @@ impl<S: Real, D: Data<Elem = S>> Tensor for ArrayBase<D, Ix2> {
         S::DTYPE
     }
     fn matrix<T: Real>(&self) -> Result<CowArray<'_, T, Ix2>> {
-        Ok(T::cast(self.view()))
+        Ok(T::from_view(self.view()))
     }
 }
 

@@ -15,6 +15,11 @@ pub(crate) fn architectures() -> Vec<Arch> {
     all
 }
 
+/// All of these, or a few of them where each step is interpreted.
+pub(crate) fn sizes<T>(all: &'static [T], interpreted: &'static [T]) -> &'static [T] {
+    if cfg!(miri) { interpreted } else { all }
+}
+
 /// Numbers between −1 and 1 in no order, others for each factor.
 pub(crate) fn numbers(rows: usize, columns: usize, factor: usize) -> Array2<f64> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {

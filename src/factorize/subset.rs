@@ -202,10 +202,10 @@ impl Coupling {
         chosen.iter().for_each(|&f| inside[f] = true);
         let rest: Vec<usize> = (0..s.ncols()).filter(|&f| !inside[f]).collect();
         let kernels = f64::kernels(backend);
-        let left_out = f64::cast(s).select(Axis(1), &rest);
+        let left_out = f64::from_view(s).select(Axis(1), &rest);
         let right = kernels.matmul(block(full.view(), chosen, &rest).view(), left_out.t());
         let change = kernels.solve_spd(block(full.view(), chosen, chosen).view(), right)?;
-        Ok(T::cast((f64::cast(kept.view()).into_owned() + change.t()).view()).into_owned())
+        Ok(T::from_view((f64::from_view(kept.view()).into_owned() + change.t()).view()).into_owned())
     }
 }
 
@@ -216,7 +216,7 @@ fn block(a: ArrayView2<'_, f64>, rows: &[usize], columns: &[usize]) -> Array2<f6
 
 /// O^½·S, or another root of O: only inner products of its columns matter.
 fn fold<T: Real>(s: ArrayView2<'_, T>, outer: &Weighting, backend: &dyn Backend) -> Result<Array2<f64>> {
-    let s = f64::cast(s);
+    let s = f64::from_view(s);
     Ok(match outer {
         Weighting::Identity => s.into_owned(),
         Weighting::Diagonal(o) => &s * &o.mapv(f64::sqrt).insert_axis(Axis(1)),
@@ -228,7 +228,7 @@ fn fold<T: Real>(s: ArrayView2<'_, T>, outer: &Weighting, backend: &dyn Backend)
 fn energies<T: Real>(s: ArrayView2<'_, T>, outer: &Weighting, backend: &dyn Backend) -> Array1<f64> {
     let mut sums = Array1::zeros(s.ncols());
     let gram_product = match outer {
-        Weighting::Gram(gram) => Some(f64::kernels(backend).matmul(gram.matrix(), f64::cast(s).view())),
+        Weighting::Gram(gram) => Some(f64::kernels(backend).matmul(gram.matrix(), f64::from_view(s).view())),
         Weighting::Identity | Weighting::Diagonal(_) => None,
     };
     for (i, row) in s.rows().into_iter().enumerate() {

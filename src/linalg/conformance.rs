@@ -31,7 +31,7 @@ pub fn check(backend: &dyn Backend) -> Result<()> {
 fn suite<T: Real>(backend: &dyn Backend) -> Result<()> {
     let kernels = T::kernels(backend);
     for a in matrices() {
-        let a = T::cast(a.view()).into_owned();
+        let a = T::from_view(a.view()).into_owned();
         in_every_storage(&a, |view| {
             products(kernels, view)?;
             symmetric(kernels, view)?;
@@ -85,7 +85,7 @@ fn naive(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Array2<f64> {
 }
 
 fn wide<T: Real>(a: ArrayView2<'_, T>) -> Array2<f64> {
-    f64::cast(a).into_owned()
+    f64::from_view(a).into_owned()
 }
 
 fn norm(a: ArrayView2<'_, f64>) -> f64 {
@@ -165,7 +165,7 @@ fn products<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
     let (m, k) = a.dim();
     let a64 = wide(a.view());
     for n in [1, 6] {
-        let b = T::cast(noise(n, k, 50).view()).into_owned();
+        let b = T::from_view(noise(n, k, 50).view()).into_owned();
         let expected = naive(a64.view(), wide(b.t()).view());
         let scale = norm(a64.view()) * norm(wide(b.view()).view());
         // What C holds must not matter if β is zero, not even if it is not a number.
@@ -173,12 +173,12 @@ fn products<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
         kernels.gemm(T::one(), a.view(), b.t(), T::zero(), c.view_mut());
         close::<T>("gemm", "A·B", wide(c.view()).view(), expected.view(), scale)?;
         let start = noise(2 * n, m, 51);
-        let mut c = T::cast(start.view()).into_owned();
+        let mut c = T::from_view(start.view()).into_owned();
         kernels.gemm(T::from_f64(-2.0), a.view(), b.t(), T::from_f64(0.5), c.slice_mut(s![..;2, ..]).reversed_axes());
         let expected = 0.5 * &start.slice(s![..;2, ..]).t() - 2.0 * &expected;
         let scale = 2.0 * scale + norm(start.view());
         close::<T>("gemm", "β·C + α·A·B", wide(c.slice(s![..;2, ..]).t()).view(), expected.view(), scale)?;
-        let untouched = c.slice(s![1..;2, ..]) == T::cast(start.slice(s![1..;2, ..]));
+        let untouched = c.slice(s![1..;2, ..]) == T::from_view(start.slice(s![1..;2, ..]));
         require("gemm", untouched, "numbers between the strides of C to be left alone")?;
     }
     let gram = kernels.gram(a.view());
@@ -187,7 +187,7 @@ fn products<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
     close::<T>("gram", "A·Aᵀ", wide(gram.view()).view(), naive(a64.view(), a64.t()).view(), scale)?;
 
     let g = noise(k, k, 52);
-    let b = T::cast(naive(a64.view(), (&g + &g.t()).view()).view()).into_owned();
+    let b = T::from_view(naive(a64.view(), (&g + &g.t()).view()).view()).into_owned();
     let product = kernels.symmetric_product(a.view(), b.view());
     require("symmetric_product", product == product.t(), "an exactly symmetric result")?;
     let (b64, scale) = (wide(b.view()), norm(a64.view()) * norm(wide(b.view()).view()));
@@ -200,7 +200,7 @@ fn symmetric<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<
     let mut full = naive(a64.view(), a64.t());
     let shift = full.diag().sum() / (1 + full.nrows()) as f64;
     full.diag_mut().mapv_inplace(|v| v - shift);
-    let lower = T::cast(full.view()).into_owned();
+    let lower = T::from_view(full.view()).into_owned();
     let full = Array2::from_shape_fn(full.dim(), |(i, j)| lower[(i.max(j), i.min(j))].wide());
     let given = Array2::from_shape_fn(full.dim(), |(i, j)| if i >= j { lower[(i, j)] } else { T::from_f64(77.0) });
     let found = kernels.eigh(given)?;
@@ -263,7 +263,7 @@ fn definite<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
     let a64 = wide(a.view());
     let mut full = naive(a64.view(), a64.t());
     full.diag_mut().mapv_inplace(|v| v + 1.0);
-    let lower = T::cast(full.view()).into_owned();
+    let lower = T::from_view(full.view()).into_owned();
     let full = Array2::from_shape_fn(full.dim(), |(i, j)| lower[(i.max(j), i.min(j))].wide());
     let given = Array2::from_shape_fn(full.dim(), |(i, j)| if i >= j { lower[(i, j)] } else { T::from_f64(-9.0) });
     let factor = kernels.cholesky(given.view())?;
@@ -272,7 +272,7 @@ fn definite<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
     close::<T>("cholesky", "L·Lᵀ", naive(l.view(), l.t()).view(), full.view(), norm(full.view()))?;
 
     for columns in [1, 4] {
-        let b = T::cast(noise(full.nrows(), columns, 60).view()).into_owned();
+        let b = T::from_view(noise(full.nrows(), columns, 60).view()).into_owned();
         let b64 = wide(b.view());
         let scale = (1.0 + norm(full.view())) * (1.0 + norm(b64.view()));
         let mut x = b.clone();
@@ -291,7 +291,7 @@ fn definite<T: Real>(kernels: &dyn Kernels<T>, a: ArrayView2<'_, T>) -> Result<(
 fn refusals<T: Real>(kernels: &dyn Kernels<T>) -> Result<()> {
     let refused = |result: Result<()>| matches!(result, Err(Error::Numerical { .. }));
     for n in [1, 2, 40] {
-        let mut a = T::cast((&noise(n, n, 70) + &(Array2::<f64>::eye(n) * 9.0)).view()).into_owned();
+        let mut a = T::from_view((&noise(n, n, 70) + &(Array2::<f64>::eye(n) * 9.0)).view()).into_owned();
         a[(n - 1, n - 1)] = T::from_f64(-1.0);
         require("cholesky", refused(kernels.cholesky(a.view()).map(drop)), "indefinite matrices to be refused")?;
         let zero = Array2::zeros((n, n));

@@ -60,7 +60,7 @@ impl<T: Real> Products<T> for Plain<'_, T> {
         T::kernels(self.backend).matmul(y, self.matrix)
     }
     fn inner(&self, x: ArrayView2<'_, T>) -> Array2<f64> {
-        f64::kernels(self.backend).gram(f64::cast(x).view())
+        f64::kernels(self.backend).gram(f64::from_view(x).view())
     }
     fn norm_squared(&self) -> f64 {
         squares(self.matrix)
@@ -253,7 +253,7 @@ impl<'a, T: Real> Basis<'a, T> {
         let found = wide.eigh(small.clone())?;
         let energies: Vec<f64> = found.values.iter().map(|v| v.max(0.0)).collect();
         let chosen = found.vectors.slice(s![.., ..rank]);
-        let turn = T::cast(chosen);
+        let turn = T::from_view(chosen);
         let vectors = kernels.matmul(self.q.t(), turn.view());
         let images = kernels.matmul(turn.t(), self.x.view());
 
@@ -284,7 +284,7 @@ impl<'a, T: Real> Basis<'a, T> {
             let inside = kernels.matmul(outside.view(), self.q.t());
             kernels.gemm(-T::one(), inside.view(), self.q.view(), T::one(), outside.view_mut());
         }
-        let gram = wide.gram(f64::cast(outside.view()).view());
+        let gram = wide.gram(f64::from_view(outside.view()).view());
         let tails = chosen.slice(s![last.clone(), ..]);
         let products = wide.matmul(gram.view(), tails);
         let level = last.map(|i| small[(i, i)]).sum::<f64>() / self.last.max(1) as f64;
@@ -299,14 +299,14 @@ impl<'a, T: Real> Basis<'a, T> {
 /// Orthonormal rows of the same span, without the directions of squared length up to `floor`.
 fn orthonormal_rows<T: Real>(mut w: Array2<T>, floor: f64, backend: &dyn Backend) -> Result<Array2<T>> {
     let (kernels, wide) = (T::kernels(backend), f64::kernels(backend));
-    let gram = wide.gram(f64::cast(w.view()).view());
+    let gram = wide.gram(f64::from_view(w.view()).view());
     let top = gram.diag().fold(0.0, |a: f64, b| a.max(*b));
     if let Ok(l) = wide.cholesky(gram.view()) {
         let smallest = l.diag().fold(f64::INFINITY, |a, b| a.min(b * b));
         // Beyond this condition a second pass would not repair the first.
         let limit = 100.0 * T::epsilon().wide().powi(2).max(1e-16);
         if smallest > floor && smallest > limit * top {
-            kernels.solve_triangular(T::cast(l.view()).view(), false, &mut w);
+            kernels.solve_triangular(T::from_view(l.view()).view(), false, &mut w);
             return Ok(w);
         }
     }
@@ -314,7 +314,7 @@ fn orthonormal_rows<T: Real>(mut w: Array2<T>, floor: f64, backend: &dyn Backend
     let keep = found.values.iter().take_while(|&&v| v > floor && v > 1e-12 * top).count();
     let scale: Array1<f64> = found.values.iter().take(keep).map(|v| v.sqrt().recip()).collect();
     let turn = &found.vectors.slice(s![.., ..keep]) * &scale;
-    Ok(kernels.matmul(T::cast(turn.view()).t(), w.view()))
+    Ok(kernels.matmul(T::from_view(turn.view()).t(), w.view()))
 }
 
 /// Σ of squares, in f64.

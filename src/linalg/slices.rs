@@ -287,7 +287,7 @@ fn dot<S: Simd, T: Real>(s: S, a: &[T::V<S>], b: &[T::V<S>]) -> T::V<S> {
 /// One large slice: the eigenvector of its Gram matrix in f64.
 fn by_backend<T: Real>(a: ArrayView2<'_, T>) -> Result<SingularTriplet<T>> {
     check_finite("slice", a.iter())?;
-    let a = f64::cast(a);
+    let a = f64::from_view(a);
     let largest = a.fold(0.0, |max: f64, x| max.max(x.abs()));
     if largest == 0.0 {
         return Ok(SingularTriplet::zero(a.nrows(), a.ncols()));

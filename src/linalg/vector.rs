@@ -310,32 +310,24 @@ pub(super) fn on(threads: usize, work: &mut (impl FnMut() + Send)) {
     }
 }
 
-/// What the machine has, and what every machine has.
-#[cfg(test)]
-pub(super) fn levels() -> Vec<Arch> {
-    let levels = vec![Arch::Scalar, Arch::new()];
-    #[cfg(target_arch = "x86_64")]
-    let levels = [levels, pulp::x86::V3::try_new().map(Arch::V3).into_iter().collect()].concat();
-    levels
-}
-
 #[cfg(test)]
 mod tests {
     use ndarray::Array2;
 
     use super::*;
+    use crate::testing::{architectures, sizes};
 
     /// The sums are small integers: exact in any order.
     fn equals_the_naive_product<T: Real>() {
-        for m in [0, 1, 2, 3, 4, 5, 7, 8, 33] {
-            for k in [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 130] {
+        for &m in sizes(&[0, 1, 2, 3, 4, 5, 7, 8, 33], &[0, 1, 5]) {
+            for &k in sizes(&[0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 130], &[0, 1, 9]) {
                 let (a, x) = (numbers::<T>(m, k + 3, 1), numbers::<T>(1, k, 2).into_raw_vec_and_offset().0);
                 let z = numbers::<T>(1, m, 3).into_raw_vec_and_offset().0;
                 // Rows that lie apart.
                 let a = a.slice(s![.., 1..k + 1]);
                 let dot = |i: usize| (0..k).map(|j| a[(i, j)] * x[j]).fold(T::zero(), |a, b| a + b);
                 let down = |j: usize| (0..m).map(|i| a[(i, j)] * z[i]).fold(T::zero(), |a, b| a + b);
-                for arch in levels() {
+                for arch in architectures() {
                     let mut y = Vec::new();
                     arch.dispatch(Rows { a, x: &x, each: |sums: &[T]| y.extend_from_slice(sums) });
                     assert_eq!(y, (0..m).map(dot).collect::<Vec<_>>(), "{m}x{k} {arch:?}");

@@ -253,7 +253,7 @@ trait DotRows {
 
 impl DotRows for Array2<f64> {
     fn dot_rows<T: Real>(&self, other: ArrayView2<'_, T>, kernels: &dyn Kernels<f64>) -> Array2<f64> {
-        kernels.matmul(self.view(), f64::cast(other).t())
+        kernels.matmul(self.view(), f64::from_view(other).t())
     }
 }
 

@@ -188,7 +188,7 @@ impl Cospadi {
     /// The operators of a group: slices of the codes, and the dictionary.
     fn write<T: Real>(&self, group: &[Problem<'_, T>], model: &Model<T>) -> Result<Vec<Operator<T>>> {
         let dtype = group.first().map_or(T::DTYPE, |p| p.dtype);
-        let atoms = Operator::Dense(Dense::rounded(T::cast(model.atoms.view()).into_owned(), dtype)?);
+        let atoms = Operator::Dense(Dense::rounded(T::from_view(model.atoms.view()).into_owned(), dtype)?);
         let matrix = |rows: &[usize]| -> Result<Operator<T>> {
             let (values, kept) = (model.codes.values.select(Axis(0), rows), model.codes.kept.select(Axis(0), rows));
             Ok(match self.pattern {

@@ -77,7 +77,7 @@ fn procrustes<T: Real>(m: Array2<T>, atoms: &Array2<T>, backend: &dyn Backend) -
     let floor = (1e-14 * found.values.first().copied().unwrap_or(0.0)).max(f64::MIN_POSITIVE);
     let scaled = &found.vectors / &found.values.mapv(|v| v.max(floor).sqrt()).insert_axis(Axis(0));
     let root = kernels.matmul(scaled.view(), found.vectors.t());
-    Ok(T::cast(kernels.matmul(wide.view(), root.view()).view()).into_owned())
+    Ok(T::from_view(kernels.matmul(wide.view(), root.view()).view()).into_owned())
 }
 
 #[cfg(test)]

@@ -122,11 +122,11 @@ impl<T: Real> Signals<'_, T> {
             let weight = self.weight.select(Axis(0), &rows).mapv(|v| v.wide());
             let cross = kernels.matmul(weight.view(), weighted.t());
             let target = kernels.solve_spd(damped.view(), cross.t().to_owned())?.reversed_axes();
-            let target = T::cast(target.view()).into_owned();
+            let target = T::from_view(target.view()).into_owned();
             let row = |i: usize| self.rows[rows[i]];
             let share = |count: usize, upto: usize| (count as u128 * upto as u128 / coded_rows.max(1) as u128) as usize;
             let start = |kept: Array2<bool>| Coded { values: model.codes.values.select(Axis(0), &rows), kept };
-            let single = T::cast(damped.view());
+            let single = T::from_view(damped.view());
             let mut coded = match entries {
                 Entries::All => Coded { kept: Array2::from_elem(target.dim(), true), values: target.clone() },
                 Entries::Groups(nm) => {

@@ -65,9 +65,8 @@ impl<'a, T: Real> Signals<'a, T> {
     /// √B·W·A^½ under the mean metric: the signals as the plain norm sees them.
     pub(super) fn whitened(&self) -> Result<Array2<T>> {
         let mut y = match &self.mean {
-            Weighting::Gram(gram) => {
-                T::kernels(self.backend).matmul(self.weight.view(), T::cast(gram.sqrt(self.backend)?.view()).view())
-            }
+            Weighting::Gram(gram) => T::kernels(self.backend)
+                .matmul(self.weight.view(), T::from_view(gram.sqrt(self.backend)?.view()).view()),
             Weighting::Diagonal(a) => &self.weight * &a.mapv(|a| T::from_f64(a.sqrt())),
             Weighting::Identity => self.weight.clone(),
         };

@@ -133,7 +133,7 @@ impl<T: Real> Layers<'_, '_, T> {
             let sum = |l: usize| {
                 let mut sum = Array2::<f64>::zeros((rows.len(), n));
                 parts.iter().enumerate().for_each(|(s, part)| sum.scaled_add(c[(l - layers.start, s)], part));
-                Ok(T::cast(sum.view()).into_owned())
+                Ok(T::from_view(sum.view()).into_owned())
             };
             gather(&sum)
         };

@@ -48,7 +48,7 @@ pub(super) struct Slices<'p> {
 impl<'p> Slices<'p> {
     pub(super) fn new<T: Real>(problem: &'p Problem<'_, T>, layout: &'p Layout) -> Result<Self> {
         let rows = layout.rows();
-        let mut weight = f64::cast(problem.weight.select(Axis(0), &rows).view()).into_owned();
+        let mut weight = f64::from_view(problem.weight.select(Axis(0), &rows).view()).into_owned();
         if let Some(inputs) = &layout.inputs {
             weight = weight.select(Axis(1), inputs);
         }

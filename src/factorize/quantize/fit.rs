@@ -165,11 +165,11 @@ fn absorbed<T: Real>(
     backend: &dyn Backend,
 ) -> Result<(Array2<T>, Gram)> {
     let kernels = f64::kernels(backend);
-    let last = f64::cast(last.to_dense().view()).into_owned();
+    let last = f64::from_view(last.to_dense().view()).into_owned();
     // L·A, and from it L·A·Lᵀ and L·A·Wᵀ.
     let weighed = input.times(last.view(), backend);
     let form = kernels.symmetric_product(weighed.view(), last.view());
-    let right = kernels.matmul(weighed.view(), f64::cast(target).t());
+    let right = kernels.matmul(weighed.view(), f64::from_view(target).t());
     let mean = form.diag().sum() / form.nrows().max(1) as f64;
     if mean <= 0.0 {
         // A zero weight: nothing to fit to.

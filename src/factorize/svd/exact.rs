@@ -56,14 +56,14 @@ fn metric_spectrum<T: Real, P: Real>(joint: &Joint<'_, T>, backend: &dyn Backend
         let values: Vec<f64> = found.values.iter().map(|v| v.wide()).collect();
         let k = count_above(&values, 1e-13).min(n);
         return Ok(Spectrum {
-            vectors: T::cast(found.vectors.slice(s![.., ..k])).into_owned(),
+            vectors: T::from_view(found.vectors.slice(s![.., ..k])).into_owned(),
             values: values[..k].to_vec(),
         });
     }
     let weight = joint.weight();
-    let mut y = P::cast(weight.view());
+    let mut y = P::from_view(weight.view());
     match &joint.blocks[0].1 {
-        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::cast(gram.sqrt(backend)?.view()).view()).into(),
+        Weighting::Gram(gram) => y = kernels.matmul(y.view(), P::from_view(gram.sqrt(backend)?.view()).view()).into(),
         weighting => scale_columns(&mut y, weighting),
     }
     let found = kernels.eigh(kernels.gram(y.t()))?;
@@ -74,7 +74,7 @@ fn metric_spectrum<T: Real, P: Real>(joint: &Joint<'_, T>, backend: &dyn Backend
     for (mut column, value) in u.columns_mut().into_iter().zip(&values) {
         column.mapv_inplace(|v| v / P::from_f64(value.sqrt()));
     }
-    Ok(Spectrum { values: values[..k].to_vec(), vectors: T::cast(u.view()).into_owned() })
+    Ok(Spectrum { values: values[..k].to_vec(), vectors: T::from_view(u.view()).into_owned() })
 }
 
 /// C = D·W·A·Wᵀ·D.
@@ -82,10 +82,10 @@ fn square<T: Real, P: Real>(joint: &Joint<'_, T>, kernels: &dyn Kernels<P>) -> A
     let weight = joint.weight();
     let (mut sum, mut at) = (None, 0);
     for (columns, input) in &joint.blocks {
-        let mut block = P::cast(weight.slice(s![.., at..at + columns]));
+        let mut block = P::from_view(weight.slice(s![.., at..at + columns]));
         at += columns;
         let part = match input {
-            Weighting::Gram(gram) => sandwich(kernels, block.view(), P::cast(gram.matrix()).view()),
+            Weighting::Gram(gram) => sandwich(kernels, block.view(), P::from_view(gram.matrix()).view()),
             weighting => {
                 scale_columns(&mut block, weighting);
                 kernels.gram(block.view())

@@ -30,7 +30,7 @@ impl<'a, T: Real> Weighted<'a, T> {
             let range = at..at + columns;
             at = range.end;
             match input {
-                Weighting::Gram(gram) => grams.push((range, T::cast(gram.matrix()).into_owned(), gram.matrix())),
+                Weighting::Gram(gram) => grams.push((range, T::from_view(gram.matrix()).into_owned(), gram.matrix())),
                 Weighting::Diagonal(_) => scale_columns(&mut weight.slice_mut(s![.., range]), input),
                 Weighting::Identity => {}
             }
@@ -59,7 +59,7 @@ impl<T: Real> Products<T> for Weighted<'_, T> {
         T::kernels(self.backend).matmul(y, self.weight.view())
     }
     fn inner(&self, x: ArrayView2<'_, T>) -> Array2<f64> {
-        let (kernels, x) = (f64::kernels(self.backend), f64::cast(x));
+        let (kernels, x) = (f64::kernels(self.backend), f64::from_view(x));
         if self.grams.is_empty() {
             return kernels.gram(x.view());
         }
@@ -80,7 +80,7 @@ impl<T: Real> Products<T> for Weighted<'_, T> {
         for (range, _, gram) in &self.grams {
             // tr(B·G·Bᵀ) = ⟨BᵀB, G⟩, half the work of B·G.
             let mut block = rest.slice_mut(s![.., range.clone()]);
-            let square = kernels.gram(f64::cast(block.t()).view());
+            let square = kernels.gram(f64::from_view(block.t()).view());
             total += square.iter().zip(gram).map(|(a, b)| a * b).sum::<f64>();
             block.fill(T::zero());
         }

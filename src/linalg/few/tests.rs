@@ -1,7 +1,8 @@
 use ndarray::Array2;
 
 use super::*;
-use crate::linalg::vector::{levels, numbers, on};
+use crate::linalg::vector::{numbers, on};
+use crate::testing::architectures;
 
 fn naive<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<T> {
     Array2::from_shape_fn((a.nrows(), b.ncols()), |(i, j)| {
@@ -17,7 +18,7 @@ fn equals_the_naive_product<T: Real>() {
         let a = a.slice(s![.., 1..k + 1]);
         for n in 1..=MOST + 3 {
             let (b, c) = (numbers::<T>(k, n, 2), numbers::<T>(n, m, 3));
-            for arch in levels() {
+            for arch in architectures() {
                 // In either order of memory.
                 for b in [b.view(), b.t().as_standard_layout().t()] {
                     let mut y = Array2::from_elem((m, n), T::one());
@@ -47,7 +48,7 @@ fn halves_equal_the_naive_product_of_what_they_stand_for() {
         let words = Array2::from_shape_fn((m, k.div_ceil(2)), |(i, j)| half(i, 2 * j) | half(i, 2 * j + 1) << 16);
         for n in 1..=MOST + 3 {
             let (b, c) = (numbers::<f32>(k, n, 2), numbers::<f32>(m, n, 3));
-            for arch in levels() {
+            for arch in architectures() {
                 let mut y = Array2::from_elem((m, n), 1.0);
                 let to = y.as_slice_mut().unwrap();
                 arch.dispatch(Product::<f32, u32, false> { a: words.view(), b: b.view(), y: to });

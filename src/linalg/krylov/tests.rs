@@ -19,11 +19,11 @@ fn with_spectrum(m: usize, n: usize, values: impl Fn(usize) -> f64) -> (Array2<f
 
 fn run<T: Real>(a: &Array2<T>, how: &Krylov) -> Subspace<T> {
     let found = leading_subspace(&Plain { matrix: a.view(), backend: &Faer }, how, &Faer).unwrap();
-    let gram = f64::cast(found.vectors.t()).dot(&f64::cast(found.vectors.view()));
+    let gram = f64::from_view(found.vectors.t()).dot(&f64::from_view(found.vectors.view()));
     let skew = (&gram - &Array2::<f64>::eye(gram.nrows())).iter().fold(0.0, |a: f64, b| a.max(b.abs()));
     assert!(skew < 500.0 * T::epsilon().wide(), "not orthonormal by {skew}");
-    let images = f64::cast(found.vectors.t()).dot(&f64::cast(a.view()));
-    let off = squares((&images - &f64::cast(found.images.view())).view());
+    let images = f64::from_view(found.vectors.t()).dot(&f64::from_view(a.view()));
+    let off = squares((&images - &f64::from_view(found.images.view())).view());
     assert!(off.sqrt() <= 500.0 * T::epsilon().wide() * found.norm_squared.sqrt(), "images off by {off}");
     assert!(found.energies.is_sorted_by(|a, b| a >= b));
     found
@@ -71,9 +71,9 @@ fn the_excess_is_small_and_its_estimate_honest() {
 #[test]
 fn single_precision_keeps_graded_spectra() {
     let (a, sigma) = with_spectrum(256, 256, |i| 1.0 / (i as f64 + 1.0));
-    let single = f32::cast(a.view()).into_owned();
+    let single = f32::from_view(a.view()).into_owned();
     let found = run(&single, &Krylov::new(64, 1));
-    let excess = true_excess(&a, &f64::cast(found.vectors.view()).into_owned(), &sigma);
+    let excess = true_excess(&a, &f64::from_view(found.vectors.view()).into_owned(), &sigma);
     assert!((0.0..=0.02).contains(&excess), "{excess}");
     let tail: f64 = sigma[64..].iter().map(|s| s * s).sum();
     assert!((found.residual() / tail).sqrt() - 1.0 <= 0.02);

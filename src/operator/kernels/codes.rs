@@ -164,15 +164,17 @@ mod tests {
     use ndarray::Array2;
 
     use super::*;
-    use crate::testing::architectures;
+    use crate::testing::{architectures, sizes};
 
     #[test]
     fn all_levels_agree_at_all_widths() {
         let fastest = if cfg!(miri) { Arch::Scalar } else { Arch::new() };
-        let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (37, 301) };
+        let (m, n): (usize, usize) = if cfg!(miri) { (2, 21) } else { (37, 301) };
+        let widths = sizes(&[2, 3, 4, 5, 6, 7, 8], &[3, 4, 8]);
+        let groups = sizes(&[16, 7, 64, 128, 301], &[7, 21]);
         let x: Vec<Vec<f32>> =
             (0..9).map(|v| (0..n).map(|j| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0).collect()).collect();
-        for (bits, group) in (2..=8).flat_map(|bits| [16, 7, 64, 128, n].map(|group| (bits, group))) {
+        for (&bits, &group) in widths.iter().flat_map(|bits| groups.iter().map(move |group| (bits, group))) {
             let (groups, levels_of) = (n.div_ceil(group), 1usize << bits);
             let scales: Vec<f32> = (0..m * groups).map(|g| 0.25 + (g % 5) as f32 / 8.0).collect();
             let zeros: Vec<u8> = (0..m * groups).map(|g| (g * 7 % levels_of) as u8).collect();
@@ -210,7 +212,7 @@ mod tests {
                         );
                     }
                 };
-                for count in [1, 2, 3, 4, 7, 9] {
+                for &count in sizes(&[1, 2, 3, 4, 7, 9], &[1, 7]) {
                     let (x, mut y) = (inputs(count), vec![0.0; m * count]);
                     if let Some(x) = rows.inputs(x.view()) {
                         // Some rows, and the rest.
@@ -245,7 +247,8 @@ mod tests {
     #[test]
     fn a_number_alone_is_multiplied_with_all_its_bits() {
         let (m, n): (usize, usize) = if cfg!(miri) { (2, 37) } else { (40, 300) };
-        for (bits, group) in (2..=8).flat_map(|bits| [32, 64, 128, n].map(|group| (bits, group))) {
+        let groups = sizes(&[32, 64, 128, 300], &[32]);
+        for (bits, &group) in (2..=8).flat_map(|bits| groups.iter().map(move |group| (bits, group))) {
             let (groups, levels) = (n.div_ceil(group), 1usize << bits);
             let number = |i: usize, j: usize| ((i * 31 + j * 17 + i * j) % levels) as u8;
             let mut codes = Vec::new();

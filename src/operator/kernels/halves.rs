@@ -340,7 +340,8 @@ impl Tiles {
     }
 }
 
-#[cfg(test)]
+// (Miri has none of these instructions.)
+#[cfg(all(test, not(miri)))]
 mod tests {
     use half::bf16;
     use ndarray::Array2;

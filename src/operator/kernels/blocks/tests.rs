@@ -109,10 +109,10 @@ fn equals_the_naive_sums_for_every_shape() {
         &[(17, 130), (70, 9)],
     ];
     if cfg!(miri) {
-        // One path, interpreted: all heights of tiles and all widths of panels, once.
-        let [.., mixed, _, tall] = shapes;
-        check::<f32>(mixed, &[0, 1, 3, 9], Arch::Scalar);
-        return check::<f64>(&tall[1..], &[5], Arch::Scalar);
+        // One path, interpreted: all heights of tiles.
+        let mixed = shapes[6];
+        check::<f32>(mixed, &[0, 3], Arch::Scalar);
+        return check::<f64>(&[(18, 9)], &[5], Arch::Scalar);
     }
     for arch in architectures() {
         for extents in shapes {

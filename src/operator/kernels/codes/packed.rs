@@ -314,10 +314,12 @@ impl Writer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::sizes;
 
     #[test]
     fn panels_have_the_same_rows() {
-        for (bits, (m, n)) in (2..=8).flat_map(|bits| [(1, 1), (33, 17), (64, 48), (70, 130)].map(|dim| (bits, dim))) {
+        let dims = sizes(&[(1, 1), (33, 17), (64, 48), (70, 130)], &[(1, 1), (33, 17)]);
+        for (bits, &(m, n)) in (2..=8).flat_map(|bits| dims.iter().map(move |dim| (bits, dim))) {
             let mut rows = Vec::new();
             for i in 0..m {
                 let codes: Vec<u8> = (0..n).map(|j| ((i * 31 + j * 17 + i * j) % (1 << bits)) as u8).collect();
