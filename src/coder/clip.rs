@@ -148,12 +148,15 @@ impl<T: Real> WithSimd for Row<'_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, s: S) -> Vec<Place<T>> {
-        let groups = self.row.chunks(self.group).zip(self.weights.chunks(self.group));
-        let each = groups.map(|(part, weights)| match self.levels.zero {
-            ZeroPoint::Float => best::<S, T, true>(s, part, weights, self.levels, self.dtype),
-            _ => best::<S, T, false>(s, part, weights, self.levels, self.dtype),
-        });
-        each.collect()
+        let mut found = Vec::with_capacity(self.row.len().div_ceil(self.group));
+        // (A closure, as `map` takes, would not be compiled for the vectors of S.)
+        for (part, weights) in self.row.chunks(self.group).zip(self.weights.chunks(self.group)) {
+            found.push(match self.levels.zero {
+                ZeroPoint::Float => best::<S, T, true>(s, part, weights, self.levels, self.dtype),
+                _ => best::<S, T, false>(s, part, weights, self.levels, self.dtype),
+            });
+        }
+        found
     }
 }
 
@@ -216,16 +219,18 @@ fn best<S: Simd, T: Real, const FREE: bool>(s: S, part: &[T], weights: &[T], lev
     found
 }
 
-/// Weighted sums over a group of values v (less the offset), numbers k = code − zero of the nearest, and errors.
-struct Sums<T> {
-    error: T,
+/// Weighted sums over a group of values v (less the offset), numbers k = code − zero of the nearest, and errors; in each
+/// lane, or of all.
+#[derive(Clone, Copy)]
+struct Sums<V> {
+    error: V,
     /// Σ w·v·k, Σ w·k².
-    along: T,
-    squares: T,
+    along: V,
+    squares: V,
     /// Σ w, Σ w·k, Σ w·v: where offsets are free.
-    counts: T,
-    numbers: T,
-    values: T,
+    counts: V,
+    numbers: V,
+    values: V,
 }
 
 impl<T: Real> Sums<T> {
@@ -249,33 +254,56 @@ impl<T: Real> Sums<T> {
 #[inline(always)]
 fn loss<S: Simd, T: Real, const FREE: bool>(s: S, part: &[T], weights: &[T], at: Place<T>, top: T) -> Sums<T> {
     let none = T::splat(s, T::zero());
+    let mut sums = Sums { error: none, along: none, squares: none, counts: none, numbers: none, values: none };
     let inverse = T::splat(s, if at.step == T::zero() { T::zero() } else { T::one() / at.step });
-    let (steps, zeros, offsets) = (T::splat(s, at.step), T::splat(s, at.zero), T::splat(s, at.offset));
-    let (tops, magic) = (T::splat(s, top), T::splat(s, magic()));
-    let (mut errors, mut along, mut squares) = (none, none, none);
-    let (mut counts, mut numbers, mut values) = (none, none, none);
-    let mut add = |value: T::V<S>, weight: T::V<S>| {
-        let value = if FREE { T::vsub(s, value, offsets) } else { value };
-        let code = T::vmax(s, T::fma(s, value, inverse, zeros), none);
-        let code = T::if_less(s, code, tops, code, tops);
-        let number = T::vsub(s, T::vsub(s, T::vadd(s, code, magic), magic), zeros);
-        let error = T::fnma(s, steps, number, value);
-        errors = T::fma(s, T::vmul(s, weight, error), error, errors);
-        along = T::fma(s, T::vmul(s, weight, value), number, along);
-        squares = T::fma(s, T::vmul(s, weight, number), number, squares);
-        if FREE {
-            counts = T::vadd(s, counts, weight);
-            numbers = T::fma(s, weight, number, numbers);
-            values = T::fma(s, weight, value, values);
-        }
-    };
+    let (step, zero, offset) = (T::splat(s, at.step), T::splat(s, at.zero), T::splat(s, at.offset));
+    let (top, magic) = (T::splat(s, top), T::splat(s, magic()));
+    let nearest = Nearest { inverse, step, zero, offset, top, magic, none };
     let ((vectors, rest), (weighed, weighed_rest)) = (T::vectors::<S>(part), T::vectors::<S>(weights));
-    vectors.iter().zip(weighed).for_each(|(&value, &weight)| add(value, weight));
+    for (&value, &weight) in vectors.iter().zip(weighed) {
+        nearest.add::<S, T, FREE>(s, value, weight, &mut sums);
+    }
     if !rest.is_empty() {
         // Beyond the end weights are zero.
-        add(T::load(s, rest), T::load(s, weighed_rest));
+        nearest.add::<S, T, FREE>(s, T::load(s, rest), T::load(s, weighed_rest), &mut sums);
     }
-    let [error, along, squares] = [errors, along, squares].map(|sum| T::vsum(s, sum));
-    let [counts, numbers, values] = [counts, numbers, values].map(|sum| T::vsum(s, sum));
-    Sums { error, along, squares, counts, numbers, values }
+    Sums {
+        error: T::vsum(s, sums.error),
+        along: T::vsum(s, sums.along),
+        squares: T::vsum(s, sums.squares),
+        counts: T::vsum(s, sums.counts),
+        numbers: T::vsum(s, sums.numbers),
+        values: T::vsum(s, sums.values),
+    }
+}
+
+/// A place, in all lanes.
+struct Nearest<V> {
+    inverse: V,
+    step: V,
+    zero: V,
+    offset: V,
+    top: V,
+    magic: V,
+    none: V,
+}
+
+impl<V: Copy> Nearest<V> {
+    /// Adds what a vector of values makes of the sums.
+    #[inline(always)]
+    fn add<S: Simd, T: Real<V<S> = V>, const FREE: bool>(&self, s: S, value: V, weight: V, sums: &mut Sums<V>) {
+        let value = if FREE { T::vsub(s, value, self.offset) } else { value };
+        let code = T::vmax(s, T::fma(s, value, self.inverse, self.zero), self.none);
+        let code = T::if_less(s, code, self.top, code, self.top);
+        let number = T::vsub(s, T::vsub(s, T::vadd(s, code, self.magic), self.magic), self.zero);
+        let error = T::fnma(s, self.step, number, value);
+        sums.error = T::fma(s, T::vmul(s, weight, error), error, sums.error);
+        sums.along = T::fma(s, T::vmul(s, weight, value), number, sums.along);
+        sums.squares = T::fma(s, T::vmul(s, weight, number), number, sums.squares);
+        if FREE {
+            sums.counts = T::vadd(s, sums.counts, weight);
+            sums.numbers = T::fma(s, weight, number, sums.numbers);
+            sums.values = T::fma(s, weight, value, sums.values);
+        }
+    }
 }

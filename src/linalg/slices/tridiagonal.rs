@@ -43,6 +43,7 @@ impl<'a, S: Simd, T: Real> Symmetric<'a, S, T> {
     }
 
     /// Matrices of zeros in the given memory.
+    #[inline(always)]
     pub(super) fn zeros(s: S, memory: &mut &'a mut [T::V<S>], n: usize) -> Self {
         let zero = T::splat(s, T::zero());
         let mut part = |n: usize| {
