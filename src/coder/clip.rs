@@ -307,3 +307,64 @@ impl<V: Copy> Nearest<V> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::architectures;
+
+    struct Lost<'a, T, const FREE: bool>(&'a [T], &'a [T], Place<T>, T);
+
+    impl<T: Real, const FREE: bool> WithSimd for Lost<'_, T, FREE> {
+        type Output = Sums<T>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, s: S) -> Sums<T> {
+            loss::<S, T, FREE>(s, self.0, self.1, self.2, self.3)
+        }
+    }
+
+    fn all<T>(sums: &Sums<T>) -> [&T; 6] {
+        [&sums.error, &sums.along, &sums.squares, &sums.counts, &sums.numbers, &sums.values]
+    }
+
+    fn equals_the_sums_of_the_definition<T: Real, const FREE: bool>(slack: f64) {
+        let top = 7.0;
+        for (arch, count) in architectures().into_iter().flat_map(|arch| [1, 5, 16, 24, 61].map(|count| (arch, count)))
+        {
+            let number = |j: usize, factor: usize| T::from_f64((j * factor % 101) as f64 / 64.0 - 0.75);
+            let part: Vec<T> = (0..count).map(|j| number(j, 37)).collect();
+            let weights: Vec<T> = (0..count).map(|j| number(j, 29) * number(j, 29) + T::one()).collect();
+            // (Negative steps are steps; some values are beyond either end.)
+            for (step, zero, offset) in [(0.17, 4.0, 0.11), (-0.09, 3.0, -0.2), (0.0, 4.0, 0.3)] {
+                let at = Place { step: T::from_f64(step), zero: T::from_f64(zero), offset: T::from_f64(offset) };
+                let found = arch.dispatch(Lost::<T, FREE>(&part, &weights, at, T::from_f64(top)));
+                let mut expected = [0.0; 6];
+                for (v, w) in part.iter().zip(&weights).map(|(v, w)| (v.wide(), w.wide())) {
+                    let v = if FREE { v - at.offset.wide() } else { v };
+                    let code = if step == 0.0 { zero } else { (v / at.step.wide() + zero).clamp(0.0, top).round() };
+                    let k = code - zero;
+                    let error = v - at.step.wide() * k;
+                    let terms = [w * error * error, w * v * k, w * k * k, w, w * k, w * v];
+                    let counted = if FREE { 6 } else { 3 };
+                    (0..counted).for_each(|sum| expected[sum] += terms[sum]);
+                }
+                for (which, (found, expected)) in all(&found).into_iter().zip(expected).enumerate() {
+                    let off = (found.wide() - expected).abs();
+                    assert!(
+                        off <= slack * (1.0 + expected.abs()),
+                        "{arch:?}, {count}, {step}, sum {which}: off by {off}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_the_definition() {
+        equals_the_sums_of_the_definition::<f64, false>(1e-12);
+        equals_the_sums_of_the_definition::<f64, true>(1e-12);
+        equals_the_sums_of_the_definition::<f32, false>(1e-4);
+        equals_the_sums_of_the_definition::<f32, true>(1e-4);
+    }
+}
