@@ -96,24 +96,28 @@ pub(super) fn products<T: Real>(rows: &CodedRows<'_, T>, range: Range<usize>, x:
     let panels: Vec<_> = panels.collect();
     let mut meeting = Meeting::new(x, bits);
     let together = meeting.panels(x);
-    let mut totals = Vec::with_capacity(panels.len().min(together) * x.padded());
-    for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
-        totals.clear();
-        totals.resize(panels.len() * x.padded(), [Lanes::default(); BANDS]);
-        meeting.multiply(panels, x, &mut totals);
-        for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
-            by_rows(totals, vectors, y);
+    let mut totals = vec![[Lanes::default(); BANDS]; panels.len().min(together) * x.padded()];
+    let block = meeting.block(x);
+    for first in (0..x.padded()).step_by(block) {
+        let block = first..(first + block).min(x.padded());
+        for (panels, y) in panels.chunks(together).zip(y.chunks_mut(together * PANEL * vectors)) {
+            let totals = &mut totals[..panels.len() * x.padded()];
+            totals.chunks_mut(x.padded()).for_each(|of| of[block.clone()].fill([Lanes::default(); BANDS]));
+            meeting.multiply(panels, (x, block.clone()), totals);
+            for (y, totals) in y.chunks_mut(PANEL * vectors).zip(totals.chunks(x.padded())) {
+                by_rows(&totals[block.clone()], (first, vectors), y);
+            }
         }
     }
 }
 
-/// The totals of some rows, from those of each vector.
-fn by_rows(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
+/// The totals of some rows, from those of each vector; of many vectors, from one on.
+fn by_rows(totals: &[[Lanes<f32>; BANDS]], (first, vectors): (usize, usize), y: &mut [f32]) {
     if vectors > TOGETHER && available() {
         // SAFETY: the machine has the instructions, as was asked.
         #[allow(unsafe_code)]
         unsafe {
-            squares(totals, vectors, y);
+            squares(totals, (first, vectors), y);
         }
         return;
     }
@@ -154,13 +158,13 @@ fn fours(totals: &[[Lanes<f32>; BANDS]; TOGETHER], y: &mut [f32]) {
 
 /// The same by squares of sixteen.
 #[target_feature(enable = "avx512f")]
-fn squares(totals: &[[Lanes<f32>; BANDS]], vectors: usize, y: &mut [f32]) {
+fn squares(totals: &[[Lanes<f32>; BANDS]], (first, vectors): (usize, usize), y: &mut [f32]) {
     for (at, totals) in totals.chunks(LANES).enumerate() {
         for band in 0..BANDS {
             let columns = std::array::from_fn(|v| totals.get(v).map_or(_mm512_setzero_si512(), |of| cast(of[band].0)));
             for (row, y) in turned(columns).into_iter().zip(y.chunks_mut(vectors).skip(band * LANES)) {
                 // (There may be more totals than vectors.)
-                put(row, y.get_mut(at * LANES..).unwrap_or_default());
+                put(row, y.get_mut(first + at * LANES..).unwrap_or_default());
             }
         }
     }
@@ -201,8 +205,21 @@ impl Meeting {
         }
     }
 
-    /// Adds the products of some panels with all inputs.
-    fn multiply(&mut self, panels: &[Panel<'_>], x: &Inputs, totals: &mut [[Lanes<f32>; BANDS]]) {
+    /// Vectors that meet all panels before the next do.
+    fn block(&self, x: &Inputs) -> usize {
+        match self {
+            Meeting::Vectors(_) => vectors::block(x),
+            _ => x.padded().max(1),
+        }
+    }
+
+    /// Adds the products of some panels with a block of inputs.
+    fn multiply(
+        &mut self,
+        panels: &[Panel<'_>],
+        (x, block): (&Inputs, Range<usize>),
+        totals: &mut [[Lanes<f32>; BANDS]],
+    ) {
         if let Meeting::Narrow(digits, spread, held) = self {
             let of = panels.iter().zip(totals.chunks_mut(x.padded()));
             return of.for_each(|(panel, totals)| avx2::multiply((*digits, spread, held), panel, x, totals));
@@ -212,10 +229,10 @@ impl Meeting {
         #[allow(unsafe_code)]
         unsafe {
             match kind(panels.first().map_or(0, |panel| panel.bits)) {
-                8 => self.wide::<8, 1>(panels, x, totals),
-                4 => self.wide::<4, 2>(panels, x, totals),
-                2 => self.wide::<2, 4>(panels, x, totals),
-                _ => self.wide::<0, 1>(panels, x, totals),
+                8 => self.wide::<8, 1>(panels, (x, block), totals),
+                4 => self.wide::<4, 2>(panels, (x, block), totals),
+                2 => self.wide::<2, 4>(panels, (x, block), totals),
+                _ => self.wide::<0, 1>(panels, (x, block), totals),
             }
         }
     }
@@ -225,13 +242,13 @@ impl Meeting {
     fn wide<const KIND: u8, const PARTS: usize>(
         &mut self,
         panels: &[Panel<'_>],
-        x: &Inputs,
+        (x, block): (&Inputs, Range<usize>),
         totals: &mut [[Lanes<f32>; BANDS]],
     ) {
         match self {
             Meeting::Vectors(activations) => {
                 for (panel, totals) in panels.iter().zip(totals.chunks_mut(x.padded())) {
-                    vectors::multiply::<KIND, PARTS>(*activations, panel, x, totals);
+                    vectors::multiply::<KIND, PARTS>(*activations, panel, (x, block.clone()), totals);
                 }
             }
             Meeting::Turns(tiles, scratch) => turns::multiply::<KIND, PARTS>(tiles, panels, x, scratch, totals),

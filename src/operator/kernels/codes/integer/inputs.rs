@@ -143,19 +143,31 @@ impl Inputs {
         self.padded
     }
 
+    /// Bytes of a vector as it is laid out.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&self.limbs[..]) / self.padded.max(1)
+    }
+
     /// First vector and number of vectors of each tile.
     pub(super) fn tiles(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + use<> {
         let (padded, width) = (self.padded, self.way.width());
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
-    /// The same with tiles that are as wide as any together, if they are to be: first vector, vectors of a tile, and number of tiles.
-    pub(super) fn stretches(&self, together: bool) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let (width, whole) = (self.way.width(), self.padded / self.way.width());
-        let tiles = if together { whole.max(1) } else { 1 };
+    /// The same of a block of vectors, with tiles that are as wide as any together, if they are to be: first vector, vectors of a tile,
+    /// and number of tiles.
+    pub(super) fn stretches(
+        &self,
+        block: Range<usize>,
+        together: bool,
+    ) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        let (width, start) = (self.way.width(), block.start);
+        let tiles = if together { (block.len() / width).max(1) } else { 1 };
         // (Of tiles as wide as any the first of each stretch; what is left is a tile of its own.)
-        let begins = move |&(first, count): &(usize, usize)| count < width || (first / width).is_multiple_of(tiles);
-        self.tiles().filter(begins).map(move |(first, count)| (first, count, if count < width { 1 } else { tiles }))
+        let begins = move |first: usize, count| count < width || ((first - start) / width).is_multiple_of(tiles);
+        let of_block = self.tiles().filter(move |(first, _)| block.contains(first));
+        let begun = of_block.filter(move |&(first, count)| begins(first, count));
+        begun.map(move |(first, count)| (first, count, if count < width { 1 } else { tiles }))
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.

@@ -140,6 +140,26 @@ fn all_instructions_find_the_same_sums() {
 }
 
 #[test]
+fn inputs_meet_rows_in_blocks() {
+    // Of so many columns there are sixteen in a block.
+    let n = 11_000;
+    let x = Array2::from_shape_fn((n, 41), |(j, v)| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0);
+    for (bits, group) in [(4, 64), (3, 32), (8, n)] {
+        for (way, layout) in by_vectors(bits, group, n) {
+            let laid_out = Inputs::laid_out(x.view(), layout, way);
+            let block = Meeting::new(&laid_out, bits).block(&laid_out);
+            let several = matches!(way, Way::Vectors(_)) && layout.run > 32;
+            assert_eq!(block, if several { LANES } else { laid_out.padded() }, "{way:?}, runs of {}", layout.run);
+        }
+        let (products, of) = all(bits, group, (70, n), &x);
+        for product in &products {
+            let worst = worst(product, &of);
+            assert!(worst < 1e-6, "{bits} bits, groups of {group}, {:?}: off by {worst:e}", product.0);
+        }
+    }
+}
+
+#[test]
 fn inputs_that_are_not_finite_make_no_numbers() {
     for (bits, group) in [(4, 64), (3, 32), (8, 64)] {
         let mut x = Array2::from_elem((256, 20), 0.5f32);

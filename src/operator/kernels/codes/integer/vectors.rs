@@ -1,6 +1,7 @@
 //! Products with few inputs by vectors of sixteen rows: AVX-512 with VNNI, VBMI and GFNI.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use pulp::bytemuck::cast;
@@ -26,23 +27,33 @@ pub(super) struct Panel<'a> {
 /// Columns of a run that is too short for tiles of inputs to take turns.
 const SHORT: usize = 32;
 
+/// Bytes of inputs that meet all panels before the next do: they stay in the second cache beside codes and sums. (512 vectors with codes of
+/// 4 bits in groups of 128: 4,096 columns in 0.75 to 0.86 of the time, 576 in 0.88 to 0.91. Short runs took 1.03 to 1.05, and have none.)
+const BLOCK: usize = 512 << 10;
+
+/// Vectors in such a block.
+pub(super) fn block(x: &Inputs) -> usize {
+    let all = x.padded().max(1);
+    if x.layout.run > SHORT { (BLOCK / x.bytes().max(1) / LANES).max(1) * LANES } else { all }
+}
+
 /// Sums whose additions take turns hide how long each takes, if there are few: so many sets of them, one for every other part of a chunk.
 const fn sets(parts: usize, sums: usize) -> usize {
     if parts > 1 && sums * BANDS <= 8 { 2 } else { 1 }
 }
 
-/// Adds the products of a panel with all inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
+/// Adds the products of a panel with a block of inputs. (Codes are unpacked for each few: that costs less than to read them as bytes.)
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vbmi,avx512vnni,gfni")]
 pub(super) fn multiply<const KIND: u8, const PARTS: usize>(
     activations: ActivationBits,
     panel: &Panel<'_>,
-    x: &Inputs,
+    (x, block): (&Inputs, Range<usize>),
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
     use ActivationBits::{Eight, Sixteen, TwentyFour};
     let reading = Reading::here();
     // (Those of short runs meet all columns one after the other: to begin and end a run anew for each takes longer than to read codes again.)
-    for (first, count, tiles) in x.stretches(x.layout.run > SHORT) {
+    for (first, count, tiles) in x.stretches(block, x.layout.run > SHORT) {
         macro_rules! tiles {
             ($bytes:literal, $vectors:literal) => {
                 multiply_tiles::<KIND, PARTS, $bytes, $vectors>(reading, panel, x, (first, tiles), totals)
