@@ -125,7 +125,8 @@ pub trait Real: NdFloat + Default + sealed::Sealed + Lanes {
     fn as_f32(view: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f32>>;
     /// The same view if this type is `f64`.
     fn as_f64(view: ArrayView2<'_, Self>) -> Option<ArrayView2<'_, f64>>;
-    /// The view in this compute type (not named `cast`, as a function of `f32` and `f64` is in later Rust): borrowed if it is of this type, converted if not.
+    /// The view in this compute type: borrowed if it is of this type, converted if not.
+    // (Not named `cast`: later Rust has functions of `f32` and `f64` of that name.)
     fn from_view<S: Real>(view: ArrayView2<'_, S>) -> CowArray<'_, Self, Ix2>;
 }
 
