@@ -221,7 +221,6 @@ fn best<S: Simd, T: Real, const FREE: bool>(s: S, part: &[T], weights: &[T], lev
 
 /// Weighted sums over a group of values v (less the offset), numbers k = code − zero of the nearest, and errors; in each
 /// lane, or of all.
-#[derive(Clone, Copy)]
 struct Sums<V> {
     error: V,
     /// Σ w·v·k, Σ w·k².
