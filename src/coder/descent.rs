@@ -6,7 +6,7 @@ use pulp::Arch;
 use super::pass::{Choice, Forces, Pass, WIDTH, pack};
 use super::table::Masks;
 use super::{BLOCK, Coded, Tables, check, each};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::scalar::Real;
 use crate::simd::Aligned;
 
@@ -89,10 +89,12 @@ impl<'a, T: Real> Descent<'a, T> {
     /// The same where each stored entry of row i costs `prices[i]`: error plus price does not rise.
     /// Returns how many entries are stored now.
     ///
-    /// # Panics
-    /// If there is not one price for each row.
-    pub fn sweep_priced(&mut self, prices: &[T]) -> usize {
-        assert_eq!(prices.len(), self.shape.0, "one price for each row");
+    /// # Errors
+    /// [`Error::Shape`] if there is not one price for each row.
+    pub fn sweep_priced(&mut self, prices: &[T]) -> Result<usize> {
+        if prices.len() != self.shape.0 {
+            return Err(Error::shape(self.shape.0, prices.len()));
+        }
         self.pass(Choice::Priced(prices));
         let stored = |part: &Part<T>| {
             let numbers = part.chosen.filled(part.chosen_len(self.tables)).chunks_exact(WIDTH);
@@ -101,7 +103,7 @@ impl<'a, T: Real> Descent<'a, T> {
             });
             each.sum::<usize>()
         };
-        self.parts.iter().map(stored).sum()
+        Ok(self.parts.iter().map(stored).sum())
     }
 
     /// One pass over all groups, masks as they are: the error does not rise.

@@ -285,7 +285,7 @@ fn a_free_pattern_keeps_the_count_and_falls_with_its_price() {
     let price = error(&w, &h, &start) / count as f64;
     let mut last = error(&w, &h, &start) + price * count as f64;
     for _ in 0..4 {
-        let count = descent.sweep_priced(&vec![price; m]);
+        let count = descent.sweep_priced(&vec![price; m]).unwrap();
         let now = descent.solution();
         assert_eq!(stored(&now), count);
         let total = error(&w, &h, &now) + price * count as f64;

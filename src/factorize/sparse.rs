@@ -140,7 +140,7 @@ impl Solver {
         let tables = Tables::new(gram.matrix(), form.ridge, Pattern::Free);
         let mut descent = Descent::new(problem.weight, form.damped.view(), &tables, &start)?;
         let Some(price) = first_price(problem.weight, form.damped.diag(), count, row) else { return Ok(start) };
-        at_a_price(&mut descent, price, problem.shape().0, count, self.sweeps, row);
+        at_a_price(&mut descent, price, problem.shape().0, count, self.sweeps, row)?;
         Ok(descent.solution())
     }
 }
@@ -167,17 +167,17 @@ pub(super) fn at_a_price<T: Real>(
     count: usize,
     sweeps: usize,
     row: impl Fn(usize) -> f64 + Send + Sync,
-) -> f64 {
+) -> Result<f64> {
     for _ in 0..sweeps {
         let of_row = |i: usize| T::from_f64(price / row(i).max(f64::MIN_POSITIVE));
         let prices: Vec<T> = (0..rows).map(of_row).collect();
-        let stored = descent.sweep_priced(&prices).max(1);
+        let stored = descent.sweep_priced(&prices)?.max(1);
         // Counts fall about with the square root of the price.
         price *= (stored as f64 / count.max(1) as f64).powi(2).clamp(0.25, 4.0);
     }
     descent.settle(count, row);
     (0..REFITS).for_each(|_| descent.refit());
-    price
+    Ok(price)
 }
 
 /// What the squared errors of each row count.

@@ -151,7 +151,7 @@ impl<T: Real> Signals<'_, T> {
                     };
                     let mut descent = Descent::new(target.view(), single.view(), &tables, &start)?;
                     let price = model.prices[part].unwrap_or(first);
-                    model.prices[part] = Some(at_a_price(&mut descent, price, rows.len(), count, sweeps, row));
+                    model.prices[part] = Some(at_a_price(&mut descent, price, rows.len(), count, sweeps, row)?);
                     descent.solution()
                 }
             };

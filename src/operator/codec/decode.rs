@@ -113,7 +113,8 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
             Node::Quantized { bits, group, columns, codes, scales, zeros } => {
                 let read = || {
                     let grid = self.grid(*bits, *group, scales, zeros.as_deref())?;
-                    Quantized::new(*columns, grid, self.bytes(codes)?.1.to_vec())
+                    let codes = self.bytes_of(codes, grid.scales().shape().0)?;
+                    Quantized::new(*columns, grid, codes.to_vec())
                 };
                 let leaf = read().map_err(|e| e.of_tensor(codes))?;
                 Operator::Quantized(leaf.with_activation_bits(self.activations))
@@ -155,12 +156,27 @@ impl<'s, S: Source, T: Real> Decoder<'s, S, T> {
         }
     }
 
+    /// The content of a matrix of bytes that has as many rows as there are scales for.
+    fn bytes_of(&self, name: &str, rows: usize) -> Result<&'s [u8]> {
+        match self.bytes(name)? {
+            (found, bytes) if found == rows => Ok(bytes),
+            (found, bytes) => {
+                let columns = |rows: usize| bytes.len() / rows.max(1);
+                Err(Error::shape((rows, columns(rows)), (found, columns(found))).of_tensor(name))
+            }
+        }
+    }
+
     fn grid(&self, bits: u8, group: usize, scales: &str, zeros: Option<&str>) -> Result<Grid<T>> {
         let scales = self.dense(scales)?;
         let zeros = match zeros {
             None => ZeroPoints::None,
             Some(name) if self.source.tensor(name)?.dtype.is_float() => ZeroPoints::Float(self.dense(name)?),
-            Some(name) => ZeroPoints::Integer(Grid::<T>::unpack_zeros(bits, scales.shape(), self.bytes(name)?.1)?),
+            Some(name) => ZeroPoints::Integer(Grid::<T>::unpack_zeros(
+                bits,
+                scales.shape(),
+                self.bytes_of(name, scales.shape().0)?,
+            )?),
         };
         Grid::new(bits, group, scales, zeros)
     }

@@ -134,10 +134,10 @@ impl Encoder {
 
     /// Scales and zero points.
     fn grid<T: Real>(&mut self, name: &str, next: &mut usize, grid: &Grid<T>) -> Result<(String, Option<String>)> {
-        let (scales, m) = (self.dense(name, next, grid.scales())?, grid.scales().shape().0.max(1));
+        let (scales, m) = (self.dense(name, next, grid.scales())?, grid.scales().shape().0);
         let zeros = match (grid.zeros(), grid.packed_zeros()) {
             (ZeroPoints::Float(zeros), _) => Some(self.dense(name, next, zeros)?),
-            (_, packed) => packed.map(|zeros| self.push(name, next, DType::U8, vec![m, zeros.len() / m], zeros)),
+            (_, packed) => packed.map(|zeros| self.push(name, next, DType::U8, vec![m, zeros.len() / m.max(1)], zeros)),
         };
         Ok((scales, zeros))
     }

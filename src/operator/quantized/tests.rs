@@ -209,3 +209,23 @@ fn files_say_nothing_of_the_bits_of_inputs() {
         assert_eq!(again == whole, activations == ActivationBits::default());
     }
 }
+
+#[test]
+fn codes_and_zero_points_have_a_row_for_each_row_of_scales() {
+    for m in [6, 0] {
+        let leaf = Quantized::nearest(numbers(m, 16, 31).view(), grid(m, 16, 4, 4, ZeroPoint::Integer)).unwrap();
+        let mut encoder = Encoder::new();
+        let node = encoder.encode("w", &Operator::Quantized(leaf.clone())).unwrap();
+        let tensors = encoder.into_tensors();
+        assert_eq!(Decoder::<_, f64>::new(&tensors).decode(&node).unwrap(), Operator::Quantized(leaf));
+        let bytes: Vec<usize> = (0..tensors.len()).filter(|&at| tensors[at].dtype == DType::U8).collect();
+        assert_eq!(bytes.len(), 2);
+        // As many bytes in other rows.
+        for at in bytes {
+            let mut tensors = tensors.clone();
+            tensors[at].shape = vec![3, tensors[at].bytes.len() / 3];
+            let why = Decoder::<_, f64>::new(&tensors).decode(&node).unwrap_err().to_string();
+            assert!(why.contains(&tensors[at].name) && why.contains(&format!("({m}, ")), "{why}");
+        }
+    }
+}
