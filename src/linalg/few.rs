@@ -14,20 +14,34 @@ use crate::memory::prefetch_rows;
 use crate::scalar::Real;
 use crate::simd::Aligned;
 
+#[cfg(target_arch = "x86_64")]
+mod across;
+
 /// Vectors that are multiplied together, at most, where the machine's vectors are of 64 bytes, and where they are shorter.
 const WIDE: usize = 8;
 const NARROW: usize = 6;
-/// Vectors that are multiplied so at all.
+/// Vectors that are multiplied so at all, and where each lane has one.
 pub(crate) const MOST: usize = 2 * WIDE;
+const WIDEST: usize = 4 * WIDE;
+
+/// Vectors that rows are multiplied with where they lie, at most, those of a matrix of bf16 as well.
+pub(crate) fn most_by_rows<T: Real>() -> usize {
+    match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) if across::takes::<T, T>(WIDEST) => WIDEST,
+        _ => MOST,
+    }
+}
 
 /// The most vectors that are faster so than by a general product on this machine, with rows that lie in order and with columns. (Rows are met
-/// in turns if need be: by AVX2 eight vectors take two, and 0.7 of the time of a general product.)
-fn most() -> (usize, usize) {
+/// in turns if need be: by AVX2 eight vectors take two, and 0.7 of the time of a general product. Of lanes that have a vector each only AVX2 was
+/// measured.)
+fn most<T: Real>() -> (usize, usize) {
     match Arch::new() {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         Arch::V4(_) => (WIDE, 2 * WIDE),
         #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) => (WIDE, 2 * NARROW),
+        Arch::V3(_) => (if across::takes::<T, T>(WIDEST) { WIDEST } else { WIDE }, 2 * NARROW),
         _ => (NARROW, 2 * NARROW),
     }
 }
@@ -42,7 +56,7 @@ pub(super) fn multiply_few<T: Real>(
     c: &mut ArrayViewMut2<'_, T>,
 ) -> bool {
     let ((m, k), n) = (a.dim(), b.ncols());
-    let (most_by_rows, most_by_columns) = most();
+    let (most_by_rows, most_by_columns) = most::<T>();
     let by_rows = a.strides()[1] == 1 && n <= most_by_rows && k >= 32 * n && m >= 16 * n;
     let turns = n.div_ceil(most_by_columns / 2);
     let by_columns = a.strides()[0] == 1 && turns <= 2 && m.min(k) >= if turns == 2 { 32 * n } else { 16 };
@@ -73,8 +87,13 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
     if y.is_empty() {
         return;
     }
+    let run = |a, y| match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(v3) if !TRANSPOSED && across::takes::<T, C>(b.ncols()) => across::product(v3, a, b, y),
+        arch => arch.dispatch(Product::<T, C, TRANSPOSED> { a, b, y }),
+    };
     if alone(&a) {
-        return Arch::new().dispatch(Product::<T, C, TRANSPOSED> { a, b, y });
+        return run(a, y);
     }
     let n = b.ncols();
     let share = share(y.len() / n);
@@ -82,7 +101,7 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
         let own = i * share..i * share + y.len() / n;
         let cells = own.start / C::PARTS..own.end.div_ceil(C::PARTS);
         let a = if TRANSPOSED { a.slice(s![.., cells]) } else { a.slice(s![own, ..]) };
-        Arch::new().dispatch(Product::<T, C, TRANSPOSED> { a, b, y });
+        run(a, y);
     });
 }
 

@@ -28,7 +28,7 @@ mod transform;
 mod vector;
 
 pub use self::faer::Faer;
-pub(crate) use self::few::{MOST, times};
+pub(crate) use self::few::{MOST, most_by_rows, times};
 #[cfg(feature = "lapack")]
 pub use self::lapack::Lapack;
 pub use self::omp::{SparseCoder, SparseCodes, Stop};

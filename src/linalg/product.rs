@@ -2,7 +2,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
-use super::few::{MOST, multiply_few};
+use super::few::{most_by_rows, multiply_few};
 use super::vector::multiply_vector;
 use crate::scalar::Real;
 use crate::threads::{self, Pace};
@@ -28,7 +28,7 @@ pub(crate) fn matmul_into<T: Real>(
         return;
     }
     // A few rows times a matrix are the transposed matrix times a few vectors.
-    if m < n && m <= MOST {
+    if m < n && m <= most_by_rows::<T>() {
         return matmul_into(alpha, b.reversed_axes(), a.reversed_axes(), beta, c.reversed_axes());
     }
     let by_vectors = match n {

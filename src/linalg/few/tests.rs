@@ -62,6 +62,31 @@ fn halves_equal_the_naive_product_of_what_they_stand_for() {
     }
 }
 
+/// Lanes that are vectors: one register of them, two, three and four, full and not; columns that are met by turns, and rows that are left over.
+#[test]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+fn vectors_across_lanes_equal_the_naive_product() {
+    let Some(v3) = pulp::x86::V3::try_new() else { return };
+    for (m, k) in [(0, 5), (5, 0), (1, 1), (6, 16), (7, 65), (13, 1101), (8, 4301)] {
+        let wide = numbers::<f32>(m, k + 3, 1);
+        let wide = wide.slice(s![.., 1..k + 1]);
+        let half = |i: usize, j: usize| wide.get((i, j)).map_or(0, |v| v.to_bits() >> 16);
+        let words = Array2::from_shape_fn((m, k.div_ceil(2)), |(i, j)| half(i, 2 * j) | half(i, 2 * j + 1) << 16);
+        for n in [1, 7, 8, 9, 16, 17, 24, 25, 31, 32, 33] {
+            let b = numbers::<f32>(k, n, 2);
+            let expected = naive(wide, b.view());
+            for b in [b.view(), b.t().as_standard_layout().t()] {
+                let mut y = Array2::from_elem((m, n), f32::NAN);
+                across::product(v3, wide, b, y.as_slice_mut().unwrap());
+                assert_eq!(y, expected, "{m}x{k}, {n} vectors");
+                y.fill(f32::NAN);
+                across::product(v3, words.view(), b, y.as_slice_mut().unwrap());
+                assert_eq!(y, expected, "{m}x{k} of halves, {n} vectors");
+            }
+        }
+    }
+}
+
 #[test]
 fn takes_what_it_is_for_and_leaves_what_is_there_already() {
     let (w, x) = (numbers::<f64>(290, 300, 1), numbers::<f64>(300, 9, 2));

@@ -10,7 +10,7 @@ use super::super::kernels::Aligned;
 #[cfg(target_arch = "x86_64")]
 use super::super::kernels::by_tiles;
 use super::super::sparse::{written, written_transposed};
-use crate::linalg::{MOST, times};
+use crate::linalg::{MOST, most_by_rows, times};
 
 /// Vectors that matrix instructions multiply faster, at least.
 const TILED: usize = 5;
@@ -107,7 +107,7 @@ impl Halves {
     fn by_vectors<const TRANSPOSED: bool>(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
         let (m, n) = self.dim;
         let (rows, write) = (if TRANSPOSED { n } else { m }, |rows, to: &mut [f32]| self.write(rows, to));
-        if x.ncols() <= MOST {
+        if x.ncols() <= if TRANSPOSED { MOST } else { most_by_rows::<f32>() } {
             if let Ok(words) = ArrayView2::from_shape((m, n.div_ceil(2)), &self.words) {
                 times::<f32, u32, TRANSPOSED>(words, x, y);
             }

@@ -220,6 +220,7 @@ fn codes_and_zero_points_have_a_row_for_each_row_of_scales() {
         assert_eq!(Decoder::<_, f64>::new(&tensors).decode(&node).unwrap(), Operator::Quantized(leaf));
         let bytes: Vec<usize> = (0..tensors.len()).filter(|&at| tensors[at].dtype == DType::U8).collect();
         assert_eq!(bytes.len(), 2);
+        assert!(bytes.iter().all(|&at| tensors[at].shape.iter().product::<usize>() == tensors[at].bytes.len()));
         // As many bytes in other rows.
         for at in bytes {
             let mut tensors = tensors.clone();

@@ -154,20 +154,19 @@ impl Inputs {
         (0..padded).step_by(width).map(move |first| (first, width.min(padded - first)))
     }
 
-    /// The same of a block of vectors, with tiles that are as wide as any together, if they are to be: first vector, vectors of a tile,
-    /// and number of tiles.
+    /// The same of a block of vectors, in which all tiles that are as wide as any come together, if they are to: first vector, vectors of a
+    /// tile, and number of tiles.
     pub(super) fn stretches(
         &self,
         block: Range<usize>,
         together: bool,
     ) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
         let (width, start) = (self.way.width(), block.start);
-        let tiles = if together { (block.len() / width).max(1) } else { 1 };
-        // (Of tiles as wide as any the first of each stretch; what is left is a tile of its own.)
-        let begins = move |first: usize, count| count < width || ((first - start) / width).is_multiple_of(tiles);
+        let wide = if together { (block.len() / width).max(1) } else { 1 };
         let of_block = self.tiles().filter(move |(first, _)| block.contains(first));
-        let begun = of_block.filter(move |&(first, count)| begins(first, count));
-        begun.map(move |(first, count)| (first, count, if count < width { 1 } else { tiles }))
+        // (What is left is a tile of its own.)
+        let begun = of_block.filter(move |&(first, count)| !together || first == start || count < width);
+        begun.map(move |(first, count)| (first, count, if count < width { 1 } else { wide }))
     }
 
     /// The digits of all tiles and runs, for matrix instructions with bytes.
