@@ -1,8 +1,8 @@
 //! A matrix times a few vectors. Such a product is still as fast as the matrix is read, if it is read where it lies: a general
 //! product first copies it into panels, which takes longer than what is then multiplied.
 //!
-//! Each lane of the machine's vectors is a column of the matrix. Each sum has an order of its own, whatever rows and vectors it
-//! is computed beside and on however many threads.
+//! Each lane of the machine's vectors is a column of the matrix, or, with more vectors, one of those. Each sum has an order of its own, whatever
+//! rows it is computed beside and on however many threads, and whatever vectors as long as lanes are columns.
 
 use ndarray::{ArrayView2, ArrayViewMut2, s};
 use pulp::{Arch, Simd, WithSimd};
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::cell::Cell;
 use super::vector::{Ahead, alone, parts, share};
 use crate::memory::prefetch_rows;
-use crate::scalar::Real;
+use crate::scalar::{DType, Real};
 use crate::simd::Aligned;
 
 #[cfg(target_arch = "x86_64")]
@@ -24,26 +24,32 @@ const NARROW: usize = 6;
 pub(crate) const MOST: usize = 2 * WIDE;
 const WIDEST: usize = 4 * WIDE;
 
+/// Whether several vectors have a lane each. (That was measured by AVX2 only.)
+fn across_lanes<T: Real>() -> bool {
+    let measured = match Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        Arch::V3(_) => true,
+        _ => false,
+    };
+    measured && T::DTYPE == DType::F32
+}
+
 /// Vectors that rows are multiplied with where they lie, at most, those of a matrix of bf16 as well.
 pub(crate) fn most_by_rows<T: Real>() -> usize {
-    match Arch::new() {
-        #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) if across::takes::<T, T>(WIDEST) => WIDEST,
-        _ => MOST,
-    }
+    if across_lanes::<T>() { WIDEST } else { MOST }
 }
 
 /// The most vectors that are faster so than by a general product on this machine, with rows that lie in order and with columns. (Rows are met
-/// in turns if need be: by AVX2 eight vectors take two, and 0.7 of the time of a general product. Of lanes that have a vector each only AVX2 was
-/// measured.)
+/// in turns if need be: by AVX2 eight vectors take two, and 0.7 of the time of a general product.)
 fn most<T: Real>() -> (usize, usize) {
-    match Arch::new() {
+    let (by_rows, by_columns) = match Arch::new() {
         #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
         Arch::V4(_) => (WIDE, 2 * WIDE),
         #[cfg(target_arch = "x86_64")]
-        Arch::V3(_) => (if across::takes::<T, T>(WIDEST) { WIDEST } else { WIDE }, 2 * NARROW),
+        Arch::V3(_) => (WIDE, 2 * NARROW),
         _ => (NARROW, 2 * NARROW),
-    }
+    };
+    (if across_lanes::<T>() { WIDEST } else { by_rows }, by_columns)
 }
 
 /// C ← α·A·B + β·C for B of few columns, if this is the faster way: A's rows or its columns lie in order in memory, and are so

@@ -132,3 +132,23 @@ fn neither_threads_nor_neighbours_change_a_bit() {
     let first = |of: &[f32]| of.chunks_exact(8).flat_map(|row| row[..3].to_vec()).collect::<Vec<_>>();
     assert_eq!((first(&down), first(&across)), run(1, 3));
 }
+
+#[test]
+fn vectors_have_lanes_where_that_was_measured_and_threads_change_no_bit() {
+    let (w, x) = (numbers::<f32>(530, 1060, 1), numbers::<f32>(1060, 33, 2));
+    for n in [9, 16, 32, 33] {
+        let (x, mut c) = (x.slice(s![.., ..n]), Array2::from_elem((530, n), f32::NAN));
+        let taken = multiply_few(1.0, w.view(), x, 0.0, &mut c.view_mut());
+        assert_eq!(taken, n <= 32 && across_lanes::<f32>(), "{n} vectors");
+        assert!(!taken || c == naive(w.view(), x), "{n} vectors");
+    }
+    // Enough for several threads, columns by turns, and not exact.
+    let a = Array2::from_shape_fn((400, 4500), |(i, j)| ((i * 7919 + j * 104_729) % 1000) as f32 / 997.0 - 0.5);
+    let b = Array2::from_shape_fn((4500, 20), |(i, j)| ((i * 31 + j * 7) % 17) as f32 / 7.0);
+    let run = |threads: usize| {
+        let mut y = vec![f32::NAN; 400 * 20];
+        on(threads, &mut || times::<f32, f32, false>(a.view(), b.view(), &mut y));
+        y
+    };
+    assert_eq!(run(1), run(2));
+}
