@@ -83,6 +83,13 @@ fn vectors_across_lanes_equal_the_naive_product() {
                 across::product(v3, words.view(), b, y.as_slice_mut().unwrap());
                 assert_eq!(y, expected, "{m}x{k} of halves, {n} vectors");
             }
+            // A vector of no numbers leaves the others as they are.
+            let (mut b, mut y) = (b, Array2::from_elem((m, n), f32::NAN));
+            b.column_mut(n / 5).fill(f32::NAN);
+            across::product(v3, words.view(), b.view(), y.as_slice_mut().unwrap());
+            for (v, (y, expected)) in y.columns().into_iter().zip(expected.columns()).enumerate() {
+                assert!(if v == n / 5 { k == 0 || y.iter().all(|y| y.is_nan()) } else { y == expected });
+            }
         }
     }
 }

@@ -160,6 +160,24 @@ fn inputs_meet_rows_in_blocks() {
 }
 
 #[test]
+fn stretches_of_blocks_are_all_tiles() {
+    let counts = [1, 2, 4, 6, 9, 16, 17, 28, 32, 41, 64, 71];
+    for (count, of) in ActivationBits::ALL.into_iter().flat_map(|of| counts.map(|count| (count, of))) {
+        let Some(x) = Inputs::new(Array2::from_elem((64, count), 1f32).view(), of, 4, 64) else { continue };
+        for (block, together) in [(16, true), (32, true), (64, true), (16, false), (128, false)] {
+            let blocks = (0..x.padded()).step_by(block).map(|first| first..x.padded().min(first + block));
+            let stretches: Vec<_> = blocks.clone().flat_map(|block| x.stretches(block, together)).collect();
+            let tiles = stretches
+                .iter()
+                .flat_map(|&(first, count, tiles)| (0..tiles).map(move |at| (first + at * count, count)));
+            assert!(tiles.eq(x.tiles()), "{count} vectors in blocks of {block}: {stretches:?}");
+            // One for each block, and for what is left.
+            assert!(!together || stretches.len() <= blocks.count() + 1, "{stretches:?}");
+        }
+    }
+}
+
+#[test]
 fn inputs_that_are_not_finite_make_no_numbers() {
     for (bits, group) in [(4, 64), (3, 32), (8, 64)] {
         let mut x = Array2::from_elem((256, 20), 0.5f32);
