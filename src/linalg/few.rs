@@ -95,7 +95,9 @@ pub(crate) fn times<T: Real, C: Cell<T>, const TRANSPOSED: bool>(
     }
     let run = |a, y| match Arch::new() {
         #[cfg(target_arch = "x86_64")]
-        Arch::V3(v3) if !TRANSPOSED && across::takes::<T, C>(b.ncols()) => across::product(v3, a, b, y),
+        Arch::V3(v3) if !TRANSPOSED && across_lanes::<T>() && across::takes::<T, C>(b.ncols()) => {
+            across::product(v3, a, b, y)
+        }
         arch => arch.dispatch(Product::<T, C, TRANSPOSED> { a, b, y }),
     };
     if alone(&a) {

@@ -6,7 +6,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use ndarray::{ArrayView2, Axis, s};
-use pulp::bytemuck::{Pod, cast, cast_slice, try_cast_slice, try_cast_slice_mut};
+use pulp::bytemuck::{Pod, cast, cast_slice, cast_slice_mut};
 use pulp::x86::V3;
 
 use super::super::cell::Cell;
@@ -38,7 +38,7 @@ type Numbers<const V: usize> = [__m256; V];
 /// Whether so many vectors are multiplied faster so: with numbers that lie by themselves from nine on, with pairs of bf16 from thirteen.
 pub(super) fn takes<T: Real, C: Cell<T>>(vectors: usize) -> bool {
     let fewest = if C::PARTS == 1 { 9 } else { 13 };
-    T::DTYPE == DType::F32 && (fewest..=WIDEST).contains(&vectors)
+    (fewest..=WIDEST).contains(&vectors)
 }
 
 /// Y ← A·B, row by row, for A whose rows lie in order in memory. (The last number of a row may be none: a zero.)
@@ -47,7 +47,7 @@ pub(super) fn takes<T: Real, C: Cell<T>>(vectors: usize) -> bool {
 /// If numbers are not `f32`.
 pub(super) fn product<T: Real, C: Cell<T>>(_: V3, a: ArrayView2<'_, C>, b: ArrayView2<'_, T>, y: &mut [T]) {
     assert_eq!(T::DTYPE, DType::F32, "numbers of this product");
-    let Ok(y) = try_cast_slice_mut(y) else { return };
+    let y: &mut [f32] = cast_slice_mut(y);
     let (cells, n) = (a.ncols(), b.ncols());
     if cells == 0 {
         return y.fill(0.0);
@@ -127,8 +127,8 @@ impl Columns<'_> {
         for (r, of) in of.iter_mut().enumerate().take(rows.nrows()) {
             let row = rows.row(r).to_slice().unwrap_or_default();
             *of = match written.next() {
-                None => try_cast_slice(row).unwrap_or_default(),
-                Some(to) => widened(try_cast_slice(row).unwrap_or_default(), self.next, to),
+                None => cast_slice(row),
+                Some(to) => widened(cast_slice(row), self.next, to),
             };
         }
         if rows.nrows() == ROWS {
@@ -219,7 +219,7 @@ fn add<const R: usize, const V: usize>(numbers: [&f32; R], x: &Numbers<V>, sums:
 }
 
 /// A number that is read when its turn comes: the compiler would read some beforehand, for which there are no registers (twice the
-/// time).
+/// time). (Not `pure`, as that may change places.)
 #[inline]
 #[target_feature(enable = "avx2")]
 #[allow(unsafe_code)]

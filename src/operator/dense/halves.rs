@@ -107,7 +107,8 @@ impl Halves {
     fn by_vectors<const TRANSPOSED: bool>(&self, x: ArrayView2<'_, f32>, y: &mut [f32]) {
         let (m, n) = self.dim;
         let (rows, write) = (if TRANSPOSED { n } else { m }, |rows, to: &mut [f32]| self.write(rows, to));
-        if x.ncols() <= if TRANSPOSED { MOST } else { most_by_rows::<f32>() } {
+        let most = if TRANSPOSED { MOST } else { most_by_rows::<f32>() };
+        if x.ncols() <= most {
             if let Ok(words) = ArrayView2::from_shape((m, n.div_ceil(2)), &self.words) {
                 times::<f32, u32, TRANSPOSED>(words, x, y);
             }
