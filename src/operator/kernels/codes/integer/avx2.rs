@@ -1,7 +1,7 @@
 //! Products with codes in integers by vectors of eight rows: AVX2, with AVX-VNNI where there is that.
 //!
 //! Codes lie in the order that wider vectors take, of which each is two here. Inputs are in fixed point too, in digits that the
-//! machine has products for ([`Digits`]).
+//! machine has products for ([`Digits`]); or they stay numbers, and codes become such.
 
 use std::arch::x86_64::*;
 
@@ -22,11 +22,13 @@ mod sums;
 pub(super) use self::cut::lay_out;
 pub(super) use self::spread::Spread;
 pub(super) use self::square::lines;
-use self::sums::{sums_of_bytes, sums_of_halves, sums_of_pairs};
+use self::sums::{sums_of_bytes, sums_of_halves, sums_of_numbers, sums_of_pairs};
 
 /// Rows in a vector, and vectors of the rows of a panel.
 const ROWS: usize = 8;
 const VECTORS: usize = PANEL / ROWS;
+/// Inputs whose numbers meet codes together, at most.
+const WIDEST: usize = 5;
 
 /// Digits that inputs are cut into.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,29 +37,35 @@ pub(super) enum Digits {
     Bytes(ActivationBits),
     /// The same for codes of few bits: pairs of products are added up in 16 bits.
     Pairs(ActivationBits),
-    /// Two of twelve bits, in 16: for codes with which pairs of bytes would not fit those.
+    /// Two of twelve bits, in 16: for codes with which few pairs of bytes fit those, if any.
     Twelve,
     /// One of sixteen, for such codes, where no more is asked for.
     Sixteen,
+    /// None: inputs in units, which meet codes as numbers in sums of `f32`. At full accuracy that multiplies as much as three bytes do, where
+    /// each of those takes two instructions. With as many at a time.
+    Numbers(usize),
 }
 
 impl Digits {
-    /// What serves such codes on this machine, the fastest first.
-    pub(super) fn all(bits: u8, activations: ActivationBits) -> impl Iterator<Item = Self> {
+    /// What serves such codes on this machine, the fastest with so many inputs first.
+    pub(super) fn all(inputs: usize, bits: u8, activations: ActivationBits) -> impl Iterator<Item = Self> {
         let fits = match (bits, activations) {
-            (8, ActivationBits::TwentyFour) => Digits::Twelve,
-            (8, _) => Digits::Sixteen,
+            (6.., ActivationBits::TwentyFour) => Digits::Twelve,
+            (5.., ActivationBits::Sixteen) | (7.., ActivationBits::Eight) => Digits::Sixteen,
             _ => Digits::Pairs(activations),
         };
+        let numbers = (activations == ActivationBits::TwentyFour).then(|| Digits::Numbers(together(inputs)));
+        let (first, last) = if inputs < fewest(bits) { (Some(fits), numbers) } else { (numbers, Some(fits)) };
         let bytes = dots().then_some(Digits::Bytes(activations));
-        bytes.into_iter().chain(available().then_some(fits))
+        let others = first.into_iter().chain(last).filter(|_| available());
+        bytes.into_iter().chain(others)
     }
 
     /// Bits of an input.
     pub(super) fn activations(self) -> ActivationBits {
         match self {
             Digits::Bytes(activations) | Digits::Pairs(activations) => activations,
-            Digits::Twelve => ActivationBits::TwentyFour,
+            Digits::Twelve | Digits::Numbers(_) => ActivationBits::TwentyFour,
             Digits::Sixteen => ActivationBits::Sixteen,
         }
     }
@@ -67,26 +75,51 @@ impl Digits {
         match self {
             Digits::Bytes(activations) | Digits::Pairs(activations) => activations.bytes(),
             Digits::Twelve => 2,
-            Digits::Sixteen => 1,
+            Digits::Sixteen | Digits::Numbers(_) => 1,
         }
     }
     pub(super) fn bits(self) -> u32 {
         if self == Digits::Twelve { 12 } else { 8 }
     }
 
-    /// Inputs for which this is faster than to write rows out, at most.
-    pub(super) fn most(self) -> usize {
-        if matches!(self, Digits::Pairs(ActivationBits::TwentyFour) | Digits::Twelve) { 32 } else { usize::MAX }
+    /// Columns of a run, at most. (Of numbers fewer are added up one after the other than integers, which lose nothing.)
+    pub(super) fn longest(self) -> usize {
+        self.activations().longest().min(if matches!(self, Digits::Numbers(_)) { 128 } else { usize::MAX })
+    }
+
+    /// Inputs at a time, at most.
+    pub(super) fn inputs(self) -> usize {
+        if let Digits::Numbers(together) = self { together } else { TOGETHER }
+    }
+
+    /// What the last few are filled up to. (A number by itself has too few sums to hide how long each takes.)
+    pub(super) fn padded(self, last: usize) -> usize {
+        if let Digits::Numbers(_) = self { last.max(2) } else { last.next_power_of_two() }
     }
 
     /// Words of 32 bits in which the digits of four columns lie.
     pub(super) fn words(self) -> usize {
         match self {
             Digits::Bytes(activations) | Digits::Pairs(activations) => activations.bytes(),
-            Digits::Twelve => 4,
+            Digits::Twelve | Digits::Numbers(_) => EACH,
             Digits::Sixteen => 2,
         }
     }
+}
+
+/// Inputs of which numbers are faster to multiply than digits, at least.
+fn fewest(bits: u8) -> usize {
+    match bits {
+        // (Pairs of such codes fit 16 bits for long, and are fewer instructions than to make numbers of them.)
+        2 | 3 => 33,
+        4 | 5 => 3,
+        _ => 2,
+    }
+}
+
+/// Inputs whose numbers meet codes together, of so many: parts of the same size, whose sums fill the registers.
+fn together(inputs: usize) -> usize {
+    inputs.div_ceil(inputs.div_ceil(WIDEST).max(1)).max(2)
 }
 
 /// Whether the machine has what all functions here ask for.
@@ -112,11 +145,11 @@ pub(super) fn multiply(
     x: &Inputs,
     totals: &mut [[Lanes<f32>; BANDS]],
 ) {
-    let tiles = x.tiles();
-    let written = kind(panel.bits) == 0 && tiles.len() > 1;
+    let most = if matches!(digits, Digits::Numbers(_)) { 2 } else { TOGETHER };
+    let written = kind(panel.bits) == 0 && x.padded() > most;
     let packed = if written { spread.write(panel.packed, held) } else { panel.packed };
     let panel = &Panel { packed, ..*panel };
-    for (first, count) in tiles {
+    for (first, count) in x.tiles() {
         let Some(totals) = totals.get_mut(first..) else { return };
         match if written { 8 } else { panel.bits } {
             8 => few::<8, 1>((digits, spread), panel, x, (first, count), totals),
@@ -160,6 +193,12 @@ fn few<const KIND: u8, const PARTS: usize>(
             Digits::Pairs(Eight) => by!(by_pairs, 1: 4, 4, 2),
             Digits::Twelve => by!(by_halves, 2: 4, 2, 1),
             Digits::Sixteen => by!(by_halves, 1: 4, 4, 2),
+            Digits::Numbers(_) => match count {
+                2 => by_numbers::<KIND, PARTS, 1, 2, 4>(spread, panel, x, first, totals),
+                3 => by_numbers::<KIND, PARTS, 1, 3, 2>(spread, panel, x, first, totals),
+                4 => by_numbers::<KIND, PARTS, 1, 4, 2>(spread, panel, x, first, totals),
+                _ => by_numbers::<KIND, PARTS, 1, WIDEST, 2>(spread, panel, x, first, totals),
+            },
         }
     }
 }
@@ -226,11 +265,15 @@ macro_rules! tile {
 tile!(by_bytes, "avx2,fma,f16c,avxvnni", sums_of_bytes, 1, 8);
 tile!(by_pairs, "avx2,fma,f16c", sums_of_pairs, 1, 8);
 tile!(by_halves, "avx2,fma,f16c", sums_of_halves, 2, 12);
+tile!(by_numbers, "avx2,fma,f16c", sums_of_numbers, 4, 0);
 
-/// The sum of the products of all digits, of so many bits.
+/// The sum of the products of all digits, of so many bits; of none if it is a number already.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn join<const DIGITS: usize, const BITS: i32>(of: [__m256i; DIGITS]) -> __m256 {
+    if BITS == 0 {
+        return _mm256_castsi256_ps(of[0]);
+    }
     // All but the largest of three bytes fit 32 bits together, and all of two.
     let mut rest = of[DIGITS - 1];
     let apart = usize::from(DIGITS as i32 * BITS > 16);

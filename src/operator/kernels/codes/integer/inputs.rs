@@ -26,7 +26,7 @@ pub(in super::super) struct Inputs {
     /// Four signed bytes each: [tile](Self::tiles), run, lane, byte of an input (the largest first), vector. For matrix instructions
     /// tile, run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
     limbs: Kept,
-    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector. (Not for bf16.)
+    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector. (Bits of an `f32` of numbers; not for bf16.)
     less: Vec<i32>,
     /// What a whole number is worth: tile, run, vector. (Not for bf16.)
     units: Vec<f32>,
@@ -83,11 +83,12 @@ impl Inputs {
             Way::Turns(_) => turns::all(&layout),
             _ => layout.runs(),
         };
+        let (whole, last) = (vectors / width * width, vectors % width);
         let padded = match way {
-            Way::Vectors(_) | Way::Narrow(_) if !vectors.is_multiple_of(width) => {
-                vectors / width * width + (vectors % width).next_power_of_two()
-            }
-            _ => vectors.next_multiple_of(width),
+            _ if last == 0 => vectors,
+            Way::Vectors(_) => whole + last.next_power_of_two(),
+            Way::Narrow(digits) => whole + digits.padded(last),
+            _ => whole + width,
         };
         let digits = match way {
             Way::Vectors(activations) => runs * (layout.run / EACH) * activations.bytes() * width,
@@ -130,7 +131,9 @@ impl Inputs {
                         (Way::Vectors(activations), _) => beside::lay_out(activations, &layout, count, tile, x),
                         (Way::Narrow(digits), 1) => avx2::lay_out::<1>(digits, &layout, tile, x),
                         (Way::Narrow(digits), 2) => avx2::lay_out::<2>(digits, &layout, tile, x),
-                        (Way::Narrow(digits), _) => avx2::lay_out::<4>(digits, &layout, tile, x),
+                        (Way::Narrow(digits), 3) => avx2::lay_out::<3>(digits, &layout, tile, x),
+                        (Way::Narrow(digits), 4) => avx2::lay_out::<4>(digits, &layout, tile, x),
+                        (Way::Narrow(digits), _) => avx2::lay_out::<5>(digits, &layout, tile, x),
                     }
                 }
             }
@@ -196,7 +199,10 @@ impl Inputs {
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
     /// run, byte, vector.
     pub(super) fn starts(&self, bits: u8) -> Vec<i32> {
-        self.less.iter().map(|sum| sum << (bits - 1)).collect()
+        let numbers = matches!(self.way, Way::Narrow(avx2::Digits::Numbers(_)));
+        let middle = 1 << (bits - 1);
+        let start = |sum| if numbers { cast(cast::<_, f32>(sum) * middle as f32) } else { sum * middle };
+        self.less.iter().map(|&sum| start(sum)).collect()
     }
 
     /// A tile, for vectors, with what sums begin with: words of each lane and digit of V inputs, of each run starts, units and sums. (To cut

@@ -5,10 +5,10 @@ use super::avx2::Digits;
 use super::way::Layout;
 use super::*;
 
-/// Ways that inputs go, by vectors of eight rows in all digits there are and by those of sixteen, of what the machine has: with how
+/// Ways that so many inputs go, by vectors of eight rows in all digits there are and by those of sixteen, of what the machine has: with how
 /// columns are cut then.
-fn by_vectors(bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
-    let narrow = |of| Digits::all(bits, of).map(Way::Narrow).chain(available().then_some(Way::Vectors(of)));
+fn by_vectors(inputs: usize, bits: u8, group: usize, n: usize) -> Vec<(Way, Layout)> {
+    let narrow = |of| Digits::all(inputs, bits, of).map(Way::Narrow).chain(available().then_some(Way::Vectors(of)));
     let ways = ActivationBits::ALL.into_iter().flat_map(narrow);
     ways.map(|way| (way, way.layout(bits, group, n).unwrap())).collect()
 }
@@ -46,7 +46,7 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     let exact = [dense.dot(&x.mapv(f64::from)), largest.dot(&x.mapv(|v| f64::from(v.abs())))];
     let beside = Beside { scales: &scales, zeros, offsets: None };
     let codes = PackedCodes::new(bits, group, (m, n), codes, beside);
-    let laid_out = by_vectors(bits, group, n).into_iter();
+    let laid_out = by_vectors(x.ncols(), bits, group, n).into_iter();
     let laid_out = laid_out.map(|(way, layout)| Inputs::laid_out(x.view(), layout, way));
     let full = ActivationBits::TwentyFour;
     let by_matrices = |of| {
@@ -64,7 +64,7 @@ fn all(bits: u8, group: usize, (m, n): (usize, usize), x: &Array2<f32>) -> (Vec<
     };
     assert_eq!(matrices.is_some(), matrix::available() && x.ncols() >= fewest(2));
     assert_eq!(fewer.is_some(), matrix::available() && x.ncols() >= fewest(3));
-    assert_eq!(takes::<f32>(bits, group, n), available() || Digits::all(bits, full).next().is_some());
+    assert_eq!(takes::<f32>(bits, group, n), available() || Digits::all(1, bits, full).next().is_some());
     let product = |x: &Inputs| {
         let mut y = Array2::from_elem((m, x.vectors), f32::NAN);
         let rows = CodedRows { group, codes: &codes, groups, beside, activations: x.way.activations() };
@@ -115,7 +115,7 @@ fn all_instructions_find_the_same_sums() {
         ]
         .map(|(g, n)| (width, g, n))
     }) {
-        for count in [1, 2, 3, 5, 8, 11, 16, 17, 40] {
+        for count in [1, 2, 3, 5, 8, 10, 11, 16, 17, 40] {
             let x = Array2::from_shape_fn((n, count), |(j, v)| {
                 let size = if (j + v).is_multiple_of(41) { 300.0 } else { 1.0 };
                 size * (((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0)
@@ -127,7 +127,9 @@ fn all_instructions_find_the_same_sums() {
                 assert!(worst < 1e-6, "{what}, {:?}: off by {worst:e} of what is added up", product.0);
             }
             // As many bytes, in runs as long, have the same sums, whatever adds them up.
-            let bytes = |way: &Way| !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve | Digits::Sixteen));
+            let bytes = |way: &Way| {
+                !matches!(way, Way::Numbers(_) | Way::Narrow(Digits::Twelve | Digits::Sixteen | Digits::Numbers(_)))
+            };
             let bytes: Vec<_> = products.iter().filter(|(way, ..)| bytes(way)).collect();
             let cut = |way: Way| (way.activations(), way.layout(width, group, n));
             for (at, (first, sums, _)) in bytes.iter().enumerate() {
@@ -145,7 +147,7 @@ fn inputs_meet_rows_in_blocks() {
     let n = 11_000;
     let x = Array2::from_shape_fn((n, 41), |(j, v)| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0);
     for (bits, group) in [(4, 64), (3, 32), (8, n)] {
-        for (way, layout) in by_vectors(bits, group, n) {
+        for (way, layout) in by_vectors(41, bits, group, n) {
             let laid_out = Inputs::laid_out(x.view(), layout, way);
             let block = Meeting::new(&laid_out, bits).block(&laid_out);
             let several = matches!(way, Way::Vectors(_)) && layout.run > 32;
@@ -162,8 +164,11 @@ fn inputs_meet_rows_in_blocks() {
 #[test]
 fn stretches_of_blocks_are_all_tiles() {
     let counts = [1, 2, 4, 6, 9, 16, 17, 28, 32, 41, 64, 71];
-    for (count, of) in ActivationBits::ALL.into_iter().flat_map(|of| counts.map(|count| (count, of))) {
-        let Some(x) = Inputs::new(Array2::from_elem((64, count), 1f32).view(), of, 4, 64) else { continue };
+    // (Blocks are whole tiles; those of numbers are as wide as parts of all inputs.)
+    let whole = |(way, _): &(Way, Layout)| LANES.is_multiple_of(way.width());
+    let of = |count| by_vectors(count, 4, 64, 64).into_iter().filter(whole).map(move |way| (count, way));
+    for (count, (way, layout)) in counts.into_iter().flat_map(of) {
+        let x = Inputs::laid_out(Array2::from_elem((64, count), 1f32).view(), layout, way);
         for (block, together) in [(16, true), (32, true), (64, true), (16, false), (128, false)] {
             let blocks = (0..x.padded()).step_by(block).map(|first| first..x.padded().min(first + block));
             let stretches: Vec<_> = blocks.clone().flat_map(|block| x.stretches(block, together)).collect();
@@ -173,6 +178,24 @@ fn stretches_of_blocks_are_all_tiles() {
             assert!(tiles.eq(x.tiles()), "{count} vectors in blocks of {block}: {stretches:?}");
             // One for each block, and for what is left.
             assert!(!together || stretches.len() <= blocks.count() + 1, "{stretches:?}");
+        }
+    }
+}
+
+/// Units are all that changes where inputs are larger or smaller by a power of two.
+#[test]
+fn inputs_may_be_of_any_size() {
+    let x = Array2::from_shape_fn((300, 7), |(j, v)| ((j * 37 + v * 11) % 101) as f32 / 50.0 - 1.0);
+    for (bits, group) in [(2, 64), (3, 32), (4, 128), (7, 64), (8, 300)] {
+        let (products, _) = all(bits, group, (40, 300), &x);
+        for factor in [100, -90].map(|power| 2f32.powi(power)) {
+            for ((way, y, _), (_, scaled, _)) in products.iter().zip(all(bits, group, (40, 300), &(&x * factor)).0) {
+                assert_eq!(
+                    (y * factor).mapv(f32::to_bits),
+                    scaled.mapv(f32::to_bits),
+                    "{bits} bits, {way:?}, {factor:e}"
+                );
+            }
         }
     }
 }
@@ -220,7 +243,7 @@ fn inputs_are_the_sums_of_their_numbers() {
 #[test]
 fn rows_without_columns_have_no_kernel() {
     let full = ActivationBits::TwentyFour;
-    assert_eq!(takes::<f32>(4, 32, 1), available() || Digits::all(4, full).next().is_some());
+    assert_eq!(takes::<f32>(4, 32, 1), available() || Digits::all(1, 4, full).next().is_some());
     assert!([1, 32].iter().all(|&group| !takes::<f32>(4, group, 0)));
     assert!(!takes::<f64>(4, 32, 64));
 }
@@ -237,7 +260,7 @@ fn rows_know_nothing_of_the_scales_of_others() {
     for (activations, count) in ActivationBits::ALL.into_iter().flat_map(|of| [1, 3, 8, 16].map(|count| (of, count))) {
         let rows = CodedRows { group, codes: &codes, groups: 3, beside, activations };
         let Some(x) = Inputs::new(Array2::from_elem((n, count), 1f32).view(), activations, 4, group) else {
-            assert!(!available() && Digits::all(4, activations).next().is_none_or(|of| count > of.most()));
+            assert!(!available() && Digits::all(count, 4, activations).next().is_none());
             continue;
         };
         let mut y = vec![f32::NAN; m * count];
@@ -267,7 +290,7 @@ fn lines_are_the_same_by_all_instructions() {
     let chunks = std::array::from_fn(|at| (at * 31 + at / 256) as u8);
     let exact: [[u8; LINE]; PANEL] =
         std::array::from_fn(|row| std::array::from_fn(|at| chunks[(at / EACH * PANEL + row) * EACH + at % EACH]));
-    let narrow = Digits::all(4, ActivationBits::TwentyFour).next().is_some();
+    let narrow = Digits::all(1, 4, ActivationBits::TwentyFour).next().is_some();
     for (found, present) in [(lines(&chunks), available() || narrow), (avx2::lines(&chunks), narrow)] {
         assert_eq!(found, present.then_some(exact));
     }
@@ -277,15 +300,21 @@ fn lines_are_the_same_by_all_instructions() {
 fn inputs_serve_the_rows_they_are_laid_out_for() {
     let rows = |activations, bits| Rows { activations, bits, group: 64, columns: 64 };
     // (Codes of three and of eight bits are cut the same way.)
-    for bits in [3u8, 7, 8] {
-        for (way, layout) in by_vectors(bits, 64, 64) {
-            for (other, asked) in [3, 7, 8].into_iter().flat_map(|other| ActivationBits::ALL.map(|of| (other, of))) {
+    for bits in [3u8, 5, 6, 7, 8] {
+        for (way, layout) in by_vectors(1, bits, 64, 64) {
+            for (other, asked) in [3, 5, 6, 7, 8].into_iter().flat_map(|n| ActivationBits::ALL.map(|of| (n, of))) {
+                let pairs = match asked {
+                    ActivationBits::Eight => 6,
+                    ActivationBits::Sixteen => 4,
+                    ActivationBits::TwentyFour => 5,
+                };
                 let fits = match way {
                     Way::Vectors(of) | Way::Narrow(Digits::Bytes(of)) => of == asked,
-                    Way::Narrow(Digits::Pairs(of)) => of == asked && other < 8,
-                    Way::Narrow(Digits::Twelve) => asked == ActivationBits::TwentyFour && other == 8,
+                    Way::Narrow(Digits::Pairs(of)) => of == asked && other <= pairs,
+                    Way::Narrow(Digits::Twelve) => asked == ActivationBits::TwentyFour && other > pairs,
+                    Way::Narrow(Digits::Numbers(_)) => asked == ActivationBits::TwentyFour,
                     // (Of one byte no more is asked than of two.)
-                    _ => asked != ActivationBits::TwentyFour && other == 8,
+                    _ => asked != ActivationBits::TwentyFour && other > pairs,
                 };
                 let serves = way.serves::<f32>(1, rows(asked, other)) == Some(layout);
                 assert_eq!(serves, fits, "{way:?} of {bits} bits with {other}, {asked:?}");
@@ -303,7 +332,7 @@ fn inputs_serve_the_rows_they_are_laid_out_for() {
         assert_ne!(way.serves::<f32>(inputs, rows(ActivationBits::Eight, 8)), Some(layout), "{way:?}");
     }
     // Runs of a byte are shorter ones.
-    assert!(by_vectors(4, 128, 256).iter().all(|(way, layout)| match way.activations() {
+    assert!(by_vectors(1, 4, 128, 256).iter().all(|(way, layout)| match way.activations() {
         ActivationBits::Eight => layout.run == 32,
         _ => layout.run == 128,
     }));
@@ -318,8 +347,8 @@ fn no_sum_of_the_largest_products_overflows() {
         (0..m).for_each(|_| pack(bits, &vec![most as u8; n], &mut codes));
         let beside = Beside { scales: &scales, zeros: Some(&zeros), offsets: None };
         let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
-        let ways = by_vectors(bits, n, n).into_iter();
-        let ways = ways.flat_map(|(way, layout)| [1, 2, 4, 8].map(|count| (count, way, layout)));
+        let of = |count| by_vectors(count, bits, n, n).into_iter().map(move |(way, layout)| (count, way, layout));
+        let ways = [1, 2, 4, 8].into_iter().flat_map(of);
         for (count, way, layout) in ways.chain(by_turns(bits, n, n)) {
             let activations = way.activations();
             // Bytes -126, -128, -128 and 126, 127, 127 of three, as units are powers of two; else the largest there are.

@@ -9,7 +9,7 @@ use crate::scalar::{DType, Real};
 /// Whether there is a kernel for such rows here: not for inputs in another dtype, rows without columns, groups that end within a lane,
 /// and machines without the instructions.
 pub(in super::super) fn takes<T: Real>(bits: u8, group: usize, columns: usize) -> bool {
-    let present = available() || Digits::all(bits, ActivationBits::default()).next().is_some();
+    let present = available() || Digits::all(1, bits, ActivationBits::default()).next().is_some();
     // (That there is a run does not depend on how long one may be.)
     let cut = || Layout::cut(bits, group, columns, ActivationBits::default().longest()).is_some();
     T::DTYPE == DType::F32 && columns > 0 && present && cut()
@@ -41,8 +41,7 @@ pub(super) enum Way {
 
 impl Way {
     /// For so many inputs, and how columns are cut then: up to sixteen at a time by matrix instructions, where there are such, but
-    /// for one, or two. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written
-    /// out.
+    /// for one, or two. `None` if there is no kernel for such rows here.
     pub(super) fn new<T: Real>(inputs: usize, rows: Rows) -> Option<(Self, Layout)> {
         let Rows { activations, bits, group, columns } = rows;
         if !takes::<T>(bits, group, columns) {
@@ -50,8 +49,7 @@ impl Way {
         }
         let with = |way: Way| Some((way, way.layout(bits, group, columns)?));
         if !available() {
-            let digits = Digits::all(bits, activations).next().filter(|digits| inputs <= digits.most());
-            return with(Way::Narrow(digits?));
+            return with(Way::Narrow(Digits::all(inputs, bits, activations).next()?));
         }
         if !matrix::available() || inputs < 2 {
             return with(Way::Vectors(activations));
@@ -83,6 +81,7 @@ impl Way {
             Way::Numbers(_) if bits > bfloat::WIDEST => None,
             Way::Numbers(_) => Layout::cut(bits, group, columns, few::LONGEST),
             Way::Turns(_) => Layout::cut(bits, group, columns, turns::COLUMNS),
+            Way::Narrow(digits) => Layout::cut(bits, group, columns, digits.longest()),
             _ => Layout::cut(bits, group, columns, self.activations().longest()),
         }
     }
@@ -93,7 +92,7 @@ impl Way {
         let by_turns = Self::by_turns(inputs, rows);
         let met = match self {
             Way::Vectors(of) => of == activations,
-            Way::Narrow(digits) => Digits::all(bits, activations).any(|of| of == digits),
+            Way::Narrow(digits) => Digits::all(inputs, bits, activations).any(|of| of == digits),
             Way::Turns(_) => by_turns.is_some_and(|(way, _)| way == self),
             // (What asks for fewer bits is to have the numbers that it has by itself.)
             Way::Bytes(_) | Way::Numbers(_) => activations == ActivationBits::TwentyFour || by_turns.is_none(),
@@ -116,7 +115,8 @@ impl Way {
         match self {
             // As many as fill the registers with their sums.
             Way::Vectors(ActivationBits::Eight) => 2 * TOGETHER,
-            Way::Vectors(_) | Way::Narrow(_) => TOGETHER,
+            Way::Vectors(_) => TOGETHER,
+            Way::Narrow(digits) => digits.inputs(),
             Way::Turns(shape) | Way::Bytes(shape) => shape.inputs,
             Way::Numbers(inputs) => inputs,
         }

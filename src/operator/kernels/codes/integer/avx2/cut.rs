@@ -12,6 +12,9 @@ use super::Digits;
 /// Lays a tile out, in which a missing input has no numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
+    if let Digits::Numbers(_) = digits {
+        return lay_out_numbers::<V>(digits, layout, tile, x);
+    }
     let (cut, words) = (Cut::new(digits, layout.parts), digits.words());
     let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run / EACH * words);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
@@ -41,6 +44,33 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
             let totals = &totals[..digits.count()];
             sums[v] = sum(totals, digits.bits(), units[v]);
             less.iter_mut().zip(totals).for_each(|(less, total)| less[v] = -total);
+        }
+    }
+}
+
+/// The same of numbers in units, which are smaller by as much as their codes lie above the lowest bits of a byte.
+#[target_feature(enable = "avx2")]
+fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
+    let cut = Cut::new(digits, layout.parts);
+    let shares: [f32; LANES / EACH] =
+        std::array::from_fn(|lane| 1.0 / (1 << (lane % layout.parts * (8 / layout.parts))) as f32);
+    let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run);
+    let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
+    for (run, ((to, less), (units, sums))) in runs.zip(tile.less.as_chunks_mut::<V>().0).zip(beside).enumerate() {
+        for (v, x) in x.iter().enumerate().take(V) {
+            let x = layout.of_run(run, x);
+            units[v] = digits.activations().unit(largest(x));
+            let (inverse, mut totals) = (units[v].recip(), [0.0; LANES]);
+            for (step, to) in to[..layout.lanes(run) * EACH].chunks_mut(LANES).enumerate() {
+                let numbers = cut.ordered(x.get(step * LANES..).unwrap_or_default()).map(|x| x * inverse);
+                for at in 0..LANES {
+                    totals[at] += numbers[at];
+                }
+                let shared = numbers.iter().enumerate().map(|(at, number)| number * shares[at / EACH]);
+                to.iter_mut().zip(shared).for_each(|(to, number)| to[v] = cast(number));
+            }
+            let total: f32 = totals.iter().sum();
+            (less[v], sums[v]) = (cast(-total), total * units[v]);
         }
     }
 }
@@ -77,12 +107,17 @@ impl Cut {
         Cut { digits, columns }
     }
 
-    /// The words of the first 16 of some inputs, of a lane after the other, four each; zeros where there are none.
+    /// The first 16 of some inputs in that order; zeros where there are none.
+    #[inline(always)]
+    fn ordered(&self, x: &[f32]) -> [f32; LANES] {
+        self.columns.map(|column| x.get(column).copied().unwrap_or_default())
+    }
+
+    /// The words of as many, of a lane after the other, four each.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn split(&self, x: &[f32], unit: f32) -> [__m256i; 2] {
-        let sixteen = self.columns.map(|column| x.get(column).copied().unwrap_or_default());
-        let halves: [__m256; 2] = cast(sixteen);
+        let halves: [__m256; 2] = cast(self.ordered(x));
         let scale = _mm256_set1_ps(unit.recip());
         let mut words = [_mm256_setzero_si256(); 2];
         for (words, half) in words.iter_mut().zip(halves) {
@@ -92,7 +127,8 @@ impl Cut {
                     let large = _mm256_srai_epi32::<12>(_mm256_add_epi32(whole, _mm256_set1_epi32(1 << 11)));
                     _mm256_packs_epi32(large, _mm256_sub_epi32(whole, _mm256_slli_epi32::<12>(large)))
                 }
-                Digits::Sixteen => _mm256_packs_epi32(whole, _mm256_setzero_si256()),
+                // (Numbers are no digits, and are not cut.)
+                Digits::Sixteen | Digits::Numbers(_) => _mm256_packs_epi32(whole, _mm256_setzero_si256()),
                 Digits::Bytes(of) | Digits::Pairs(of) => {
                     // With half of its range added to each digit, digits count from nothing, each by itself; without it they
                     // have signs again.

@@ -95,6 +95,28 @@ impl Spread {
         vectors
     }
 
+    /// Of each row of some vectors, which were loaded, one of four bytes as the lowest, below others or, the last, below nothing.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn byte<const KIND: u8, const B: usize>(
+        &self,
+        chunk: &[u8],
+        some: usize,
+        at: usize,
+        vectors: &[__m256i; B],
+    ) -> [__m256i; B] {
+        let mut bytes = *vectors;
+        for (b, bytes) in bytes.iter_mut().enumerate() {
+            // (To read them again takes none of the units that shift and multiply.)
+            let rest = chunk.get((some * B + b) * CODES * ROWS + at..).and_then(|rest| rest.first_chunk());
+            *bytes = match rest {
+                Some(again) if KIND != 0 && at + 1 < CODES => cast::<[u8; CODES * ROWS], _>(*again),
+                _ => _mm256_srl_epi32(*bytes, _mm_cvtsi32_si128(8 * at as i32)),
+            };
+        }
+        bytes
+    }
+
     /// Codes that do not lie in halves or quarters of bytes.
     #[inline]
     #[target_feature(enable = "avx2")]
