@@ -110,10 +110,10 @@ impl Digits {
 /// Inputs of which numbers are faster to multiply than digits, at least.
 fn fewest(bits: u8) -> usize {
     match bits {
-        // (Pairs of such codes fit 16 bits for long, and are fewer instructions than to make numbers of them.)
-        2 | 3 => 33,
-        4 | 5 => 3,
-        _ => 2,
+        // (Pairs of such codes fit 16 bits for long. More inputs would have rows written out for a general product.)
+        2 => 33,
+        6.. => 2,
+        _ => 3,
     }
 }
 
