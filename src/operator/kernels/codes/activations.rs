@@ -7,15 +7,16 @@
 /// at once. What of it is stored is nothing: the same file serves all.
 ///
 /// Kernels take inputs in so many bits *or more*: matrix instructions in two bytes where one is asked for, or in three, for two to
-/// four inputs and for codes of up to seven bits in groups of 32 columns; and wherever rows are written out or codes are not multiplied as integers,
-/// accuracy is full. Inputs in `f64` have it always.
+/// four inputs and for codes of up to seven bits in groups of 32 columns; AVX2 in two bytes for codes of seven and eight bits; and wherever rows are
+/// written out or codes are not multiplied as integers, accuracy is full. Inputs in `f64` have it always.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum ActivationBits {
     /// A byte, in runs of up to 32 columns: off by up to 1/254 of the largest of a run. What llama.cpp and others take.
     Eight,
     /// Two bytes, in runs of up to 256 columns: off by up to 1/65,000 of the largest.
     Sixteen,
-    /// Three bytes, in runs of up to 256 columns: off by no more than 2⁻²³ of the largest, as sums of `f32` are.
+    /// Three bytes, in runs of up to 256 columns: off by no more than 2⁻²³ of the largest, as sums of `f32` are. Or all bits there are, and sums
+    /// of `f32`, where that is faster (several inputs, by AVX2).
     #[default]
     TwentyFour,
 }

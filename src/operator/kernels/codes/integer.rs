@@ -7,7 +7,7 @@
 //! once. Inputs that are not finite make a sum of NaN. Where there are matrix instructions, more than one input meet the bytes in
 //! those, up to sixteen at a time where their digits fill two tiles ([`turns`]) or three ([`many`]), or, more than four, codes of
 //! less than eight bits as numbers of 16 bits, in sums of `f32`, where that is faster ([`few`]). Where there is no AVX-512, the
-//! same codes meet inputs in vectors of 8 rows ([`avx2`]).
+//! same codes meet inputs in vectors of 8 rows ([`avx2`]), and, where a byte takes two instructions, several as numbers.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -119,6 +119,9 @@ fn by_rows(totals: &[[Lanes<f32>; BANDS]], (first, vectors): (usize, usize), y: 
         unsafe {
             squares(totals, (first, vectors), y);
         }
+        return;
+    }
+    if vectors > TOGETHER && avx2::by_rows(totals, (first, vectors), y) {
         return;
     }
     if let (Some(totals), true) = (totals.first_chunk::<TOGETHER>(), vectors == TOGETHER && available()) {

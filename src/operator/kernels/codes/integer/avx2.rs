@@ -21,7 +21,7 @@ mod sums;
 
 pub(super) use self::cut::lay_out;
 pub(super) use self::spread::Spread;
-pub(super) use self::square::lines;
+pub(super) use self::square::{by_rows, lines};
 use self::sums::{sums_of_bytes, sums_of_halves, sums_of_numbers, sums_of_pairs};
 
 /// Rows in a vector, and vectors of the rows of a panel.
@@ -80,6 +80,12 @@ impl Digits {
     }
     pub(super) fn bits(self) -> u32 {
         if self == Digits::Twelve { 12 } else { 8 }
+    }
+
+    /// Inputs of so many columns for which this is faster than to write rows out, at most. (A general product of many inputs with
+    /// the numbers of a small matrix, which stays in the cache, is as fast as one with its codes, and lays inputs out in less time.)
+    pub(super) fn most(self, columns: usize) -> usize {
+        if matches!(self, Digits::Numbers(_)) && columns < 2048 { 48 } else { usize::MAX }
     }
 
     /// Columns of a run, at most. (Of numbers fewer are added up one after the other than integers, which lose nothing.)

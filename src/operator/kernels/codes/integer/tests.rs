@@ -286,14 +286,15 @@ fn inputs_of_one_sign_are_no_less_exact() {
 }
 
 #[test]
-fn lines_are_the_same_by_all_instructions() {
-    let chunks = std::array::from_fn(|at| (at * 31 + at / 256) as u8);
-    let exact: [[u8; LINE]; PANEL] =
-        std::array::from_fn(|row| std::array::from_fn(|at| chunks[(at / EACH * PANEL + row) * EACH + at % EACH]));
-    let narrow = Digits::all(1, 4, ActivationBits::TwentyFour).next().is_some();
-    for (found, present) in [(lines(&chunks), available() || narrow), (avx2::lines(&chunks), narrow)] {
-        assert_eq!(found, present.then_some(exact));
-    }
+fn many_inputs_of_few_columns_have_rows_written_out_where_codes_become_numbers() {
+    let laid_out = |columns, count| {
+        Inputs::new(Array2::from_elem((columns, count), 1f32).view(), ActivationBits::TwentyFour, 4, 64)
+    };
+    let numbers = |x: &Inputs| matches!(x.way, Way::Narrow(Digits::Numbers(_)));
+    let by_numbers = laid_out(64, 3).is_some_and(|x| numbers(&x));
+    assert_eq!(laid_out(64, 48).is_some_and(|x| numbers(&x)), by_numbers);
+    assert_eq!(laid_out(64, 49).is_none(), by_numbers);
+    assert_eq!(laid_out(2048, 49).is_some_and(|x| numbers(&x)), by_numbers);
 }
 
 #[test]

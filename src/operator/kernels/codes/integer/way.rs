@@ -41,7 +41,8 @@ pub(super) enum Way {
 
 impl Way {
     /// For so many inputs, and how columns are cut then: up to sixteen at a time by matrix instructions, where there are such, but
-    /// for one, or two. `None` if there is no kernel for such rows here.
+    /// for one, or two. `None` if there is no kernel for such rows here, or if there are so many that rows had better be written
+    /// out.
     pub(super) fn new<T: Real>(inputs: usize, rows: Rows) -> Option<(Self, Layout)> {
         let Rows { activations, bits, group, columns } = rows;
         if !takes::<T>(bits, group, columns) {
@@ -49,7 +50,8 @@ impl Way {
         }
         let with = |way: Way| Some((way, way.layout(bits, group, columns)?));
         if !available() {
-            return with(Way::Narrow(Digits::all(inputs, bits, activations).next()?));
+            let digits = Digits::all(inputs, bits, activations).next();
+            return with(Way::Narrow(digits.filter(|digits| inputs <= digits.most(columns))?));
         }
         if !matrix::available() || inputs < 2 {
             return with(Way::Vectors(activations));

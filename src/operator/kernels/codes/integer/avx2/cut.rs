@@ -6,7 +6,7 @@ use pulp::bytemuck::cast;
 
 use super::super::super::layout::{Layout, largest, sum};
 use super::super::inputs::Tile;
-use super::super::{EACH, LANES};
+use super::super::{EACH, LANES, padded};
 use super::Digits;
 
 /// Lays a tile out, in which a missing input has no numbers.
@@ -51,9 +51,11 @@ pub(in super::super) fn lay_out<const V: usize>(digits: Digits, layout: &Layout,
 /// The same of numbers in units, which are smaller by as much as their codes lie above the lowest bits of a byte.
 #[target_feature(enable = "avx2")]
 fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'_>, x: &[&[f32]]) {
-    let cut = Cut::new(digits, layout.parts);
-    let shares: [f32; LANES / EACH] =
-        std::array::from_fn(|lane| 1.0 / (1 << (lane % layout.parts * (8 / layout.parts))) as f32);
+    let (mut places, mut shares) = ([0; LANES], [0.0; LANES]);
+    for (place, column) in Cut::new(digits, layout.parts).columns.into_iter().enumerate() {
+        places[column] = place;
+        shares[column] = 1.0 / (1 << (place / EACH % layout.parts * (8 / layout.parts))) as f32;
+    }
     let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
     for (run, ((to, less), (units, sums))) in runs.zip(tile.less.as_chunks_mut::<V>().0).zip(beside).enumerate() {
@@ -62,12 +64,16 @@ fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'
             units[v] = digits.activations().unit(largest(x));
             let (inverse, mut totals) = (units[v].recip(), [0.0; LANES]);
             for (step, to) in to[..layout.lanes(run) * EACH].chunks_mut(LANES).enumerate() {
-                let numbers = cut.ordered(x.get(step * LANES..).unwrap_or_default()).map(|x| x * inverse);
+                let rest = x.get(step * LANES..).unwrap_or_default();
+                let mut numbers = rest.first_chunk().copied().unwrap_or_else(|| padded(rest));
                 for at in 0..LANES {
+                    numbers[at] *= inverse;
                     totals[at] += numbers[at];
+                    numbers[at] *= shares[at];
                 }
-                let shared = numbers.iter().enumerate().map(|(at, number)| number * shares[at / EACH]);
-                to.iter_mut().zip(shared).for_each(|(to, number)| to[v] = cast(number));
+                for (number, place) in numbers.into_iter().zip(places) {
+                    to.get_mut(place).into_iter().for_each(|to| to[v] = cast(number));
+                }
             }
             let total: f32 = totals.iter().sum();
             (less[v], sums[v]) = (cast(-total), total * units[v]);
@@ -107,17 +113,12 @@ impl Cut {
         Cut { digits, columns }
     }
 
-    /// The first 16 of some inputs in that order; zeros where there are none.
-    #[inline(always)]
-    fn ordered(&self, x: &[f32]) -> [f32; LANES] {
-        self.columns.map(|column| x.get(column).copied().unwrap_or_default())
-    }
-
-    /// The words of as many, of a lane after the other, four each.
+    /// The words of the first 16 of some inputs, of a lane after the other, four each; zeros where there are none.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn split(&self, x: &[f32], unit: f32) -> [__m256i; 2] {
-        let halves: [__m256; 2] = cast(self.ordered(x));
+        let sixteen = self.columns.map(|column| x.get(column).copied().unwrap_or_default());
+        let halves: [__m256; 2] = cast(sixteen);
         let scale = _mm256_set1_ps(unit.recip());
         let mut words = [_mm256_setzero_si256(); 2];
         for (words, half) in words.iter_mut().zip(halves) {
