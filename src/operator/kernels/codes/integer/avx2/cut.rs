@@ -58,7 +58,7 @@ fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'
     }
     let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
-    for (run, ((to, less), (units, sums))) in runs.zip(tile.less.as_chunks_mut::<V>().0).zip(beside).enumerate() {
+    for (run, (to, (units, sums))) in runs.zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate().take(V) {
             let x = layout.of_run(run, x);
             units[v] = digits.activations().unit(largest(x));
@@ -75,8 +75,7 @@ fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'
                     to.get_mut(place).into_iter().for_each(|to| to[v] = cast(number));
                 }
             }
-            let total: f32 = totals.iter().sum();
-            (less[v], sums[v]) = (cast(-total), total * units[v]);
+            sums[v] = totals.iter().sum::<f32>() * units[v];
         }
     }
 }

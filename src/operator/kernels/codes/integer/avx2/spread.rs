@@ -59,6 +59,12 @@ impl Spread {
         if KIND == 0 { self.bytes } else { size_of::<Chunk>() }
     }
 
+    /// The middle of the levels of codes.
+    #[inline(always)]
+    pub(super) fn middle(&self) -> f32 {
+        (1 << (self.bits - 1)) as f32
+    }
+
     /// The codes of a panel as bytes, in memory that may have been used before.
     pub(super) fn write<'a>(&self, codes: &[u8], to: &'a mut Vec<u8>) -> &'a [u8] {
         to.resize(codes.len() / self.bytes * size_of::<Chunk>(), 0);
