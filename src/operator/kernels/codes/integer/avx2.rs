@@ -128,6 +128,13 @@ fn together(inputs: usize) -> usize {
     inputs.div_ceil(inputs.div_ceil(WIDEST).max(1)).max(2)
 }
 
+/// Whether codes of which so many lie in a byte become numbers that count from the middle of their levels. Else sums begin with what they have too
+/// much, and are rounded as if codes were as large as all levels are: of the few that 4 bits have that makes two or three times of 10⁻⁷, and takes
+/// 0.88 of the time.
+const fn numbers_from_the_middle(parts: usize) -> bool {
+    parts == 1
+}
+
 /// Whether the machine has what all functions here ask for.
 fn available() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")

@@ -26,7 +26,7 @@ pub(in super::super) struct Inputs {
     /// Four signed bytes each: [tile](Self::tiles), run, lane, byte of an input (the largest first), vector. For matrix instructions
     /// tile, run, step, row (digit, vector), lane, or pairs of numbers, with zeros for columns beyond the run.
     limbs: Kept,
-    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector. (Nothing of numbers.)
+    /// What the bytes of a run add up to, with the other sign: tile, run, byte, vector. (Bits of an `f32` of numbers; not for bf16.)
     less: Vec<i32>,
     /// What a whole number is worth: tile, run, vector. (Not for bf16.)
     units: Vec<f32>,
@@ -199,7 +199,10 @@ impl Inputs {
     /// What sums of products begin with, as codes count from nothing and their numbers from the middle of the levels: tile,
     /// run, byte, vector.
     pub(super) fn starts(&self, bits: u8) -> Vec<i32> {
-        self.less.iter().map(|sum| sum << (bits - 1)).collect()
+        let numbers = matches!(self.way, Way::Narrow(avx2::Digits::Numbers(_)));
+        let middle = 1 << (bits - 1);
+        let start = |sum| if numbers { cast(cast::<_, f32>(sum) * middle as f32) } else { sum * middle };
+        self.less.iter().map(|&sum| start(sum)).collect()
     }
 
     /// A tile, for vectors, with what sums begin with: words of each lane and digit of V inputs, of each run starts, units and sums. (To cut

@@ -7,7 +7,7 @@ use pulp::bytemuck::cast;
 use super::super::super::layout::{Layout, largest, sum};
 use super::super::inputs::Tile;
 use super::super::{EACH, LANES, padded};
-use super::Digits;
+use super::{Digits, numbers_from_the_middle};
 
 /// Lays a tile out, in which a missing input has no numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -58,7 +58,7 @@ fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'
     }
     let runs = tile.limbs.as_chunks_mut::<V>().0.chunks_mut(layout.run);
     let beside = tile.units.as_chunks_mut::<V>().0.iter_mut().zip(tile.sums.as_chunks_mut::<V>().0);
-    for (run, (to, (units, sums))) in runs.zip(beside).enumerate() {
+    for (run, ((to, less), (units, sums))) in runs.zip(tile.less.as_chunks_mut::<V>().0).zip(beside).enumerate() {
         for (v, x) in x.iter().enumerate().take(V) {
             let x = layout.of_run(run, x);
             units[v] = digits.activations().unit(largest(x));
@@ -75,7 +75,9 @@ fn lay_out_numbers<const V: usize>(digits: Digits, layout: &Layout, tile: Tile<'
                     to.get_mut(place).into_iter().for_each(|to| to[v] = cast(number));
                 }
             }
-            sums[v] = totals.iter().sum::<f32>() * units[v];
+            let total: f32 = totals.iter().sum();
+            sums[v] = total * units[v];
+            less[v] = cast(if numbers_from_the_middle(layout.parts) { 0.0 } else { -total });
         }
     }
 }

@@ -4,8 +4,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::super::EACH;
-use super::Sums;
 use super::spread::{Spread, next};
+use super::{Sums, numbers_from_the_middle};
 
 /// Words of a lane: so many of each digit of V inputs.
 type Words<const EACH: usize, const DIGITS: usize, const V: usize> = [[[i32; V]; EACH]; DIGITS];
@@ -115,7 +115,7 @@ fn halves(sum: __m256i, codes: __m256i, [even, odd]: [__m256i; 2]) -> __m256i {
     settled(_mm256_add_epi32(sum, _mm256_add_epi32(of_even, of_odd)))
 }
 
-/// Codes as numbers, which count from the middle of their levels, column by column with the numbers of inputs, which are as much smaller as codes lie above the lowest bits of theirs.
+/// Codes as numbers, column by column with the numbers of inputs, which are as much smaller as codes lie above the lowest bits of theirs.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn sums_of_numbers<
@@ -133,11 +133,9 @@ pub(super) fn sums_of_numbers<
 ) -> Sums<DIGITS, V, B> {
     let mut sums = begun(starts);
     // (The compiler makes other instructions of masks that it knows, which take 3 % longer.)
-    let (mut masks, mut middles) = ([_mm256_setzero_si256(); PARTS], [_mm256_setzero_ps(); PARTS]);
-    for part in 0..PARTS {
-        let (most, lowest) = (u8::MAX as i32 >> (8 - 8 / PARTS), 8 / PARTS * part);
-        masks[part] = settled(_mm256_set1_epi32(most << lowest));
-        middles[part] = _mm256_set1_ps(spread.middle() * (1 << lowest) as f32);
+    let (mut masks, middle) = ([_mm256_setzero_si256(); PARTS], _mm256_set1_ps(spread.middle()));
+    for (part, mask) in masks.iter_mut().enumerate() {
+        *mask = settled(_mm256_set1_epi32((u8::MAX as i32 >> (8 - 8 / PARTS)) << (8 / PARTS * part)));
     }
     for (codes, words) in codes.chunks_exact(spread.chunk::<KIND>()).zip(words) {
         let vectors = spread.load::<KIND, B>(codes, some);
@@ -149,8 +147,10 @@ pub(super) fn sums_of_numbers<
                     // (Above the last byte there is nothing.)
                     let whole = PARTS == 1 && at + 1 == EACH;
                     let code = if whole { bytes[b] } else { _mm256_and_si256(bytes[b], masks[part]) };
-                    // (Else sums were rounded as those of all levels are.)
-                    numbers[b] = _mm256_sub_ps(_mm256_cvtepi32_ps(code), middles[part]);
+                    numbers[b] = _mm256_cvtepi32_ps(code);
+                    if numbers_from_the_middle(PARTS) {
+                        numbers[b] = _mm256_sub_ps(numbers[b], middle);
+                    }
                 }
                 meet(&numbers, &words[0][at], &mut sums[0]);
             }
