@@ -55,10 +55,12 @@ impl Digits {
             _ => Digits::Pairs(activations),
         };
         let numbers = (activations == ActivationBits::TwentyFour).then(|| Digits::Numbers(together(inputs)));
-        let (first, last) = if inputs < fewest(bits) { (Some(fits), numbers) } else { (numbers, Some(fits)) };
+        let mut others = [numbers, Some(fits)];
+        if inputs < fewest(bits) {
+            others.reverse();
+        }
         let bytes = dots().then_some(Digits::Bytes(activations));
-        let others = first.into_iter().chain(last).filter(|_| available());
-        bytes.into_iter().chain(others)
+        bytes.into_iter().chain(others.into_iter().flatten().filter(|_| available()))
     }
 
     /// Bits of an input.

@@ -285,6 +285,32 @@ fn inputs_of_one_sign_are_no_less_exact() {
     }
 }
 
+/// What is added up is as large as the codes are, and not as all of their levels.
+#[test]
+fn codes_near_the_middle_are_no_less_exact() {
+    let (m, n) = (32, 512);
+    let x = Array2::from_shape_fn((n, 9), |(j, v)| 1.0 + ((j * 37 + v * 11 + j * j * 3) % 1009) as f32 / 1009.0);
+    for bits in [3u8, 5, 6, 7, 8] {
+        let number = |i: usize, j: usize| ((i * 29 + j * 13 + i * j) % 3) as f64 - 1.0;
+        let (scales, mut codes) = (vec![1f32; m], Vec::new());
+        let code = |i, j| (number(i, j) + f64::from(1u8 << (bits - 1))) as u8;
+        (0..m).for_each(|i| pack(bits, &(0..n).map(|j| code(i, j)).collect::<Vec<_>>(), &mut codes));
+        let beside = Beside { scales: &scales, zeros: None, offsets: None };
+        let codes = PackedCodes::new(bits, n, (m, n), codes, beside);
+        let ways = by_vectors(x.ncols(), bits, n, n).into_iter();
+        for (way, layout) in ways.filter(|(way, _)| way.activations() == ActivationBits::TwentyFour) {
+            let rows = CodedRows { group: n, codes: &codes, groups: 1, beside, activations: way.activations() };
+            let mut y = vec![f32::NAN; m * x.ncols()];
+            products(&rows, 0..m, &Inputs::laid_out(x.view(), layout, way), &mut y);
+            for (at, &y) in y.iter().enumerate() {
+                let terms = (0..n).map(|j| number(at / x.ncols(), j) * f64::from(x[[j, at % x.ncols()]]));
+                let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                assert!((f64::from(y) - sum).abs() <= 3e-7 * size, "{bits} bits, {way:?}: {y} {sum}");
+            }
+        }
+    }
+}
+
 #[test]
 fn many_inputs_of_few_columns_have_rows_written_out_where_codes_become_numbers() {
     let laid_out = |columns, count| {

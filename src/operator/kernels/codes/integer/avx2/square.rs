@@ -33,14 +33,15 @@ fn squares(chunks: &[[Chunk; ROWS]; LINE / (4 * ROWS)]) -> [[u8; LINE]; PANEL] {
 /// The totals of the rows of a panel, from those of each vector, of many of which these are some from one on; false, and nothing done,
 /// without the instructions.
 pub(in super::super) fn by_rows(totals: &[[Lanes<f32>; BANDS]], of: (usize, usize), y: &mut [f32]) -> bool {
-    if available() {
+    let present = available();
+    if present {
         // SAFETY: the machine has the instructions, as was asked.
         #[allow(unsafe_code)]
         unsafe {
             put_squares(totals, of, y);
         }
     }
-    available()
+    present
 }
 
 /// The same by squares of eight.
